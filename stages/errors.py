@@ -1,0 +1,29 @@
+"""Every failure a user can meet, each with its own message: what failed, where, why and what to do."""
+
+
+class FisherfoldError(Exception):
+    """Base of all errors that are the user's to read; the command line prints them without a traceback."""
+
+
+class ParameterError(FisherfoldError):
+    """A value in params.yaml (or given by ``--set``) is unknown or out of range."""
+
+
+class InputError(FisherfoldError):
+    """A model, corpus or question set cannot be used as asked."""
+
+
+class CorruptArtifact(FisherfoldError):
+    """A stage's output is missing, truncated or fails its checksum."""
+
+
+class WorkspaceBusy(FisherfoldError):
+    """Another process runs the same stage in this workspace."""
+
+
+class NotEnoughDisk(FisherfoldError):
+    """A stage would not fit on the disk."""
+
+
+class NumericalError(FisherfoldError):
+    """A quantity is not finite, or a decomposition cannot be trusted."""

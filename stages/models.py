@@ -1,0 +1,57 @@
+"""Loading the prepared dense model, whole or one weight at a time."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from stages.errors import InputError
+from stages.layers import LinearLayer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICE_VARIABLE = "FISHERFOLD_DEVICE"  # cpu, cuda, cuda:1, mps, auto (spread over the node's GPUs); unset: the best there is
+
+
+def chosen_device() -> str:
+    """Where this process computes: the environment's choice, else cuda, else mps, else cpu."""
+    asked = os.environ.get(DEVICE_VARIABLE)
+    if asked:
+        return asked
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a causal language model for measuring: evaluation mode, frozen parameters, on the chosen device."""
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map=chosen_device(), trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    return model.eval().requires_grad_(False)
+
+
+def read_weight(folder: Path, layer: LinearLayer) -> torch.Tensor:
+    """The weight W [n, m] of one linear layer, read alone from the safetensors files of `folder`.
+
+    Raises:
+        InputError: no file holds it.
+    """
+    key = f"{layer.name}.weight"
+    with safe_open(folder / _weight_file(folder, key), framework="pt") as file:
+        weight = file.get_tensor(key)
+    return weight.T if layer.transposed else weight
+
+
+def _weight_file(folder: Path, key: str) -> str:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return "model.safetensors"
+    files = json.loads(index.read_text())["weight_map"]
+    if key not in files:
+        raise InputError(f"{folder} holds no weight {key!r}.")
+    return files[key]

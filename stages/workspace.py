@@ -1,0 +1,134 @@
+"""Where things lie in a project folder, and what identifies them.
+
+A published output is a folder with a ``manifest.json`` that lists every file with its size and SHA-256. The digest of
+an output, or of a part of it, is the digest of that list, so naming an input costs no second read of the data.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from stages.errors import CorruptArtifact
+
+MANIFEST = "manifest.json"
+CODE = Path(__file__).parent
+INFRASTRUCTURE = frozenset({"errors", "params", "progress", "registry", "scratch", "workspace"})
+"""Modules of this package that carry stages along but cannot change a number, so no result depends on their text."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A project folder: `root` holds params.yaml, data and artifacts."""
+
+    root: Path
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    def out(self, stage: str) -> Path:
+        """The published output folder of a stage."""
+        return self.artifacts / stage
+
+    @property
+    def model(self) -> Path:
+        """The prepared dense model, a Hugging Face folder."""
+        return self.out("prepare") / "model"
+
+    def table(self, name: str) -> Path:
+        """A prepared Parquet table: calibration, tuning, evaluation or questions."""
+        return self.root / "data" / "prepared" / f"{name}.parquet"
+
+    def recipes(self, kind: str) -> Path:
+        """The folder of recipes of one kind: models, corpora, questions or tasks."""
+        return self.root / "data" / kind
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a published output.
+
+    Raises:
+        CorruptArtifact: there is none, or it is not readable.
+    """
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise CorruptArtifact(f"{folder} has no {MANIFEST}: stage {folder.name!r} has not finished. {_cure(folder)}") from None
+    except ValueError as error:
+        raise CorruptArtifact(f"{folder / MANIFEST} is not readable ({error}). {_cure(folder)}") from None
+
+
+def verify_output(folder: Path, prefix: str = "") -> str:
+    """Check that every listed file below `prefix` is there in full, and return the digest of that part.
+
+    Sizes are compared, not contents: a flipped bit is caught by the checksum of the array when it is read.
+
+    Raises:
+        CorruptArtifact: a file is missing or has another size.
+    """
+    files = {name: entry for name, entry in read_manifest(folder)["files"].items() if name.startswith(prefix)}
+    for name, entry in files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != entry["bytes"]:
+            state = "is missing" if found is None else f"has {found} bytes instead of {entry['bytes']}"
+            raise CorruptArtifact(f"{path} {state}. {_cure(folder)}")
+    return digest_json(files)
+
+
+def _cure(folder: Path) -> str:
+    return f"Restore it with `dvc checkout`, or write it again with `dvc repro --force --single-item {folder.name}`."
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(value: object) -> str:
+    """SHA-256 of a value's canonical JSON text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict]:
+    """Size and SHA-256 of every file below `folder` (or of `names`), by relative path, sorted."""
+    found = names if names is not None else (
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digest_file(folder / name)} for name in sorted(found)
+    }
+
+
+@cache
+def code_modules(stage: str) -> tuple[str, ...]:
+    """The modules of this package that can change the result of `stage`: its import closure, sorted."""
+    seen: set[str] = set()
+    pending = [stage]
+    while pending:
+        name = pending.pop()
+        if name in seen or name in INFRASTRUCTURE:
+            continue
+        seen.add(name)
+        pending += _imported_modules((CODE / f"{name}.py").read_text())
+    return tuple(sorted(seen))
+
+
+def _imported_modules(source: str) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stages":
+            submodule = node.module.split(".")[1:2]
+            names += submodule or [alias.name for alias in node.names]
+    return names
+
+
+@cache
+def code_digest(stage: str) -> str:
+    """Digest of the source text that can change the result of `stage`."""
+    return digest_json({name: digest_file(CODE / f"{name}.py") for name in code_modules(stage)})
