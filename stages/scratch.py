@@ -125,7 +125,7 @@ class Scratch:
         """An empty folder to write the stage's output into; published as ``artifacts/<stage>`` when the block ends."""
         partial = empty_folder(self.folder / "out.partial")
         yield partial
-        manifest = {"stage": self.stage, "fingerprint": self.fingerprint, "files": describe_files(partial)}
+        manifest = {"stage": self.stage, "files": describe_files(partial)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         sync_tree(partial)
         partial.replace(self.folder / "out")

@@ -1,0 +1,22 @@
+"""Names of methods in params.yaml, checked against their registries before anything runs."""
+
+import importlib
+
+from stages.params import Params
+
+REGISTRIES = {
+    ("kronecker", "estimator"): "stages.estimators:ESTIMATORS",
+    ("subspace", "metric"): "stages.metrics:METRICS",
+    ("ranks", "allocator"): "stages.allocation:ALLOCATORS",
+}
+
+
+def check_methods(params: Params) -> None:
+    """Look every named method up in its registry.
+
+    Raises:
+        ParameterError: one is unknown; the message gives the nearest name and all of them.
+    """
+    for (block, key), location in REGISTRIES.items():
+        module, _, name = location.partition(":")
+        getattr(importlib.import_module(module), name).lookup(getattr(getattr(params, block), key))

@@ -1,0 +1,40 @@
+"""`fisherfold status`: every stage with its state, as DVC and the scratch folders tell it."""
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.staleness import stale_reasons
+from stages.errors import WorkspaceBusy
+from stages.params import STAGES
+from stages.scratch import lock_stage, scratch_folder
+from stages.workspace import Workspace
+
+
+def print_status(workspace: Workspace) -> None:
+    """Print one row a stage: up to date, stale (and why), interrupted (finished units) or running."""
+    reasons = stale_reasons(workspace)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("stage", "state", "why"):
+        table.add_column(heading)
+    for stage in STAGES:
+        table.add_row(stage, _state(workspace, stage, stage in reasons), "; ".join(reasons.get(stage, [])))
+    Console().print(table)
+
+
+def _state(workspace: Workspace, stage: str, stale: bool) -> str:
+    if not stale:
+        return "up to date"
+    finished = sum(1 for _ in scratch_folder(workspace, stage).glob("*/units/[!.]*"))
+    if _running(workspace, stage):
+        return f"running, {finished} units finished"
+    return f"interrupted, {finished} units finished" if finished else "stale"
+
+
+def _running(workspace: Workspace, stage: str) -> bool:
+    if not scratch_folder(workspace, stage).exists():
+        return False
+    try:
+        lock_stage(workspace, stage).close()
+    except WorkspaceBusy:
+        return True
+    return False

@@ -1,0 +1,176 @@
+"""The real stages on a tiny model, driven as a user drives them: `fisherfold run`, `dvc repro`, kills and mistakes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from project import QUIET, clone, command
+from ruamel.yaml import YAML
+
+from stages.params import STAGES
+
+WORDS = 40
+PARAMS = {
+    "prepare": {
+        "model": "tiny-model",
+        "corpus": "corpus.txt",
+        "questions": "questions.jsonl",
+        "question_count": 6,
+        "sequence_length": 16,
+        "calibration_sequences": 8,
+        "tuning_sequences": 2,
+        "evaluation_sequences": 4,
+    },
+    "capture": {"sequences_per_shard": 2, "batch_size": 2, "sketch_rank": 4},
+    "kronecker": {"estimator": "sequence"},
+}
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory) -> Path:
+    """A project with a tiny local model, a text corpus and questions of its own; nothing has run."""
+    folder = clone(tmp_path_factory.mktemp("fresh"))
+    tiny.save_tiny(folder / "tiny-model")
+    generator = random.Random(0)
+    articles = [" ".join(f"w{generator.randrange(3, tiny.VOCABULARY)}" for _ in range(WORDS)) for _ in range(24)]
+    (folder / "corpus.txt").write_text("\n\n".join(articles) + "\n")
+    questions = [
+        {"question": f"w{i + 3}", "choices": [f"w{20 * c + i + 5}" for c in range(4)], "answer": i % 4, "article": f"q{i}"} for i in range(6)
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)) + "\n")
+    yaml = YAML()
+    document = yaml.load(folder / "params.yaml")
+    for block, values in PARAMS.items():
+        document[block].update(values)
+    yaml.dump(document, folder / "params.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(fresh, tmp_path_factory) -> Path:
+    """The same project after `fisherfold run`."""
+    folder = copy(fresh, tmp_path_factory.mktemp("finished"))
+    result = fisherfold(folder, "run")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def copy(source: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(source, folder, dirs_exist_ok=True, symlinks=True))
+
+
+def fisherfold(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    return command(folder, sys.executable, "-m", "flows.cli", *words, environment={"PYTHONPATH": "", "PREFECT_HOME": str(folder / ".prefect")})
+
+
+def published(folder: Path) -> dict[str, dict]:
+    """What each stage published: every file's size and digest."""
+    return {stage: json.loads((folder / "artifacts" / stage / "manifest.json").read_text())["files"] for stage in STAGES}
+
+
+def stages_that(verb: str, text: str) -> list[str]:
+    return [stage for stage in STAGES if any(line.startswith(f"{stage}: {verb}") for line in text.splitlines())]
+
+
+def test_run_compresses_and_reports(finished):
+    metrics = json.loads((finished / "artifacts/evaluate/metrics.json").read_text())
+    assert set(metrics) == {"dense", "compressed", "size"}
+    assert metrics["size"]["targeted_parameters_compressed"] <= 0.8 * metrics["size"]["targeted_parameters_dense"]
+    assert "<html" in (finished / "artifacts/report/index.html").read_text()
+    assert not list(finished.glob("artifacts/*.partial"))
+
+
+def test_a_second_run_finds_everything_cached(finished):
+    before = published(finished)
+    result = fisherfold(finished, "run")
+    assert stages_that("is up to date", result.stderr) == list(STAGES)
+    assert published(finished) == before
+    assert "up to date" in command(finished, "dvc", "repro").stdout
+
+
+def test_metrics_and_plots_are_dvc_s(finished):
+    shown = json.loads(command(finished, "dvc", "metrics", "show", "--json").stdout)
+    assert "perplexity" in json.dumps(shown)
+    plots = command(finished, "dvc", "plots", "show")
+    assert plots.returncode == 0, plots.stderr
+
+
+def test_set_reruns_only_what_it_affects_and_back_restores(finished, tmp_path):
+    folder = copy(finished, tmp_path / "project")
+    before = published(folder)
+    result = fisherfold(folder, "run", "--set", "ranks.ratio=0.4")
+    assert result.returncode == 0, result.stderr
+    assert stages_that("is up to date", result.stderr) == list(STAGES[: STAGES.index("ranks")])
+    assert published(folder)["ranks"] != before["ranks"]
+    back = fisherfold(folder, "run", "--set", "ranks.ratio=0.2")
+    assert back.returncode == 0, back.stderr
+    assert published(folder) == before
+
+
+def test_dvc_repro_alone_gives_the_same_bits(fresh, finished, tmp_path):
+    folder = copy(fresh, tmp_path / "project")
+    result = command(folder, "dvc", "repro")
+    assert result.returncode == 0, result.stderr
+    assert published(folder) == published(finished)
+
+
+@pytest.mark.parametrize("seconds", [8.0, 20.0, 35.0])
+def test_killed_run_resumes_with_the_same_bits(fresh, finished, tmp_path, seconds):
+    folder = copy(fresh, tmp_path / "project")
+    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(folder / ".prefect")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "run"], cwd=folder, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    result = fisherfold(folder, "run")
+    assert result.returncode == 0, result.stderr
+    assert published(folder) == published(finished)
+
+
+def test_status_tells_state_and_reason(finished, tmp_path):
+    folder = copy(finished, tmp_path / "project")
+    fisherfold_set = (folder / "params.yaml").read_text().replace("ratio: 0.2", "ratio: 0.3")
+    (folder / "params.yaml").write_text(fisherfold_set)
+    rows = {line.split()[0]: line for line in fisherfold(folder, "status").stdout.splitlines() if line.strip()}
+    assert "up to date" in rows["capture"]
+    assert "stale" in rows["ranks"]
+    assert "params.yaml" in rows["ranks"]
+
+
+def test_corrupt_shard_stops_the_next_stage_with_one_clear_error(finished, tmp_path):
+    folder = copy(finished, tmp_path / "project")
+    shard = max((folder / "artifacts/capture/gradients").rglob("c/*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    damaged = bytearray(shard.read_bytes())
+    damaged[7] ^= 1
+    shard.unlink()
+    shard.write_bytes(damaged)
+    result = fisherfold(folder, "stage", "kronecker")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "checksum" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_wrong_parameter_and_wrong_folder(finished, tmp_path):
+    result = fisherfold(finished, "run", "--set", "ranks.ratoi=0.4")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "did you mean 'ratio'?" in result.stderr
+    assert "not inside a Fisherfold project" in fisherfold(tmp_path, "run").stderr
+
+
+def test_unknown_method_is_named_before_anything_runs(finished, tmp_path):
+    folder = copy(finished, tmp_path / "project")
+    result = fisherfold(folder, "run", "--set", "subspace.metric=kfca")
+    assert result.returncode == 2
+    assert "Did you mean 'kfac'?" in result.stderr
+    assert "kfca" not in (folder / "params.yaml").read_text()
