@@ -15,6 +15,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 Item = TypeVar("Item")
 PLAIN_INTERVAL = 10.0  # seconds between plain lines
@@ -24,7 +25,8 @@ _console = Console(stderr=True, highlight=False)
 
 def announce(stage: str, message: str) -> None:
     """Print one line that says what a stage is doing."""
-    _console.print(f"[bold]{stage}[/bold] {message}" if _console.is_terminal else f"{stage}: {message}")
+    line = Text.assemble((stage, "bold"), ": ", message)
+    _console.print(line, soft_wrap=True)
 
 
 def track(stage: str, doing: str, items: Iterable[Item], total: int) -> Iterator[Item]:
