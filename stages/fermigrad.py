@@ -1,0 +1,192 @@
+"""FermiGrad: all ranks found together by gradient descent through a Fermi function (arXiv 2512.03062).
+
+Layer l keeps component i (i = 0 …, in the metric's basis, W = left @ right) with the soft occupation
+
+    f_i(μ_l) = 1 / (1 + exp((i + ½ − μ_l) / τ)),
+
+so μ_l is a rank and τ a temperature in the same unit; as τ → 0 the layer is truncated to its first μ_l components. All μ
+descend one loss of the whole network, KL(dense ‖ soft-truncated) or the cross-entropy, with everything else frozen. The
+budget is held exactly at every step: after the step, μ is moved onto the surface Σ_l cost_l(μ_l) = budget.
+
+The paper leaves schedule, optimiser and data open; ours: Adam, its step and τ measured in shares of each layer's
+rank range and annealed together.
+
+Shapes: x [T, m], left [n, r], right [r, m], f [r]; T tokens, r = min(n, m).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, kl_div, linear
+
+BISECTIONS = 60  # halvings of the interval of a scalar: more than float64 resolves
+
+
+def occupation(mu: torch.Tensor, tau: float | torch.Tensor, count: int) -> torch.Tensor:
+    """Occupations f [count] of a layer's components at chemical potential `mu` and temperature `tau`, in rank units."""
+    index = torch.arange(count, dtype=mu.dtype, device=mu.device) + 0.5
+    return torch.sigmoid((mu - index) / tau)
+
+
+class SoftTruncatedLinear(nn.Module):
+    """y = left (f ∘ (right x)) + bias, with f the occupation of the layer's components.
+
+    `mu` is the only parameter that gets a gradient: ∂L/∂μ = Σ_i f_i (1 − f_i) / τ · Σ_t (right_i x_t)(left_iᵀ d_t).
+    """
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("left", left, persistent=False)
+        self.register_buffer("right", right, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+        self.mu = nn.Parameter(torch.tensor(float(len(right)), dtype=torch.float64, device=left.device))
+        self.tau = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = occupation(self.mu, self.tau, len(self.right)).to(x.dtype)
+        return linear(linear(x, self.right) * kept, self.left, self.bias)
+
+
+@dataclass(frozen=True)
+class RankBudget:
+    """The surface Σ_l cost_l(μ_l) = budget, for real ranks 0 ≤ μ_l ≤ limit_l.
+
+    Attributes:
+        outputs, inputs: n and m of every layer, float64 [L].
+        pivoted: cost r (m + n − r) (PivGa follows) and not min(r (m + n), m n).
+        budget: stored numbers over all layers.
+    """
+
+    outputs: torch.Tensor
+    inputs: torch.Tensor
+    pivoted: bool
+    budget: float
+
+    @property
+    def limit(self) -> torch.Tensor:
+        """The largest useful rank of each layer, [L]."""
+        return torch.minimum(self.outputs, self.inputs)
+
+    def cost(self, mu: torch.Tensor) -> torch.Tensor:
+        """Stored numbers of each layer at real rank `mu`, [L]."""
+        if self.pivoted:
+            return mu * (self.outputs + self.inputs - mu)
+        return torch.minimum(mu * (self.outputs + self.inputs), self.outputs * self.inputs)
+
+    def project(self, mu: torch.Tensor) -> torch.Tensor:
+        """Move `mu` onto the budget by one scalar s: clip(μ_l + s · limit_l, 0, limit_l), s by bisection."""
+        low, high = -1.0 - float((mu / self.limit).max()), 1.0 - float((mu / self.limit).min())
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            fits = float(self.cost(self._shift(mu, middle)).sum()) <= self.budget
+            low, high = (middle, high) if fits else (low, middle)
+        return self._shift(mu, low)
+
+    def _shift(self, mu: torch.Tensor, shift: float) -> torch.Tensor:
+        return torch.minimum((mu + shift * self.limit).clamp(min=0), self.limit)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The state between two steps: everything that the next one needs. Vectors are float64 [L]."""
+
+    step: int
+    mu: torch.Tensor
+    first_moment: torch.Tensor
+    second_moment: torch.Tensor
+
+    @classmethod
+    def start(cls, mu: torch.Tensor) -> "Descent":
+        """Before the first step, from the ranks of a closed-form allocation."""
+        return cls(0, mu.double(), torch.zeros_like(mu, dtype=torch.float64), torch.zeros_like(mu, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Temperature and step size, geometric from first to last step, as shares of each layer's rank range."""
+
+    steps: int
+    tau_first: float
+    tau_last: float
+    rate_first: float
+    rate_last: float
+
+    def tau(self, step: int) -> float:
+        return _geometric(self.tau_first, self.tau_last, step, self.steps)
+
+    def rate(self, step: int) -> float:
+        return _geometric(self.rate_first, self.rate_last, step, self.steps)
+
+
+def _geometric(first: float, last: float, step: int, steps: int) -> float:
+    return first * (last / first) ** (step / max(1, steps - 1))
+
+
+def adam_step(
+    state: Descent, gradient: torch.Tensor, budget: RankBudget, schedule: Schedule, betas: tuple[float, float] = (0.9, 0.95)
+) -> Descent:
+    """One Adam step of all μ in units of each layer's rank range, then back onto the budget.
+
+    The component of the gradient along the budget's own gradient is taken out first: it asks only for more budget.
+
+    Args:
+        gradient: ∂L/∂μ, float64 [L].
+    """
+    scaled = budget.limit * _along_budget(gradient, state.mu, budget)
+    first = betas[0] * state.first_moment + (1 - betas[0]) * scaled
+    second = betas[1] * state.second_moment + (1 - betas[1]) * scaled.square()
+    count = state.step + 1
+    direction = (first / (1 - betas[0] ** count)) / ((second / (1 - betas[1] ** count)).sqrt() + 1e-30)
+    moved = state.mu - schedule.rate(state.step) * budget.limit * direction
+    return Descent(count, budget.project(moved), first, second)
+
+
+def _along_budget(gradient: torch.Tensor, mu: torch.Tensor, budget: RankBudget) -> torch.Tensor:
+    """The gradient less λ ∂cost/∂μ, λ the least-squares exchange rate of loss against stored numbers."""
+    price = budget.outputs + budget.inputs - (2 * mu if budget.pivoted else 0 * mu)
+    weight = budget.limit  # the step's own metric: shares of the rank range
+    exchange = (weight**2 * gradient * price).sum() / (weight**2 * price**2).sum()
+    return gradient - exchange * price
+
+
+def soften(model: nn.Module, bases: Callable[[str], tuple[torch.Tensor, torch.Tensor]], names: Sequence[str]) -> list[SoftTruncatedLinear]:
+    """Replace the named linear layers of `model`, in place, by soft-truncated ones; return them in this order."""
+    softened = []
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        dense = model.get_submodule(name)
+        left, right = (factor.to(dense.weight.device, dense.weight.dtype) for factor in bases(name))
+        softened.append(SoftTruncatedLinear(left, right, dense.bias))
+        setattr(model.get_submodule(parent), child, softened[-1])
+    return softened
+
+
+def set_occupations(layers: Sequence[SoftTruncatedLinear], mu: torch.Tensor, tau_share: float) -> None:
+    """Give every layer its μ, and τ as a share of its rank range."""
+    with torch.no_grad():
+        for layer, value in zip(layers, mu.tolist(), strict=True):
+            layer.mu.fill_(value)
+            layer.mu.grad = None
+            layer.tau = tau_share * len(layer.right)
+
+
+def potential_gradient(layers: Sequence[SoftTruncatedLinear]) -> torch.Tensor:
+    """∂L/∂μ of all layers after a backward pass, float64 [L]: the only vector that data-parallel workers exchange."""
+    return torch.stack([layer.mu.grad.cpu() for layer in layers])
+
+
+def divergence(dense_logits: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """KL(dense ‖ soft-truncated), mean over tokens, in nats."""
+    dense, soft = (_precise(part).log_softmax(-1).flatten(0, -2) for part in (dense_logits, logits))
+    return kl_div(soft, dense, log_target=True, reduction="batchmean")
+
+
+def next_token_loss(dense_logits: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the next token (one shift), mean over tokens, in nats."""
+    return cross_entropy(_precise(logits)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def _precise(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
