@@ -1,0 +1,14 @@
+"""The orchestration of the stages: command line, Prefect flow, DVC. What the tools read from the environment is set here,
+before any of them is imported; a value that the user has set stays.
+"""
+
+import os
+
+for variable, value in {
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # never pickle
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the stages speak for themselves; the API gets every log
+}.items():
+    os.environ.setdefault(variable, value)

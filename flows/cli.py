@@ -34,12 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fisherfold", description="Low-rank compression of language models, weighted by the Fisher information.")
+    parser = argparse.ArgumentParser(
+        prog="fisherfold", description="Low-rank compression of language models, weighted by the Fisher information."
+    )
     commands = parser.add_subparsers(title="commands", required=True)
 
     run = commands.add_parser("run", help="run the whole pipeline; stages that are up to date are skipped")
     run.add_argument(
-        "--set", dest="assignments", action="append", default=[], metavar="STAGE.KEY=VALUE", help="change params.yaml first, e.g. ranks.ratio=0.4"
+        "--set",
+        dest="assignments",
+        action="append",
+        default=[],
+        metavar="STAGE.KEY=VALUE",
+        help="change params.yaml first, e.g. ranks.ratio=0.4",
     )
     run.add_argument("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage")
     run.set_defaults(command=_run)
@@ -63,17 +70,20 @@ def workspace_here() -> Workspace:
     for folder in (here, *here.parents):
         if (folder / PARAMS_FILE).exists() and (folder / "dvc.yaml").exists():
             return Workspace(folder)
-    raise ParameterError(f"{here} is not inside a Fisherfold project: no {PARAMS_FILE} beside a dvc.yaml here or above.")
+    raise ParameterError(
+        f"{here} is not inside a Fisherfold project: no {PARAMS_FILE} beside a dvc.yaml here or above."
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
+    from flows.methods import check_methods
     from flows.overrides import override_params
 
     workspace = workspace_here()
     path = workspace.root / PARAMS_FILE
     if options.assignments:
         override_params(path, options.assignments)
-    load_params(path)
+    check_methods(load_params(path))
 
     from flows.pipeline import run_pipeline
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from flows.methods import check_methods
 from stages.errors import ParameterError
 from stages.params import check_params, load_params
 
@@ -30,7 +31,8 @@ def override_params(path: Path, assignments: Sequence[str]) -> None:
         if document.get(block) is None:
             document[block] = {}
         document[block][key] = value
-    check_params(YAML(typ="safe").load(_dump(yaml, document)), source=f"--set {' '.join(assignments)}")
+    source = f"--set {' '.join(assignments)}"
+    check_methods(check_params(YAML(typ="safe").load(_dump(yaml, document)), source))
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(_dump(yaml, document))
     os.replace(partial, path)

@@ -4,16 +4,6 @@ Prefect decides when and shows what happens; DVC decides what is stale. A stage 
 *Cached*. With no Prefect API configured, a temporary server on the loopback interface serves this run alone.
 """
 
-import os
-
-for variable, value in {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # never pickle
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the stages speak for themselves; the API gets every log
-}.items():
-    os.environ.setdefault(variable, value)
-
 from collections.abc import Sequence
 
 from prefect import State, flow, task

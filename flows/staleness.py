@@ -8,8 +8,6 @@ from pathlib import Path
 from stages.errors import FisherfoldError
 from stages.workspace import Workspace
 
-os.environ.setdefault("DVC_NO_ANALYTICS", "1")
-
 
 def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, list[str]]:
     """Why each stage that is not up to date would run again, by stage name; `stage` asks for one alone.
@@ -25,7 +23,10 @@ def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, l
             status = repo.status(targets=[stage] if stage else None)
     except DvcException as error:
         raise FisherfoldError(f"DVC cannot read the state of {workspace.root}: {error}") from None
-    return {name.rpartition(":")[2]: [text for change in changes for text in _describe(change)] for name, changes in status.items()}
+    return {
+        name.rpartition(":")[2]: [text for change in changes for text in _describe(change)]
+        for name, changes in status.items()
+    }
 
 
 def _describe(change: object) -> list[str]:

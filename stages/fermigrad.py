@@ -125,7 +125,11 @@ def _geometric(first: float, last: float, step: int, steps: int) -> float:
 
 
 def adam_step(
-    state: Descent, gradient: torch.Tensor, budget: RankBudget, schedule: Schedule, betas: tuple[float, float] = (0.9, 0.95)
+    state: Descent,
+    gradient: torch.Tensor,
+    budget: RankBudget,
+    schedule: Schedule,
+    betas: tuple[float, float] = (0.9, 0.95),
 ) -> Descent:
     """One Adam step of all μ in units of each layer's rank range, then back onto the budget.
 
@@ -151,7 +155,9 @@ def _along_budget(gradient: torch.Tensor, mu: torch.Tensor, budget: RankBudget) 
     return gradient - exchange * price
 
 
-def soften(model: nn.Module, bases: Callable[[str], tuple[torch.Tensor, torch.Tensor]], names: Sequence[str]) -> list[SoftTruncatedLinear]:
+def soften(
+    model: nn.Module, bases: Callable[[str], tuple[torch.Tensor, torch.Tensor]], names: Sequence[str]
+) -> list[SoftTruncatedLinear]:
     """Replace the named linear layers of `model`, in place, by soft-truncated ones; return them in this order."""
     softened = []
     for name in names:

@@ -13,7 +13,9 @@ from stages.errors import InputError
 from stages.layers import LinearLayer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEVICE_VARIABLE = "FISHERFOLD_DEVICE"  # cpu, cuda, cuda:1, mps, auto (spread over the node's GPUs); unset: the best there is
+DEVICE_VARIABLE = (
+    "FISHERFOLD_DEVICE"  # cpu, cuda, cuda:1, mps, auto (spread over the node's GPUs); unset: the best there is
+)
 
 
 def chosen_device() -> str:

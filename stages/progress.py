@@ -37,7 +37,7 @@ def track(stage: str, doing: str, items: Iterable[Item], total: int) -> Iterator
     if _console.is_terminal:
         yield from _track_live(stage, doing, items, total)
     else:
-        yield from _track_plain(stage, doing, items, total)
+        yield from track_lines(stage, doing, items, total)
 
 
 def _track_live(stage: str, doing: str, items: Iterable[Item], total: int) -> Iterator[Item]:
@@ -56,7 +56,8 @@ def _track_live(stage: str, doing: str, items: Iterable[Item], total: int) -> It
             progress.advance(bar)
 
 
-def _track_plain(stage: str, doing: str, items: Iterable[Item], total: int) -> Iterator[Item]:
+def track_lines(stage: str, doing: str, items: Iterable[Item], total: int) -> Iterator[Item]:
+    """Like `track`, always in plain lines: for work inside an item that a live bar counts already."""
     start = last = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item

@@ -38,4 +38,6 @@ class Registry(Generic[Entry]):
             return self._entries[name]
         near = difflib.get_close_matches(name, self._entries, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ParameterError(f"{self.parameter} = {name!r} is unknown.{hint} Valid are {', '.join(sorted(self._entries))}.")
+        raise ParameterError(
+            f"{self.parameter} = {name!r} is unknown.{hint} Valid are {', '.join(sorted(self._entries))}."
+        )

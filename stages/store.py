@@ -26,7 +26,12 @@ def write_arrays(folder: Path, arrays: Mapping[str, torch.Tensor]) -> None:
         _check_name(name)
         values, attributes = _to_numpy(tensor)
         array = group.create_array(
-            name, shape=values.shape, chunks=_chunks(values), dtype=values.dtype, compressors=[Crc32cCodec()], attributes=attributes
+            name,
+            shape=values.shape,
+            chunks=_chunks(values),
+            dtype=values.dtype,
+            compressors=[Crc32cCodec()],
+            attributes=attributes,
         )
         array[...] = values
 
@@ -58,7 +63,11 @@ def _to_numpy(tensor: torch.Tensor) -> tuple[np.ndarray, dict]:
 def _chunks(values: np.ndarray) -> tuple[int, ...]:
     """Chunks that split the first axis only, of at most CHUNK_BYTES each."""
     row_bytes = max(1, values[:1].nbytes) if values.ndim else 1
-    return (max(1, min(values.shape[0], CHUNK_BYTES // row_bytes)), *(max(1, size) for size in values.shape[1:])) if values.ndim else ()
+    return (
+        (max(1, min(values.shape[0], CHUNK_BYTES // row_bytes)), *(max(1, size) for size in values.shape[1:]))
+        if values.ndim
+        else ()
+    )
 
 
 def _check_name(name: str) -> None:

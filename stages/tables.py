@@ -14,7 +14,9 @@ import torch
 
 from stages.errors import CorruptArtifact, InputError
 
-SEQUENCES = pa.schema([("sequence", pa.int32()), ("input_ids", pa.list_(pa.int32())), ("articles", pa.list_(pa.string()))])
+SEQUENCES = pa.schema(
+    [("sequence", pa.int32()), ("input_ids", pa.list_(pa.int32())), ("articles", pa.list_(pa.string()))]
+)
 QUESTIONS = pa.schema(
     [("question", pa.string()), ("choices", pa.list_(pa.string())), ("answer", pa.int32()), ("article", pa.string())]
 )
@@ -22,7 +24,11 @@ QUESTIONS = pa.schema(
 
 def write_sequences(path: Path, input_ids: np.ndarray, articles: list[list[str]], vocabulary: int) -> None:
     """Write token ids [S, T] with the articles that each sequence draws from."""
-    rows = {"sequence": list(range(len(input_ids))), "input_ids": list(input_ids.astype(np.int32)), "articles": articles}
+    rows = {
+        "sequence": list(range(len(input_ids))),
+        "input_ids": list(input_ids.astype(np.int32)),
+        "articles": articles,
+    }
     write_table(path, pa.table(rows, schema=SEQUENCES), vocabulary)
 
 
@@ -41,7 +47,9 @@ def read_table(path: Path) -> pa.Table:
     try:
         return pq.read_table(path)
     except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
-        raise CorruptArtifact(f"{path}: {error}. Write it again with `dvc repro --force --single-item prepare`.") from None
+        raise CorruptArtifact(
+            f"{path}: {error}. Write it again with `dvc repro --force --single-item prepare`."
+        ) from None
 
 
 def read_sequences(path: Path, vocabulary: int) -> torch.Tensor:

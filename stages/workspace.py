@@ -57,7 +57,9 @@ def read_manifest(folder: Path) -> dict:
     try:
         return json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
-        raise CorruptArtifact(f"{folder} has no {MANIFEST}: stage {folder.name!r} has not finished. {_cure(folder)}") from None
+        raise CorruptArtifact(
+            f"{folder} has no {MANIFEST}: stage {folder.name!r} has not finished. {_cure(folder)}"
+        ) from None
     except ValueError as error:
         raise CorruptArtifact(f"{folder / MANIFEST} is not readable ({error}). {_cure(folder)}") from None
 
@@ -97,8 +99,10 @@ def digest_json(value: object) -> str:
 
 def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict]:
     """Size and SHA-256 of every file below `folder` (or of `names`), by relative path, sorted."""
-    found = names if names is not None else (
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    found = (
+        names
+        if names is not None
+        else (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     )
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest_file(folder / name)} for name in sorted(found)

@@ -24,9 +24,16 @@ def clone(folder: Path) -> Path:
     return folder
 
 
-def command(folder: Path, *words: str, environment: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess:
+def command(
+    folder: Path, *words: str, environment: dict[str, str] | None = None, **options
+) -> subprocess.CompletedProcess:
     """Run a command of this Python's environment in `folder`, its output captured as text."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
-        words, cwd=folder, env={**os.environ, **QUIET, "PATH": path, **(environment or {})}, capture_output=True, text=True, **options
+        words,
+        cwd=folder,
+        env={**os.environ, **QUIET, "PATH": path, **(environment or {})},
+        capture_output=True,
+        text=True,
+        **options,
     )

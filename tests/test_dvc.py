@@ -76,7 +76,9 @@ def test_stage_declares_its_own_block_and_all_its_code(stage):
 @pytest.mark.parametrize("path", sorted((ROOT / "stages").rglob("*.py")), ids=lambda path: path.stem)
 def test_stages_import_no_orchestrator(path):
     imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {alias.name for node in imports for alias in node.names} | {getattr(node, "module", None) or "" for node in imports}
+    names = {alias.name for node in imports for alias in node.names} | {
+        getattr(node, "module", None) or "" for node in imports
+    }
     assert not {"prefect", "dvc", "flows", "ray"} & {name.partition(".")[0] for name in names}
 
 
@@ -93,7 +95,9 @@ def test_a_parameter_reruns_its_stage_and_those_after_it(project, stage):
     assert reproduce(project) == list(AFFECTED[stage])
 
 
-@pytest.mark.parametrize("parameter", [f"{block}.{key}" for block, params in Params() for key in type(params).model_fields])
+@pytest.mark.parametrize(
+    "parameter", [f"{block}.{key}" for block, params in Params() for key in type(params).model_fields]
+)
 def test_every_parameter_makes_only_its_own_stage_stale(project, parameter):
     block, key = parameter.split(".")
     yaml, path = YAML(), project / "params.yaml"

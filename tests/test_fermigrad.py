@@ -95,7 +95,9 @@ def test_all_potentials_of_a_model_by_finite_differences(family, loss):
     model, dense = (tiny.tiny_model(family).double().requires_grad_(False) for _ in range(2))
     for parameter in (*model.parameters(), *dense.parameters()):
         parameter.mul_(8)  # RMSNorm rounds to float32: make the signal larger than that
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "lm_head" not in name]
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "lm_head" not in name
+    ]
     layers = soften(model, lambda name: svd_basis(dense.get_submodule(name)), names)
     ids = tiny.random_ids(2, 10)
     with torch.no_grad():

@@ -51,7 +51,9 @@ def test_override_keeps_comments_and_other_values(tmp_path):
     assert path.read_text().count("#") == SHIPPED.read_text().count("#")
 
 
-@pytest.mark.parametrize("assignment", ["ranks.ratio", "ratio=0.4", "ranks.ratio=1.5", "ranks.ratio=[", "ranks.ratoi=0.4"])
+@pytest.mark.parametrize(
+    "assignment", ["ranks.ratio", "ratio=0.4", "ranks.ratio=1.5", "ranks.ratio=[", "ranks.ratoi=0.4"]
+)
 def test_wrong_override_changes_nothing(tmp_path, assignment):
     path = tmp_path / "params.yaml"
     path.write_text(SHIPPED.read_text())

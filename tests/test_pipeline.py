@@ -43,7 +43,13 @@ def fresh(tmp_path_factory) -> Path:
     articles = [" ".join(f"w{generator.randrange(3, tiny.VOCABULARY)}" for _ in range(WORDS)) for _ in range(24)]
     (folder / "corpus.txt").write_text("\n\n".join(articles) + "\n")
     questions = [
-        {"question": f"w{i + 3}", "choices": [f"w{20 * c + i + 5}" for c in range(4)], "answer": i % 4, "article": f"q{i}"} for i in range(6)
+        {
+            "question": f"w{i + 3}",
+            "choices": [f"w{20 * c + i + 5}" for c in range(4)],
+            "answer": i % 4,
+            "article": f"q{i}",
+        }
+        for i in range(6)
     ]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)) + "\n")
     yaml = YAML()
@@ -68,12 +74,21 @@ def copy(source: Path, folder: Path) -> Path:
 
 
 def fisherfold(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    return command(folder, sys.executable, "-m", "flows.cli", *words, environment={"PYTHONPATH": "", "PREFECT_HOME": str(folder / ".prefect")})
+    return command(
+        folder,
+        sys.executable,
+        "-m",
+        "flows.cli",
+        *words,
+        environment={"PYTHONPATH": "", "PREFECT_HOME": str(folder / ".prefect")},
+    )
 
 
 def published(folder: Path) -> dict[str, dict]:
     """What each stage published: every file's size and digest."""
-    return {stage: json.loads((folder / "artifacts" / stage / "manifest.json").read_text())["files"] for stage in STAGES}
+    return {
+        stage: json.loads((folder / "artifacts" / stage / "manifest.json").read_text())["files"] for stage in STAGES
+    }
 
 
 def stages_that(verb: str, text: str) -> list[str]:
@@ -127,7 +142,11 @@ def test_killed_run_resumes_with_the_same_bits(fresh, finished, tmp_path, second
     folder = copy(fresh, tmp_path / "project")
     environment = {**os.environ, **QUIET, "PREFECT_HOME": str(folder / ".prefect")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "run"], cwd=folder, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "flows.cli", "run"],
+        cwd=folder,
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
     )
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGKILL)
@@ -149,7 +168,10 @@ def test_status_tells_state_and_reason(finished, tmp_path):
 
 def test_corrupt_shard_stops_the_next_stage_with_one_clear_error(finished, tmp_path):
     folder = copy(finished, tmp_path / "project")
-    shard = max((folder / "artifacts/capture/gradients").rglob("c/*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    shard = max(
+        (folder / "artifacts/capture/gradients").rglob("c/*"),
+        key=lambda path: path.stat().st_size if path.is_file() else 0,
+    )
     damaged = bytearray(shard.read_bytes())
     damaged[7] ^= 1
     shard.unlink()
