@@ -70,6 +70,10 @@ class RanksParams(Block):
     ratio: Share = 0.2
     allocator: str = "fisher"
     storage: Literal["factors", "pivoted"] = "pivoted"
+    round_to: Count = 1
+    floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ceiling: Annotated[float, Field(gt=0, le=1)] = 1.0
+    exclude: list[str] = []
 
 
 class FactorizeParams(Block):
