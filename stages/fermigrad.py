@@ -14,7 +14,9 @@ rank range and annealed together.
 Shapes: x [T, m], left [n, r], right [r, m], f [r]; T tokens, r = min(n, m).
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,22 +33,29 @@ def occupation(mu: torch.Tensor, tau: float | torch.Tensor, count: int) -> torch
 
 
 class SoftTruncatedLinear(nn.Module):
-    """y = left (f ∘ (right x)) + bias, with f the occupation of the layer's components.
+    """y = left (f ∘ (right x)) + bias, with f the occupation of the layer's components; or the dense layer while `soft` is off.
 
     `mu` is the only parameter that gets a gradient: ∂L/∂μ = Σ_i f_i (1 − f_i) / τ · Σ_t (right_i x_t)(left_iᵀ d_t).
+    Components so far above μ that their occupation is lost in rounding are not computed.
     """
 
-    def __init__(self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None) -> None:
+    NEGLIGIBLE = 17.0  # temperatures above μ; exp(-17) is below the resolution of float32
+
+    def __init__(self, dense: nn.Module, left: torch.Tensor, right: torch.Tensor) -> None:
         super().__init__()
+        self.dense = dense
         self.register_buffer("left", left, persistent=False)
         self.register_buffer("right", right, persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
         self.mu = nn.Parameter(torch.tensor(float(len(right)), dtype=torch.float64, device=left.device))
         self.tau = 1.0
+        self.soft = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kept = occupation(self.mu, self.tau, len(self.right)).to(x.dtype)
-        return linear(linear(x, self.right) * kept, self.left, self.bias)
+        if not self.soft:
+            return self.dense(x)
+        count = min(len(self.right), math.ceil(float(self.mu) + self.NEGLIGIBLE * self.tau))
+        kept = occupation(self.mu, self.tau, count).to(x.dtype)
+        return linear(linear(x, self.right[:count]) * kept, self.left[:, :count], self.dense.bias)
 
 
 @dataclass(frozen=True)
@@ -54,30 +63,28 @@ class RankBudget:
     """The surface Σ_l cost_l(μ_l) = budget, for real ranks 0 ≤ μ_l ≤ limit_l.
 
     Attributes:
-        outputs, inputs: n and m of every layer, float64 [L].
-        pivoted: cost r (m + n − r) (PivGa follows) and not min(r (m + n), m n).
+        costs: stored numbers at every whole rank 0 … limit_l, float64 [L, R], linear in between, never falling.
+        limit: the largest rank of each layer, float64 [L].
         budget: stored numbers over all layers.
     """
 
-    outputs: torch.Tensor
-    inputs: torch.Tensor
-    pivoted: bool
+    costs: torch.Tensor
+    limit: torch.Tensor
     budget: float
-
-    @property
-    def limit(self) -> torch.Tensor:
-        """The largest useful rank of each layer, [L]."""
-        return torch.minimum(self.outputs, self.inputs)
 
     def cost(self, mu: torch.Tensor) -> torch.Tensor:
         """Stored numbers of each layer at real rank `mu`, [L]."""
-        if self.pivoted:
-            return mu * (self.outputs + self.inputs - mu)
-        return torch.minimum(mu * (self.outputs + self.inputs), self.outputs * self.inputs)
+        below = mu.floor()
+        return self._at(below) + (mu - below) * self.price(mu)
+
+    def price(self, mu: torch.Tensor) -> torch.Tensor:
+        """∂cost/∂μ of each layer, [L]: what the next whole rank costs."""
+        below = torch.minimum(mu.floor(), self.limit - 1)
+        return self._at(below + 1) - self._at(below)
 
     def project(self, mu: torch.Tensor) -> torch.Tensor:
-        """Move `mu` onto the budget by one scalar s: clip(μ_l + s · limit_l, 0, limit_l), s by bisection."""
-        low, high = -1.0 - float((mu / self.limit).max()), 1.0 - float((mu / self.limit).min())
+        """Move `mu` onto the budget by one scalar s: clip(μ_l + s · limit_l, 0, limit_l), s by bisection from below."""
+        low, high = -float((mu / self.limit).max()), 1.0 - float((mu / self.limit).min())
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             fits = float(self.cost(self._shift(mu, middle)).sum()) <= self.budget
@@ -86,6 +93,9 @@ class RankBudget:
 
     def _shift(self, mu: torch.Tensor, shift: float) -> torch.Tensor:
         return torch.minimum((mu + shift * self.limit).clamp(min=0), self.limit)
+
+    def _at(self, rank: torch.Tensor) -> torch.Tensor:
+        return self.costs.gather(1, rank.long()[:, None]).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -149,9 +159,9 @@ def adam_step(
 
 def _along_budget(gradient: torch.Tensor, mu: torch.Tensor, budget: RankBudget) -> torch.Tensor:
     """The gradient less λ ∂cost/∂μ, λ the least-squares exchange rate of loss against stored numbers."""
-    price = budget.outputs + budget.inputs - (2 * mu if budget.pivoted else 0 * mu)
-    weight = budget.limit  # the step's own metric: shares of the rank range
-    exchange = (weight**2 * gradient * price).sum() / (weight**2 * price**2).sum()
+    price = budget.price(mu)
+    weight = budget.limit.square()  # the step's own metric: shares of the rank range
+    exchange = (weight * gradient * price).sum() / (weight * price.square()).sum().clamp(min=1e-300)
     return gradient - exchange * price
 
 
@@ -164,9 +174,22 @@ def soften(
         parent, _, child = name.rpartition(".")
         dense = model.get_submodule(name)
         left, right = (factor.to(dense.weight.device, dense.weight.dtype) for factor in bases(name))
-        softened.append(SoftTruncatedLinear(left, right, dense.bias))
+        softened.append(SoftTruncatedLinear(dense, left, right))
         setattr(model.get_submodule(parent), child, softened[-1])
     return softened
+
+
+@contextmanager
+def dense_network(layers: Sequence[SoftTruncatedLinear]) -> Iterator[None]:
+    """While this lasts, the softened network computes what the dense one does, without gradients."""
+    for layer in layers:
+        layer.soft = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in layers:
+            layer.soft = True
 
 
 def set_occupations(layers: Sequence[SoftTruncatedLinear], mu: torch.Tensor, tau_share: float) -> None:

@@ -10,6 +10,7 @@ from stages.fermigrad import (
     Schedule,
     SoftTruncatedLinear,
     adam_step,
+    dense_network,
     divergence,
     next_token_loss,
     occupation,
@@ -22,8 +23,12 @@ SHAPES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1,
 
 
 def budget_of(shapes, share, pivoted) -> RankBudget:
-    n, m = torch.tensor(shapes, dtype=torch.float64).T
-    return RankBudget(n, m, pivoted, share * float((n * m).sum()))
+    limit = torch.tensor([min(shape) for shape in shapes], dtype=torch.float64)
+    costs = torch.zeros(len(shapes), int(limit.max()) + 1, dtype=torch.float64)
+    for row, (n, m) in zip(costs, shapes, strict=True):
+        rank = torch.arange(min(n, m) + 1, dtype=torch.float64)
+        row[: len(rank)] = rank * (n + m - rank) if pivoted else (rank * (n + m)).clamp(max=n * m)
+    return RankBudget(costs, limit, share * sum(n * m for n, m in shapes))
 
 
 def svd_basis(layer: torch.nn.Linear):
@@ -56,7 +61,7 @@ def test_every_step_keeps_the_budget(shapes, seed):
 
 def test_zero_temperature_is_truncation():
     layer = torch.nn.Linear(7, 5).double()
-    soft = SoftTruncatedLinear(*svd_basis(layer), layer.bias)
+    soft = SoftTruncatedLinear(layer, *svd_basis(layer))
     x = torch.randn(3, 7, dtype=torch.float64)
     with torch.no_grad():
         soft.mu.fill_(3)
@@ -70,7 +75,7 @@ def test_zero_temperature_is_truncation():
 def test_gradient_is_the_formula_and_the_finite_difference():
     torch.manual_seed(0)
     layer = torch.nn.Linear(7, 5).double()
-    soft = SoftTruncatedLinear(*svd_basis(layer), layer.bias)
+    soft = SoftTruncatedLinear(layer, *svd_basis(layer))
     x, target = torch.randn(9, 7, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
 
     def loss_at(mu: float) -> torch.Tensor:
@@ -100,8 +105,9 @@ def test_all_potentials_of_a_model_by_finite_differences(family, loss):
     ]
     layers = soften(model, lambda name: svd_basis(dense.get_submodule(name)), names)
     ids = tiny.random_ids(2, 10)
-    with torch.no_grad():
-        reference = dense(ids).logits
+    with dense_network(layers):
+        reference = model(ids).logits
+    torch.testing.assert_close(reference, dense(ids).logits)
 
     def loss_at(mu: torch.Tensor) -> torch.Tensor:
         set_occupations(layers, mu, 0.1)
