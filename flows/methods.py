@@ -7,7 +7,7 @@ from stages.params import Params
 REGISTRIES = {
     ("kronecker", "estimator"): "stages.estimators:ESTIMATORS",
     ("subspace", "metric"): "stages.metrics:METRICS",
-    ("ranks", "allocator"): "stages.allocation:ALLOCATORS",
+    ("ranks", "allocator"): "stages.ranks:ALLOCATORS",
 }
 
 

@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
+import pyarrow as pa
 
 from stages import knapsack
 from stages.cost import rank_costs
 from stages.errors import ParameterError
 from stages.knapsack import Knapsack
 from stages.layers import LinearLayer
+from stages.params import RanksParams
 from stages.registry import Registry
+from stages.scratch import Scratch
 from stages.workspace import Workspace
 
 
@@ -51,7 +54,9 @@ class Allocation:
         costs: stored numbers at each rank, int64 [L, R], R = 1 + the largest k.
         allowed: which ranks each layer may have, bool [L, R]; none that costs as much as the dense layer and keeps less.
         budget: stored numbers that all layers together may use; the ranks of least cost fit.
-        workspace: the project folder, for allocators that measure the model.
+        params: the stage's parameters.
+        workspace, scratch: the project folder, and the stage's restartable units, for allocators that measure the model.
+        tables: what an allocator leaves beside the ranks, published as <name>.parquet.
     """
 
     layers: Sequence[LinearLayer]
@@ -59,7 +64,10 @@ class Allocation:
     costs: np.ndarray
     allowed: np.ndarray
     budget: int
+    params: RanksParams = field(default_factory=RanksParams)
     workspace: Workspace | None = None
+    scratch: Scratch | None = None
+    tables: dict[str, pa.Table] = field(default_factory=dict)
 
     @property
     def dense_numbers(self) -> np.ndarray:
@@ -76,6 +84,11 @@ class Allocation:
     def spend(self, worth: np.ndarray) -> np.ndarray:
         """The allowed ranks [L] of most `worth` [L, R] in total under the budget; see ``knapsack.solve``."""
         return knapsack.solve(Knapsack(np.where(self.allowed, worth, -np.inf), self.costs, self.budget))
+
+    def fill_from(self, ranks: np.ndarray) -> np.ndarray:
+        """The allowed ranks, none below `ranks` [L], of most kept σ² in total under the budget."""
+        higher = np.arange(self.costs.shape[1]) >= ranks[:, None]
+        return self.spend(np.where(higher, self.energies(), -np.inf))
 
 
 Allocator = Callable[[Allocation], np.ndarray]
@@ -104,15 +117,8 @@ def uniform(allocation: Allocation) -> np.ndarray:
     return allocation.spend(dense * (share - share**2 / 2))
 
 
-def pose(
-    layers: Sequence[LinearLayer],
-    spectra: Sequence[np.ndarray],
-    ratio: float,
-    storage: str,
-    limits: Limits,
-    workspace: Workspace | None = None,
-) -> Allocation:
-    """The task of removing `ratio` of the stored numbers of `layers`.
+def pose(layers: Sequence[LinearLayer], spectra: Sequence[np.ndarray], params: RanksParams, limits: Limits) -> Allocation:
+    """The task of removing ``params.ratio`` of the stored numbers of `layers`.
 
     Raises:
         ParameterError: no allowed allocation meets the ratio (the message has the nearest that one does).
@@ -120,14 +126,14 @@ def pose(
     shape = len(layers), max(min(layer.outputs, layer.inputs) for layer in layers) + 1
     costs, allowed = np.zeros(shape, np.int64), np.zeros(shape, bool)
     for row, layer in enumerate(layers):
-        cost = rank_costs(layer, storage)
+        cost = rank_costs(layer, params.storage)
         useful = cost < cost[-1]
         useful[-1] = True
         costs[row, : len(cost)] = cost
         allowed[row, : len(cost)] = useful & limits.allowed(layer)
     dense = sum(layer.outputs * layer.inputs for layer in layers)
-    task = Allocation(layers, spectra, costs, allowed, budget_of(dense, ratio), workspace)
-    _check_ratio(task, dense, ratio)
+    task = Allocation(layers, spectra, costs, allowed, budget_of(dense, params.ratio), params)
+    _check_ratio(task, dense, params.ratio)
     return task
 
 

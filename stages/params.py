@@ -54,9 +54,10 @@ class CaptureParams(Block):
 
 
 class KroneckerParams(Block):
-    estimator: Literal["kfac", "sequence"] = "kfac"
-    iterations: Count = 20
-    tolerance: Annotated[float, Field(gt=0)] = 1e-4
+    estimator: str = "kfac"
+    iterations: Count = 50
+    tolerance: Annotated[float, Field(gt=0)] = 1e-5
+    dtype: Literal["float32", "float64"] = "float32"
 
 
 class SubspaceParams(Block):
@@ -64,6 +65,28 @@ class SubspaceParams(Block):
     input_damping: Damping = 0.01
     output_damping: Damping = 0.1
     asvd_alpha: Annotated[float, Field(ge=0)] = 0.5
+
+
+class FermigradParams(Block):
+    """Allocator `fermigrad`; temperatures and rates are shares of each layer's rank range."""
+
+    objective: Literal["kl", "cross_entropy"] = "kl"
+    steps: Count = 40
+    batches: Count = 1
+    sequences: Count = 2
+    tau_first: Share = 0.06
+    tau_last: Share = 0.007
+    rate_first: Share = 0.03
+    rate_last: Share = 0.005
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class MeasuredParams(Block):
+    """Allocators `sensitivity` and `ilp`, which measure one layer at a time."""
+
+    levels: Count = 8
+    sequences: Count = 2
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class RanksParams(Block):
@@ -74,6 +97,8 @@ class RanksParams(Block):
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ceiling: Annotated[float, Field(gt=0, le=1)] = 1.0
     exclude: list[str] = []
+    fermigrad: FermigradParams = FermigradParams()
+    measured: MeasuredParams = MeasuredParams()
 
 
 class FactorizeParams(Block):

@@ -7,12 +7,15 @@ import fnmatch
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import stages.fermi_descent
+import stages.measured_allocation  # noqa: F401  both enter their allocators
 from stages.allocation import ALLOCATORS, Allocation, Limits, pose
 from stages.cost import DENSE, Choice, choose_storage
 from stages.errors import CorruptArtifact, NumericalError, ParameterError
@@ -55,13 +58,15 @@ def run(workspace: Workspace, params: RanksParams) -> None:
         layers = read_layers(subspace)
         spectra = read_spectra(subspace / "spectra.parquet", layers)
         limits = Limits(params.round_to, params.floor, params.ceiling, select_modules(layers, params.exclude))
-        task = pose(layers, spectra, params.ratio, params.storage, limits, workspace)
+        task = replace(pose(layers, spectra, params, limits), workspace=workspace, scratch=scratch)
         ranks = allocate(task)
         choices = [choose_storage(layer, int(rank), params.storage) for layer, rank in zip(layers, ranks)]
         _describe(layers, choices)
         with scratch.publish() as out:
             metric = json.loads((subspace / "subspace.json").read_text())["metric"]
             pq.write_table(_table(layers, choices, metric, params.allocator), out / "ranks.parquet")
+            for name, extra in task.tables.items():
+                pq.write_table(extra, out / f"{name}.parquet")
             budget = _budget(task, choices, params.ratio)
             (out / "budget.json").write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n")
             shutil.copyfile(subspace / "layers.json", out / "layers.json")

@@ -129,6 +129,8 @@ def _imported_modules(source: str) -> list[str]:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stages":
             submodule = node.module.split(".")[1:2]
             names += submodule or [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("stages.")]
     return names
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from stages.allocation import ALLOCATORS, Allocation, Limits, budget_of, pose
 from stages.cost import DENSE, FORMATS, choose_storage, rank_costs
 from stages.errors import ParameterError
+from stages.params import RanksParams
 from stages.layers import LinearLayer
 
 STORAGES = ("factors", "pivoted")
@@ -26,7 +27,7 @@ def task(shapes, ratio, storage="pivoted", limits=UNLIMITED, seed=0, decay=0.9) 
     spectra = [
         np.sort(generator.exponential(size=min(n, m)) * decay ** np.arange(min(n, m)) * generator.uniform(0.5, 2))[::-1] for n, m in shapes
     ]
-    return pose(layers, spectra, ratio, storage, limits)
+    return pose(layers, spectra, RanksParams(ratio=ratio, storage=storage), limits)
 
 
 def cost_of(task: Allocation, ranks) -> int:
@@ -107,7 +108,7 @@ def test_uniform_removes_the_same_share_of_every_layer():
 def test_a_layer_whose_factors_would_outgrow_it_stays_dense():
     """Flat, dominant spectrum in one layer: under plain factors only the dense format holds its components."""
     layers = [layer(10, 10, "flat"), layer(10, 10, "steep")]
-    problem = pose(layers, [np.full(10, 5.0), 0.1 ** np.arange(10)], 0.4, "factors", Limits())
+    problem = pose(layers, [np.full(10, 5.0), 0.1 ** np.arange(10)], RanksParams(ratio=0.4, storage="factors"), Limits())
     ranks = ALLOCATORS.lookup("fisher")(problem)
     assert ranks.tolist() == [10, 1]
     assert choose_storage(layers[0], 10, "factors").storage == DENSE
