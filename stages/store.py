@@ -4,8 +4,11 @@ A group has one writer. A missing chunk reads as zeros without an error, so comp
 (``workspace.verify_output``); a changed bit fails the checksum here. bfloat16 is stored as uint16 with an attribute.
 """
 
+import json
+import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +24,42 @@ ARRAY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.
 
 def write_arrays(folder: Path, arrays: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as the arrays of one group; names may hold one or more ``/``."""
-    group = zarr.open_group(store=str(folder), mode="a")
+    group = _open(folder)
     for name, tensor in arrays.items():
         _check_name(name)
         values, attributes = _to_numpy(tensor)
-        array = group.create_array(
-            name,
-            shape=values.shape,
-            chunks=_chunks(values),
-            dtype=values.dtype,
-            compressors=[Crc32cCodec()],
-            attributes=attributes,
-        )
+        array = _create(group, name, values.shape, _chunks(values), values.dtype, attributes)
         array[...] = values
+
+
+class RowWriter:
+    """One array of a group, written some rows at a time, in order.
+
+    Args:
+        folder: the group's folder.
+        name: the array's name.
+        shape: of the whole array, [rows, ...].
+        dtype: of the whole array.
+        rows_per_chunk: rows to append at a time, so that every chunk is written once.
+    """
+
+    def __init__(self, folder: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, rows_per_chunk: int) -> None:
+        _check_name(name)
+        values, attributes = _to_numpy(torch.empty(0, dtype=dtype))
+        chunks = (rows_per_chunk, *(max(1, size) for size in shape[1:]))
+        self._array = _create(_open(folder), name, shape, chunks, values.dtype, attributes)
+        self._written = 0
+
+    def append(self, rows: torch.Tensor) -> None:
+        """Write the next rows."""
+        self._array[self._written : self._written + len(rows)] = _to_numpy(rows)[0]
+        self._written += len(rows)
+
+
+def array_names(folder: Path) -> list[str]:
+    """The names of all arrays of a group, sorted."""
+    found = (path for path in folder.rglob("zarr.json") if json.loads(path.read_text())["node_type"] == "array")
+    return sorted(path.parent.relative_to(folder).as_posix() for path in found)
 
 
 def read_array(folder: Path, name: str, where: object = ...) -> torch.Tensor:
@@ -51,6 +77,33 @@ def read_array(folder: Path, name: str, where: object = ...) -> torch.Tensor:
     except (ValueError, RuntimeError, OSError) as error:
         raise CorruptArtifact(f"{folder}, array {name!r}: {error}. Write it again with `dvc repro --force`.") from error
     return values.view(torch.bfloat16) if array.attrs.get("dtype") == "bfloat16" else values
+
+
+def gather_groups(target: Path, groups: Iterable[Path]) -> None:
+    """Make one group of several that hold different arrays, by hard links where the file system has them."""
+    for group in groups:
+        for path in sorted(group.rglob("*")):
+            if path.is_file() and not (twin := target / path.relative_to(group)).exists():
+                twin.parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(path, twin)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _open(folder: Path) -> zarr.Group:
+    return zarr.open_group(store=str(folder), mode="a")
+
+
+def _create(
+    group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype, attributes: dict
+) -> zarr.Array:
+    codecs = [Crc32cCodec()]
+    return group.create_array(name, shape=shape, chunks=chunks, dtype=dtype, compressors=codecs, attributes=attributes)
 
 
 def _to_numpy(tensor: torch.Tensor) -> tuple[np.ndarray, dict]:
