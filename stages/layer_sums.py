@@ -1,0 +1,248 @@
+"""Statistics of linear layers, summed by hooks while a model runs forward and backward.
+
+Shapes: B sequences of T tokens in a batch, x [m] input and d [n] output gradient of a layer at one token,
+X [T, m] and D [T, n] those of one sequence, G = D^T X [n, m] the sequence's gradient, k sketch rank.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from stages.errors import InputError
+from stages.gradient_pass import GradientPass, gradient_pass
+from stages.gram import add_gram, exact_products, mirror
+from stages.layers import LinearLayer, forward_hooks, linear_modules
+from stages.registry import Registry
+from stages.sketch import gaussian_probes, sketch, sketch_width
+
+Arrays = dict[str, torch.Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+
+class GradientForm(Protocol):
+    """The form in which each sequence's gradient of one layer is kept.
+
+    Args:
+        layer: the layer.
+        rank: capture.sketch_rank.
+        seed: capture.seed.
+    """
+
+    def __init__(self, layer: LinearLayer, rank: int, seed: int) -> None: ...
+
+    @staticmethod
+    def shapes(layer: LinearLayer, rank: int) -> Shapes:
+        """Shape of every array that is kept for one sequence."""
+
+    def __call__(self, D: torch.Tensor, X: torch.Tensor, G: torch.Tensor) -> Arrays:
+        """The arrays of one sequence."""
+
+
+GRADIENT_FORMS: Registry[type[GradientForm] | None] = Registry("capture.gradients")
+GRADIENT_FORMS.register("none")(None)
+
+
+@GRADIENT_FORMS.register("sketch")
+class SketchedGradient:
+    """left [n, k] and right [m, k] with G ~ left right^T, and the share of ||G||_F^2 that they keep."""
+
+    def __init__(self, layer: LinearLayer, rank: int, seed: int) -> None:
+        self.rank = rank
+        self.probes = gaussian_probes(layer.outputs, layer.inputs, rank, seed, layer.name)
+
+    @staticmethod
+    def shapes(layer: LinearLayer, rank: int) -> Shapes:
+        width = sketch_width(layer.outputs, layer.inputs, rank)
+        return {"left": (layer.outputs, width), "right": (layer.inputs, width), "kept": ()}
+
+    def __call__(self, D: torch.Tensor, X: torch.Tensor, G: torch.Tensor) -> Arrays:
+        self.probes = self.probes.to(G)
+        return sketch(D, X, G, self.probes, self.rank)._asdict()
+
+
+@GRADIENT_FORMS.register("exact")
+class ExactGradient:
+    """The gradient [n, m] itself."""
+
+    def __init__(self, layer: LinearLayer, rank: int, seed: int) -> None:
+        pass
+
+    @staticmethod
+    def shapes(layer: LinearLayer, rank: int) -> Shapes:
+        return {"gradient": (layer.outputs, layer.inputs)}
+
+    def __call__(self, D: torch.Tensor, X: torch.Tensor, G: torch.Tensor) -> Arrays:
+        return {"gradient": G}
+
+
+class InputSums:
+    """Sums of x x^T and |x| over the tokens that a group of layers reads."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.gram = torch.zeros(inputs, inputs, device=device)
+        self.absolute = torch.zeros(inputs, device=device)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add the tokens of x [..., m]."""
+        rows = x.flatten(0, -2).to(self.gram)
+        with exact_products(x):
+            add_gram(self.gram, rows)
+        self.absolute += rows.abs().sum(0)
+
+    def arrays(self) -> Arrays:
+        return {"input_gram": mirror(self.gram), "input_abs": self.absolute}
+
+
+class OutputSums:
+    """Sum of d d^T over the tokens of one layer and, if gradients are kept, sums over its sequences of G and G*G."""
+
+    def __init__(self, layer: LinearLayer, device: torch.device, form: GradientForm | None) -> None:
+        self.form = form
+        self.tokens = 0
+        self.gram = torch.zeros(layer.outputs, layer.outputs, device=device)
+        self.kept: dict[str, list[torch.Tensor]] = defaultdict(list)
+        if form is not None:
+            self.gradient = torch.zeros(layer.outputs, layer.inputs, device=device)
+            self.squares_by_input = torch.zeros(layer.inputs, device=device)
+            self.squares_by_output = torch.zeros(layer.outputs, device=device)
+
+    def add(self, d: torch.Tensor) -> None:
+        """Add the tokens of d [..., n]."""
+        rows = d.flatten(0, -2).to(self.gram)
+        self.tokens += len(rows)
+        with exact_products(d):
+            add_gram(self.gram, rows)
+
+    def add_gradient(self, D: torch.Tensor, X: torch.Tensor) -> None:
+        """Add one sequence's gradient."""
+        with exact_products(D):
+            D, X = D.to(self.gram), X.to(self.gram)
+            G = D.T @ X
+        squares = G.square()
+        by_output = squares.sum(1)
+        self.gradient += G
+        self.squares_by_input += squares.sum(0)
+        self.squares_by_output += by_output
+        for name, value in {**self.form(D, X, G), "norm": by_output.sum()}.items():
+            self.kept[name].append(value.cpu())
+
+    def arrays(self) -> Arrays:
+        arrays = {"output_gram": mirror(self.gram)}
+        if self.form is not None:
+            arrays["gradient_sum"] = self.gradient
+            arrays["fisher_inputs"] = self.squares_by_input
+            arrays["fisher_outputs"] = self.squares_by_output
+        return arrays
+
+
+@dataclass
+class Call:
+    """One use of a layer in a pass: its input and, once the backward pass has come to it, its output's gradient."""
+
+    x: torch.Tensor | None
+    d: torch.Tensor | None = None
+
+
+class ModelSums:
+    """The statistics of some layers of a model, a batch of sequences at a time.
+
+    Sums live on each layer's own device, and a layer's input is held only until the backward pass has come to it. A
+    layer that is used several times in a pass counts every time, and its sequence gradient is the sum over uses, as the
+    gradient of its weight is. One that is never used stays at zero.
+
+    Args:
+        model: frozen.
+        layers: some of its linear layers; of a group, all or none.
+        form: entry of `GRADIENT_FORMS`.
+        rank: capture.sketch_rank.
+        seed: capture.seed.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layers: Sequence[LinearLayer], form: type[GradientForm] | None, rank: int, seed: int
+    ) -> None:
+        modules = linear_modules(model)
+        self.model = model
+        self.modules = {layer.name: modules[layer.name] for layer in layers}
+        self.outputs: dict[str, OutputSums] = {}
+        self.inputs: dict[str, InputSums] = {}
+        for layer in layers:
+            device = modules[layer.name].weight.device
+            self.outputs[layer.name] = OutputSums(layer, device, form and form(layer, rank, seed))
+            if layer.group == layer.name:
+                self.inputs[layer.name] = InputSums(layer.inputs, device)
+
+    def add(self, ids: torch.Tensor) -> GradientPass:
+        """Run token ids [B, T] forward and backward and add what the layers see.
+
+        Raises:
+            InputError: gradients are kept and the tokens of a layer cannot be told apart by sequence.
+        """
+        self._shape = ids.shape
+        self._calls: dict[str, list[Call]] = {name: [] for name in self.modules}
+        with forward_hooks(self.modules, self._on_forward):
+            result = gradient_pass(self.model, ids)
+        for name in self.modules:  # layers with a use that no gradient came back to
+            self._add_gradients(name)
+        return result
+
+    def finite(self) -> bool:
+        """Whether all sums of squares are finite, and with them everything that was ever added."""
+        return all(bool(sums.gram.diagonal().isfinite().all()) for sums in (*self.inputs.values(), *self.outputs.values()))
+
+    def arrays(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All sums by name, ``<group>/input_gram`` and so on; completes the Grams, so add nothing more."""
+        for parts in (self.inputs, self.outputs):
+            for name, sums in parts.items():
+                yield from ((f"{name}/{kind}", values) for kind, values in sums.arrays().items())
+
+    def take_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is kept of each sequence since the last call, stacked by array: ``<layer>/left`` and so on."""
+        for name, sums in self.outputs.items():
+            for kind, values in sums.kept.items():
+                yield f"{name}/{kind}", torch.stack(values)
+                values.clear()
+
+    def unreached(self) -> list[str]:
+        """Layers that no gradient came to."""
+        return [name for name, sums in self.outputs.items() if sums.tokens == 0]
+
+    def _on_forward(self, name: str, x: torch.Tensor, output: torch.Tensor) -> None:
+        if name in self.inputs:
+            self.inputs[name].add(x.detach())
+        if output.requires_grad:
+            call = Call(x.detach() if self.outputs[name].form else None)
+            self._calls[name].append(call)
+            output.register_hook(lambda d: self._on_gradient(name, call, d))
+
+    def _on_gradient(self, name: str, call: Call, d: torch.Tensor) -> None:
+        self.outputs[name].add(d)
+        if call.x is not None:
+            call.d = d
+            if all(each.d is not None for each in self._calls[name]):
+                self._add_gradients(name)
+
+    def _add_gradients(self, name: str) -> None:
+        """Add each sequence's gradient, over all uses of the layer: D^T X of the uses' tokens one after the other."""
+        uses = [(self._by_sequence(name, call.d), self._by_sequence(name, call.x)) for call in self._calls[name] if call.d is not None]
+        for call in self._calls[name]:
+            call.x = call.d = None
+        self._calls[name].clear()
+        for sequence in zip(*(zip(*use) for use in uses)):
+            D, X = sequence[0] if len(sequence) == 1 else map(torch.cat, zip(*sequence))
+            self.outputs[name].add_gradient(D, X)
+
+    def _by_sequence(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Values [..., p] of a batch's tokens as [B, T, p]; a batch of one sequence may have fewer tokens at a layer."""
+        sequences, length = self._shape
+        rows = values.flatten(0, -2)
+        if sequences > 1 and len(rows) != sequences * length:
+            raise InputError(
+                f"Stage 'capture': layer {name} sees {len(rows)} of a batch's {sequences * length} tokens, so their gradients "
+                "cannot be told apart by sequence. Set capture.batch_size: 1 (or capture.gradients: none)."
+            )
+        return rows.view(sequences, -1, rows.shape[-1])
