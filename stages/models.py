@@ -28,6 +28,14 @@ def chosen_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def decomposing_device() -> str:
+    """Where this process decomposes matrices in float64: the chosen CUDA device, else the cpu (mps has no float64)."""
+    device = chosen_device()
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device if device.startswith("cuda") else "cpu"
+
+
 def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a causal language model for measuring: evaluation mode, frozen parameters, on the chosen device."""
     transformers_logging.disable_progress_bar()

@@ -19,12 +19,14 @@ Shapes: n outputs, m inputs, S sequences of one block, N of all, k sketch rank, 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Protocol
 
 import torch
+
+from stages.errors import NumericalError
 
 BLOCK_COLUMNS = 8192  # sketch columns S k of one block; a Gram matrix of them takes 256 MiB in float32
 BLOCK_NUMBERS = 2**26  # numbers of one block of exact gradients
@@ -47,6 +49,8 @@ class Gradients(Protocol):
     """A block of per-sequence gradients of one layer."""
 
     dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, int]  # n, m
 
     def __len__(self) -> int: ...
 
@@ -71,7 +75,8 @@ class SketchedGradients:
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
         self.count, self.rank = left.shape[0], left.shape[2]
-        self.dtype = left.dtype
+        self.dtype, self.device = left.dtype, left.device
+        self.shape = left.shape[1], right.shape[1]
         self.left = _stack(left)
         self.right = _stack(right)
 
@@ -97,7 +102,7 @@ class SketchedGradients:
 
     def products(self, other: "SketchedGradients") -> torch.Tensor:
         """⟨G_s, G_t⟩ = ⟨U_sᵀU_t, V_sᵀV_t⟩, or from the gradients written out where that takes fewer operations."""
-        outputs, inputs = len(self.left), len(self.right)
+        outputs, inputs = self.shape
         columns, columns_other = self.left.shape[1], other.left.shape[1]
         by_factors = columns * columns_other * (outputs + inputs)
         written_out = outputs * inputs * (columns + columns_other + len(self) * len(other))
@@ -108,9 +113,9 @@ class SketchedGradients:
         return block_sums(lefts, rights, self.rank, other.rank)
 
     def _products_written_out(self, other: "SketchedGradients") -> torch.Tensor:
-        total = torch.zeros(len(self), len(other), dtype=torch.float64, device=self.left.device)
-        rows = max(1, BLOCK_NUMBERS // (max(len(self), len(other)) * len(self.right)))
-        for low in range(0, len(self.left), rows):
+        total = torch.zeros(len(self), len(other), dtype=torch.float64, device=self.device)
+        rows = max(1, BLOCK_NUMBERS // (max(len(self), len(other)) * self.shape[1]))
+        for low in range(0, self.shape[0], rows):
             mine = self._written_out(slice(low, low + rows))
             total += mine @ (mine if other is self else other._written_out(slice(low, low + rows))).T
         return total
@@ -128,7 +133,8 @@ class ExactGradients:
     """Gradients written out, G [S, n, m]."""
 
     def __init__(self, gradient: torch.Tensor) -> None:
-        self.dtype = gradient.dtype
+        self.dtype, self.device = gradient.dtype, gradient.device
+        self.shape = gradient.shape[1], gradient.shape[2]
         self.gradient = gradient
 
     def __len__(self) -> int:
@@ -145,6 +151,10 @@ class ExactGradients:
 
     def products(self, other: "ExactGradients") -> torch.Tensor:
         return (self.gradient.flatten(1) @ other.gradient.flatten(1).T).double()
+
+
+def _like(factor: torch.Tensor, block: Gradients) -> torch.Tensor:
+    return factor.to(block.device, block.dtype)
 
 
 def _stack(split: torch.Tensor) -> torch.Tensor:
@@ -170,22 +180,26 @@ class StreamedFisher:
     """
 
     def __init__(self, blocks: Callable[[], Iterable[Gradients]]) -> None:
-        self.blocks = blocks
+        opening = list(islice(blocks(), 2))
+        self.shape = opening[0].shape
+        self.single = opening[0] if len(opening) == 1 else None  # kept, not read again at every step
+        self.blocks = blocks if self.single is None else lambda: opening
 
-    def first(self, A: torch.Tensor) -> torch.Tensor:
-        return self.outputs(A)
+    def first(self, start: torch.Tensor | None) -> torch.Tensor:
+        """`outputs` of a matrix A [m, m], by default the identity."""
+        return self.outputs(torch.eye(self.shape[1]) if start is None else start)
 
     def outputs(self, A: torch.Tensor) -> torch.Tensor:
         """(1/N) Σ G A Gᵀ [n, n]."""
-        return self._mean(lambda block: block.outputs(A.to(block.dtype)))
+        return self._mean(lambda block: block.outputs(_like(A, block)))
 
     def inputs(self, B: torch.Tensor) -> torch.Tensor:
         """(1/N) Σ Gᵀ B G [m, m]."""
-        return self._mean(lambda block: block.inputs(B.to(block.dtype)))
+        return self._mean(lambda block: block.inputs(_like(B, block)))
 
     def overlap(self, A: torch.Tensor, B: torch.Tensor) -> float:
         """⟨F, A ⊗ B⟩ = (1/N) Σ ⟨G, B G A⟩."""
-        terms = [(block.overlap(A.to(block.dtype), B.to(block.dtype)), len(block)) for block in self.blocks()]
+        terms = [(block.overlap(_like(A, block), _like(B, block)), len(block)) for block in self.blocks()]
         return sum(overlap for overlap, _ in terms) / sum(count for _, count in terms)
 
     def norm_squared(self) -> float:
@@ -240,13 +254,19 @@ class SpannedFisher:
 
     def __init__(self, block: SketchedGradients) -> None:
         self.block = block
-        self.count = len(block)
+        self.shape = block.shape
         self.left_gram = symmetric_product(block.left.T, block.left.T)
         self.right_gram = symmetric_product(block.right.T, block.right.T)
+        self._room = torch.empty_like(self.left_gram)
 
-    def first(self, A: torch.Tensor) -> SpanVector:
-        """(1/N) Σ G A Gᵀ of a matrix A [m, m] that need not lie in the span."""
-        return self._vector(self.left_gram, self.block.images(self.block.right, A))
+    def first(self, start: torch.Tensor | None) -> SpanVector:
+        """(1/N) Σ G A Gᵀ of a matrix A [m, m] that need not lie in the span, by default the identity (at no cost)."""
+        if start is not None:
+            return self._vector(self.left_gram, self.block.images(self.block.right, _like(start, self.block)))
+        size = len(self.block), self.block.rank
+        return self._vector(
+            self.left_gram, self.right_gram.view(*size, *size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        )
 
     def outputs(self, A: SpanVector) -> SpanVector:
         return self._vector(self.left_gram, A.images)
@@ -257,7 +277,7 @@ class SpannedFisher:
     def norm_squared(self) -> float:
         """‖F‖², see `StreamedFisher.norm_squared`."""
         products = block_sums(self.left_gram, self.right_gram, self.block.rank, self.block.rank)
-        return products.square().sum().item() / self.count**2
+        return products.square().sum().item() / len(self.block) ** 2
 
     def input_factor(self, A: SpanVector) -> torch.Tensor:
         return self.block.congruence(self.block.right, A.cores)
@@ -267,21 +287,20 @@ class SpannedFisher:
 
     def _vector(self, gram: torch.Tensor, images: torch.Tensor) -> SpanVector:
         """The factor with cores D = images / N: C_t = Σ_s K_ts D_s K_st with K = PᵀP."""
-        cores = images / self.count
-        rows = gram.view(self.count, self.block.rank, -1)
-        weighted = (cores @ rows).view(len(gram), self.count, self.block.rank)
+        count, rank = len(self.block), self.block.rank
+        cores = images / count
+        rows = gram.view(count, rank, -1)
+        weighted = torch.bmm(cores, rows, out=self._room.view(rows.shape)).view(len(gram), count, rank)
         return SpanVector(cores, rows @ weighted.transpose(0, 1))
 
 
-def fisher_of(blocks: Callable[[], Iterator[Gradients]]) -> StreamedFisher | SpannedFisher:
+def fisher_of(blocks: Callable[[], Iterable[Gradients]]) -> StreamedFisher | SpannedFisher:
     """The cheaper form of F for these gradients; both give the same factors up to rounding."""
-    opening = list(islice(blocks(), 2))
-    if len(opening) > 1:
-        return StreamedFisher(blocks)
-    block = opening[0]
+    fisher = StreamedFisher(blocks)
+    block = fisher.single
     if isinstance(block, SketchedGradients) and block.left.shape[1] <= 2 * (len(block.left) + len(block.right)):
         return SpannedFisher(block)
-    return StreamedFisher(lambda: opening)
+    return fisher
 
 
 @dataclass(frozen=True)
@@ -316,7 +335,10 @@ def relative_residual(norm: float, fisher_norm: float) -> float | None:
 
 
 def nearest_kronecker(
-    fisher: StreamedFisher | SpannedFisher, start: torch.Tensor, iterations: int = 50, tolerance: float = 1e-5
+    fisher: StreamedFisher | SpannedFisher,
+    start: torch.Tensor | None = None,
+    iterations: int = 50,
+    tolerance: float = 1e-5,
 ) -> KroneckerPair:
     """The nearest Kronecker pair of F by alternating power steps.
 
@@ -324,15 +346,21 @@ def nearest_kronecker(
 
     Args:
         fisher: F, see `fisher_of`.
-        start: positive semi-definite A [m, m] to start from; the token-wise Σ x xᵀ is close and never orthogonal to the gradients.
+        start: positive semi-definite A [m, m] to start from, else the identity. The token-wise Σ x xᵀ saves steps of a streamed F.
         iterations: at most so many.
         tolerance: stop when an iteration changes the unit factor B by no more, in Frobenius norm. Below 1e-6 only in float64.
+
+    Raises:
+        NumericalError: the gradients or the start are not finite.
     """
     B = fisher.first(start)
-    if not B.norm() > 0:  # a start that the gradients do not see, or gradients that are all zero
-        B = fisher.first(torch.eye(len(start), dtype=start.dtype, device=start.device))
-    if not B.norm() > 0:
-        return KroneckerPair(torch.zeros_like(start), fisher.output_factor(B), 0.0, 0.0, 0, True)
+    if B.norm() == 0:  # a start that the gradients do not see, or gradients that are all zero
+        B = fisher.first(None)
+    if B.norm() == 0:
+        A, B = (torch.zeros(size, size) for size in reversed(fisher.shape))
+        return KroneckerPair(A, B, 0.0, 0.0, 0, True)
+    if not B.norm().isfinite():
+        raise NumericalError("the gradients, or the start, are not finite or overflow float32")
     return _alternate(fisher, B / B.norm(), iterations, tolerance)
 
 

@@ -60,7 +60,7 @@ def forms(left: torch.Tensor, right: torch.Tensor) -> dict[str, StreamedFisher |
 
 
 def solve(fisher: StreamedFisher | SpannedFisher, inputs: int = M, dtype: torch.dtype = torch.float64) -> KroneckerPair:
-    return nearest_kronecker(fisher, torch.eye(inputs, dtype=dtype), iterations=500, tolerance=1e-12)
+    return nearest_kronecker(fisher, torch.eye(inputs, dtype=dtype), 500, 1e-12)
 
 
 @pytest.mark.parametrize("form", forms(*random_sketch(2, 2)))

@@ -1,0 +1,87 @@
+"""Compression methods as metrics: what an error of a layer's weight costs, chosen by ``subspace.metric``.
+
+    loss(ΔW) = tr(ΔWᵀ B ΔW A)
+
+An entry gives A and B of one layer as a full matrix, a diagonal or None (the identity), in their true scale: nothing is
+normalised per layer, so the losses of two layers under one metric can be compared. With B = I a loss is the squared error of the layer's output
+per token (svd_llm) or of its weight (svd); with both sides given it is the second-order change of the model's loss up
+to one factor for the whole model.
+
+Shapes: x [m] input and d [n] output gradient at one token, G [n, m] gradient of one sequence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.errors import ParameterError
+from stages.layers import LinearLayer
+from stages.params import SubspaceParams
+from stages.registry import Registry
+from stages.statistics import Statistics
+from stages.store import read_array
+from stages.weighted_svd import Metric
+
+
+@dataclass(frozen=True)
+class MetricSources:
+    """What a metric may read.
+
+    Attributes:
+        statistics: of stage `capture`.
+        factors: Zarr group of the Kronecker factors of stage `kronecker`; absent where its estimator made none.
+        params: of stage `subspace`.
+    """
+
+    statistics: Statistics
+    factors: Path
+    params: SubspaceParams
+
+
+MetricEntry = Callable[[MetricSources, LinearLayer], tuple[Metric, Metric]]
+METRICS: Registry[MetricEntry] = Registry("subspace.metric")
+
+
+@METRICS.register("svd")
+def svd(sources: MetricSources, layer: LinearLayer) -> tuple[Metric, Metric]:
+    """A = B = I (Eckart & Young 1936)."""
+    return None, None
+
+
+@METRICS.register("fwsvd")
+def fwsvd(sources: MetricSources, layer: LinearLayer) -> tuple[Metric, Metric]:
+    """A = diag(Σ_rows E[G∘G]), whose root is the paper's Î = diag(√Σ F) (Hsu et al. 2022, arXiv 2207.00112)."""
+    return sources.statistics.fisher_inputs(layer) / sources.statistics.sequences, None
+
+
+@METRICS.register("asvd")
+def asvd(sources: MetricSources, layer: LinearLayer) -> tuple[Metric, Metric]:
+    """A = diag(E|x|^2α), whose root is the paper's S = diag(E|x|^α) (Yuan et al. 2023, arXiv 2312.05821)."""
+    return sources.statistics.input_magnitude(layer) ** (2 * sources.params.asvd_alpha), None
+
+
+@METRICS.register("svd_llm")
+def svd_llm(sources: MetricSources, layer: LinearLayer) -> tuple[Metric, Metric]:
+    """A = E[x xᵀ] (SVD-LLM, arXiv 2403.07378; with an eigen root, as its version 2, arXiv 2503.12340)."""
+    return sources.statistics.input_covariance(layer), None
+
+
+@METRICS.register("kfac")
+def kfac(sources: MetricSources, layer: LinearLayer) -> tuple[Metric, Metric]:
+    """A = E[x xᵀ], B = E[d dᵀ]: the token-wise Kronecker factors (K-FAC, arXiv 1503.05671)."""
+    return sources.statistics.input_covariance(layer), sources.statistics.output_covariance(layer)
+
+
+@METRICS.register("gfwsvd")
+def gfwsvd(sources: MetricSources, layer: LinearLayer) -> tuple[Metric, Metric]:
+    """A ⊗ B nearest to the per-sequence Fisher, from stage `kronecker` (GFWSVD, arXiv 2505.17974).
+
+    Raises:
+        ParameterError: stage `kronecker` estimated none.
+    """
+    if not sources.factors.exists():
+        raise ParameterError(
+            "subspace.metric = 'gfwsvd' needs Kronecker factors, and kronecker.estimator = 'kfac' computes none. "
+            "Set kronecker.estimator = 'sequence', or subspace.metric = 'kfac'."
+        )
+    return read_array(sources.factors, f"{layer.name}/A"), read_array(sources.factors, f"{layer.name}/B")
