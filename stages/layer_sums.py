@@ -128,7 +128,7 @@ class OutputSums:
         self.squares_by_input += squares.sum(0)
         self.squares_by_output += by_output
         for name, value in {**self.form(D, X, G), "norm": by_output.sum()}.items():
-            self.kept[name].append(value.cpu())
+            self.kept[name].append(value)
 
     def arrays(self) -> Arrays:
         arrays = {"output_gram": mirror(self.gram)}

@@ -73,18 +73,25 @@ class Scratch:
         Raises:
             NotEnoughDisk: names the bytes needed and free.
         """
-        held = sum(file["bytes"] for files in self._finished.values() for file in files.values())
+        held = sum(
+            file["bytes"]
+            for unit, files in self._finished.items()
+            for name, file in files.items()
+            if (self.units / unit / name).exists()
+        )
         require_disk(self.folder, max(0, needed - held), self.stage)
 
-    def map(self, doing: str, work: Callable[..., None], units: Mapping[str, tuple]) -> dict[str, Path]:
+    def map(self, doing: str | None, work: Callable[..., None], units: Mapping[str, tuple]) -> dict[str, Path]:
         """Run `work(folder, *arguments)` for every unit that is not finished; return the folder of each unit.
 
-        `work` writes its result into the empty folder that it is given. Arguments are paths and small values.
+        `work` writes its result into the empty folder that it is given. Arguments are paths and small values. No
+        progress is shown if `doing` is None.
         """
         pending = {name: arguments for name, arguments in units.items() if name not in self._finished}
-        if len(pending) < len(units):
+        if doing and len(pending) < len(units):
             announce(self.stage, f"{doing}: {len(units) - len(pending)} of {len(units)} units are finished already")
-        for name, arguments in track(self.stage, doing, pending.items(), len(pending)):
+        items = pending.items()
+        for name, arguments in track(self.stage, doing, items, len(pending)) if doing else items:
             with self.unit(name) as folder:
                 work(folder, *arguments)
         return {name: self.units / name for name in units}
@@ -108,9 +115,9 @@ class Scratch:
         append_line(self._manifest, json.dumps({"unit": name, "files": files}, sort_keys=True))
         self._finished[name] = files
 
-    def drop(self, name: str) -> None:
-        """Free the disk of a finished unit that later units contain; it stays listed."""
-        shutil.rmtree(self.units / name, ignore_errors=True)
+    def drop(self, name: str, part: str = "") -> None:
+        """Free the disk of a finished unit (or of one folder in it) that other finished units contain; it stays listed."""
+        shutil.rmtree(self.units / name / part, ignore_errors=True)
 
     def republish(self) -> bool:
         """Publish again what this very stage finished before it was interrupted, if it did."""

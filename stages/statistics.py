@@ -5,6 +5,7 @@ at a token, G_s [n, m] its gradient for a sequence. All arrays are float32 on th
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from stages.layers import LinearLayer, read_layers
 from stages.store import read_array
 
 FACTS_FILE = "capture.json"
+SHARD_NAME = re.compile(r"shard-\d{5,}")
 
 
 class Statistics:
@@ -102,7 +104,10 @@ class Statistics:
 
     def _shards(self) -> list[Path]:
         self._require_gradients("the gradients of each sequence")
-        return [self.folder / "gradients" / shard for shard in self.facts["shards"]]
+        shards = self.facts["shards"]
+        if bad := [shard for shard in shards if not SHARD_NAME.fullmatch(shard)]:
+            raise CorruptArtifact(f"{self.folder / FACTS_FILE} lists {bad[0]!r}, which is not the name of a shard.")
+        return [self.folder / "gradients" / shard for shard in shards]
 
     def _read(self, name: str, kind: str, of_gradients: bool = False) -> torch.Tensor:
         if of_gradients:

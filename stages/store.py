@@ -22,10 +22,10 @@ CHUNK_BYTES = 8 * 2**20
 ARRAY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
 
 
-def write_arrays(folder: Path, arrays: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as the arrays of one group; names may hold one or more ``/``."""
+def write_arrays(folder: Path, arrays: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write tensors as the arrays of one group; names may hold one or more ``/``. Pairs are taken one at a time."""
     group = _open(folder)
-    for name, tensor in arrays.items():
+    for name, tensor in arrays.items() if isinstance(arrays, Mapping) else arrays:
         _check_name(name)
         values, attributes = _to_numpy(tensor)
         array = _create(group, name, values.shape, _chunks(values), values.dtype, attributes)
@@ -33,27 +33,27 @@ def write_arrays(folder: Path, arrays: Mapping[str, torch.Tensor]) -> None:
 
 
 class RowWriter:
-    """One array of a group, written some rows at a time, in order.
+    """Arrays [rows, ...] of one new group in float32, written some rows at a time, in order.
 
     Args:
         folder: the group's folder.
-        name: the array's name.
-        shape: of the whole array, [rows, ...].
-        dtype: of the whole array.
+        shapes: of whole arrays, by name.
         rows_per_chunk: rows to append at a time, so that every chunk is written once.
     """
 
-    def __init__(self, folder: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, rows_per_chunk: int) -> None:
-        _check_name(name)
-        values, attributes = _to_numpy(torch.empty(0, dtype=dtype))
-        chunks = (rows_per_chunk, *(max(1, size) for size in shape[1:]))
-        self._array = _create(_open(folder), name, shape, chunks, values.dtype, attributes)
-        self._written = 0
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], rows_per_chunk: int) -> None:
+        group = _open(folder)
+        self._arrays: dict[str, zarr.Array] = {}
+        self._written = dict.fromkeys(shapes, 0)
+        for name, shape in shapes.items():
+            _check_name(name)
+            self._arrays[name] = _create(group, name, shape, (rows_per_chunk, *shape[1:]), np.dtype(np.float32), {})
 
-    def append(self, rows: torch.Tensor) -> None:
-        """Write the next rows."""
-        self._array[self._written : self._written + len(rows)] = _to_numpy(rows)[0]
-        self._written += len(rows)
+    def append(self, name: str, rows: torch.Tensor) -> None:
+        """Write the next rows of one array."""
+        first = self._written[name]
+        self._arrays[name][first : first + len(rows)] = _to_numpy(rows)[0]
+        self._written[name] = first + len(rows)
 
 
 def array_names(folder: Path) -> list[str]:

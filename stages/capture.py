@@ -1,0 +1,184 @@
+"""Stage `capture`: the statistics of every linear layer over the calibration sequences, for every method at once.
+
+One forward and backward pass per sequence gives, for every linear layer and in float32,
+
+    Σ x xᵀ, Σ |x|                      over tokens, once for layers that read the same tensor
+    Σ d dᵀ                             over tokens
+    Σ G, Σ rows G∘G, Σ columns G∘G     over sequences, G = Σ_t d xᵀ the sequence's gradient
+    G ~ U Vᵀ of rank k, or G itself    per sequence
+
+A unit is a shard of sequences (times a slice of the layers, if capture.layers_per_pass bounds the sums in memory). Its sums
+are leaves of a fixed tree of sums, added up as they come, so neither memory nor the disk for sums grows with the sequences.
+
+Shapes: x [m] and d [n] at one token, G [n, m], U [n, k], V [m, k]; S sequences of T tokens, N tokens in all.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from stages.errors import NumericalError
+from stages.layer_sums import GRADIENT_FORMS
+from stages.layers import LinearLayer, write_layers
+from stages.params import CaptureParams
+from stages.progress import announce, track
+from stages.scratch import Scratch
+from stages.shard import (
+    FACTS_FILE,
+    capture_shard,
+    gradient_shapes,
+    layer_slices,
+    loaded_model,
+    numbers_bytes,
+    vocabulary,
+)
+from stages.store import gather_groups
+from stages.tables import read_sequences
+from stages.tree_sum import Part, Step, add_parts, parts_at_once, summation_tree
+from stages.workspace import Workspace, digest_file, verify_output
+
+
+def run(workspace: Workspace, params: CaptureParams) -> None:
+    """Capture the statistics of the prepared model on the calibration table.
+
+    Raises:
+        InputError: the table's vocabulary is not the model's, the model has no linear layers, or it does not fit
+            the devices.
+        NumericalError: a sequence's loss or gradient is not finite and capture.skip_nonfinite is off, or no
+            sequence is finite.
+        NotEnoughDisk: see `disk_bytes`.
+        CorruptArtifact: the output of stage `prepare` is not whole.
+    """
+    table = workspace.table("calibration")
+    inputs = {"model": verify_output(workspace.out("prepare"), "model/"), "calibration": digest_file(table)}
+    with Scratch(workspace, "capture", params, inputs) as scratch:
+        if scratch.republish():
+            return
+        try:
+            _capture(scratch, workspace.model, table, params)
+        finally:
+            loaded_model.cache_clear()
+
+
+def _capture(scratch: Scratch, model_folder: Path, table: Path, params: CaptureParams) -> None:
+    model, layers = loaded_model(model_folder, params.dtype)
+    sequences, length = read_sequences(table, vocabulary(model)).shape
+    shards = -(-sequences // params.sequences_per_shard)
+    slices = layer_slices(layers, params.layers_per_pass)
+    scratch.require_disk(disk_bytes(layers, params, sequences))
+    announce("capture", f"{len(layers)} layers, {sequences} sequences of {length} tokens, {shards} shards")
+    steps = [(index, step) for index in range(len(slices)) for step in summation_tree(shards)]
+    for index, step in track("capture", "shards and their sums", steps, len(steps)):
+        _take_step(scratch, index, step, (model_folder, table, params))
+    _publish(scratch, layers, params, length, [(index, steps[-1][1].part) for index in range(len(slices))])
+
+
+def _take_step(scratch: Scratch, index: int, step: Step, source: tuple[Path, Path, CaptureParams]) -> None:
+    """One step of the tree of one slice of layers: capture a shard, or add two parts and free them."""
+    unit = _unit_name(index, step.part)
+    if not step.terms:
+        scratch.map(None, capture_shard, {unit: (*source, step.part.first, index)})
+        return
+    terms = [_unit_name(index, part) for part in step.terms]
+    scratch.map(None, add_statistics, {unit: tuple(scratch.units / term for term in terms)})
+    for term in terms:
+        scratch.drop(term, "statistics")
+
+
+def _unit_name(index: int, part: Part) -> str:
+    shards = f"shard-{part.first:05d}" if part.shards == 1 else f"sum-{part.first:05d}-{part.last:05d}"
+    return f"pass-{index:03d}.{shards}"
+
+
+def add_statistics(folder: Path, left: Path, right: Path) -> None:
+    """Unit of work: the sums of two parts, added."""
+    add_parts(folder / "statistics", left / "statistics", right / "statistics")
+
+
+def disk_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: int) -> int:
+    """Bytes that the stage holds at most: all gradients, and parts of the sums until they are added up.
+
+        4 S Σ_layers [k (n + m) + 2]     sketches; 4 S Σ_layers [n m + 1] for exact gradients
+        4 P [Σ_groups (m² + m) + Σ_layers (n² + n m + n + m)],   P = ⌊log₂ shards⌋ + 2 (1 for one shard)
+
+    n m + n + m only if gradients are captured. Of several slices of layers, P counts for the largest and 1 for the others.
+    """
+    form = GRADIENT_FORMS.lookup(params.gradients)
+    of_sequence = numbers_bytes(gradient_shapes(layers, form, params.sketch_rank)) if form else 0
+    sums = [
+        4 * sum(_sum_numbers(layer, form is not None) for layer in part)
+        for part in layer_slices(layers, params.layers_per_pass)
+    ]
+    parts = parts_at_once(-(-sequences // params.sequences_per_shard))
+    return sequences * of_sequence + sum(sums) + (parts - 1) * max(sums)
+
+
+def _sum_numbers(layer: LinearLayer, gradients: bool) -> int:
+    n, m = layer.outputs, layer.inputs
+    of_input = m * m + m if layer.group == layer.name else 0
+    return of_input + n * n + (n * m + n + m if gradients else 0)
+
+
+def _publish(
+    scratch: Scratch, layers: Sequence[LinearLayer], params: CaptureParams, length: int, roots: list[tuple[int, Part]]
+) -> None:
+    """Publish the sums of every slice of layers and the gradients of every shard, by links."""
+    facts, shards = _gather_facts(scratch, params, length, roots)
+    with scratch.publish() as out:
+        write_layers(out, layers)
+        (out / "capture.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        gather_groups(out / "statistics", [scratch.units / _unit_name(*root) / "statistics" for root in roots])
+        for name, part in shards.items():
+            units = [scratch.units / _unit_name(index, part) for index, _ in roots]
+            gather_groups(out / "gradients" / name, [unit / "gradients" for unit in units])
+
+
+def _gather_facts(
+    scratch: Scratch, params: CaptureParams, length: int, roots: list[tuple[int, Part]]
+) -> tuple[dict, dict[str, Part]]:
+    """capture.json, and the shards that have gradients by the name they are published under."""
+    whole = roots[0][1]
+    parts = [Part(shard, shard) for shard in range(whole.shards)]
+    by_slice = [[_shard_facts(scratch, index, part) for part in parts] for index, _ in roots]
+    first = by_slice[0]
+    _check_agreement(by_slice)
+    losses = [loss for shard in first for loss in shard["losses"]]
+    skipped = [sequence for shard in first for sequence in shard["skipped"]]
+    unreached = [name for shards in by_slice for name in _in_all([shard["unreached"] for shard in shards])]
+    if not losses:
+        raise NumericalError(f"Stage 'capture': none of {len(skipped)} sequences is finite, the first at {skipped[0]}.")
+    for what, names in (("skipped sequences that are not finite", skipped), ("layers that no gradient came to", unreached)):
+        if names:
+            announce("capture", f"{len(names)} {what}: {names}")
+    kept = [part for part, shard in zip(parts, first) if shard["losses"] and params.gradients != "none"]
+    shards = {f"shard-{part.first:05d}": part for part in kept}
+    facts = {
+        "sequences": len(losses),
+        "tokens": len(losses) * length,
+        "sequence_length": length,
+        "gradients": params.gradients,
+        "sketch_rank": params.sketch_rank,
+        "skipped": skipped,
+        "unreached": unreached,
+        "shards": list(shards),
+        "loss": sum(losses) / len(losses),
+    }
+    return facts, shards
+
+
+def _shard_facts(scratch: Scratch, index: int, part: Part) -> dict:
+    return json.loads((scratch.units / _unit_name(index, part) / FACTS_FILE).read_text())
+
+
+def _in_all(lists: Sequence[list[str]]) -> list[str]:
+    return [name for name in lists[0] if all(name in names for names in lists)]
+
+
+def _check_agreement(by_slice: list[list[dict]]) -> None:
+    """Refuse if slices of layers left out different sequences: their sums would not be of the same data."""
+    skipped = [[sequence["sequence"] for shard in shards for sequence in shard["skipped"]] for shards in by_slice]
+    if any(sequences != skipped[0] for sequences in skipped):
+        raise NumericalError(
+            f"Stage 'capture': passes over different layers left out different sequences ({skipped}). "
+            "Set capture.layers_per_pass to null, so that all layers are seen in one pass."
+        )
