@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import stages.fermi_descent
-import stages.measured_allocation  # noqa: F401  both enter their allocators
+from stages import fermi_descent, measured_allocation, zero_sum  # noqa: F401  these enter their allocators
 from stages.allocation import ALLOCATORS, Allocation, Limits, pose
 from stages.cost import DENSE, Choice, choose_storage
 from stages.errors import CorruptArtifact, NumericalError, ParameterError
@@ -26,6 +25,7 @@ from stages.scratch import Scratch
 from stages.workspace import Workspace, verify_output
 
 INPUTS = ("layers.json", "spectra.parquet", "subspace.json")
+CURE = "Write it again with `dvc repro --force --single-item subspace`."
 RANKS = pa.schema(
     [
         ("module", pa.string()),
@@ -56,15 +56,16 @@ def run(workspace: Workspace, params: RanksParams) -> None:
         if scratch.republish():
             return
         layers = read_layers(subspace)
-        spectra = read_spectra(subspace / "spectra.parquet", layers)
-        limits = Limits(params.round_to, params.floor, params.ceiling, select_modules(layers, params.exclude))
+        facts = json.loads((subspace / "subspace.json").read_text())
+        dense = frozenset(facts.get("dense", {}))  # layers that the metric says nothing about
+        spectra = read_spectra(subspace / "spectra.parquet", layers, dense)
+        limits = Limits(params.round_to, params.floor, params.ceiling, select_modules(layers, params.exclude) | dense)
         task = replace(pose(layers, spectra, params, limits), workspace=workspace, scratch=scratch)
         ranks = allocate(task)
         choices = [choose_storage(layer, int(rank), params.storage) for layer, rank in zip(layers, ranks)]
         _describe(layers, choices)
         with scratch.publish() as out:
-            metric = json.loads((subspace / "subspace.json").read_text())["metric"]
-            pq.write_table(_table(layers, choices, metric, params.allocator), out / "ranks.parquet")
+            pq.write_table(_table(layers, choices, facts["metric"], params.allocator), out / "ranks.parquet")
             for name, extra in task.tables.items():
                 pq.write_table(extra, out / f"{name}.parquet")
             budget = _budget(task, choices, params.ratio)
@@ -72,33 +73,41 @@ def run(workspace: Workspace, params: RanksParams) -> None:
             shutil.copyfile(subspace / "layers.json", out / "layers.json")
 
 
-def read_spectra(path: Path, layers: Sequence[LinearLayer]) -> list[np.ndarray]:
-    """σ of every layer, float64 [min(n, m)], from the long table (module, component, sigma).
+def read_spectra(path: Path, layers: Sequence[LinearLayer], dense: frozenset[str] = frozenset()) -> list[np.ndarray]:
+    """σ of every layer, float64 [min(n, m)], from the long table (module, component, sigma); zeros for those in `dense`.
 
     Raises:
-        CorruptArtifact: a layer has too few or too many components.
+        CorruptArtifact: the table is not readable, or a layer has too few or too many components.
         NumericalError: a value is not finite; names the module and the component.
     """
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path, columns=["module", "component", "sigma"])
+    except (OSError, pa.ArrowException) as error:
+        raise CorruptArtifact(f"{path} is not readable ({error}). {CURE}") from None
     names = table["module"].to_numpy(zero_copy_only=False)
-    sigma, component = table["sigma"].to_numpy(), table["component"].to_numpy()
-    starts = np.flatnonzero(np.concatenate(([True], names[1:] != names[:-1]))) if len(names) else np.empty(0, int)
+    starts = np.flatnonzero(np.append(True, names[1:] != names[:-1])) if len(names) else []
     rows = {names[start]: slice(start, end) for start, end in zip(starts, [*starts[1:], len(names)])}
-    return [_spectrum(layer, sigma[rows.get(layer.name, slice(0, 0))], component[rows.get(layer.name, slice(0, 0))], path) for layer in layers]
+    component, sigma = table["component"].to_numpy(), table["sigma"].to_numpy()
+    spectra = []
+    for layer in layers:
+        own = rows.get(layer.name, slice(0, 0))
+        full = min(layer.outputs, layer.inputs)
+        spectra.append(np.zeros(full) if layer.name in dense else _checked(layer, component[own], sigma[own], path))
+    return spectra
 
 
-def _spectrum(layer: LinearLayer, sigma: np.ndarray, component: np.ndarray, path: Path) -> np.ndarray:
+def _checked(layer: LinearLayer, component: np.ndarray, sigma: np.ndarray, path: Path) -> np.ndarray:
     full = min(layer.outputs, layer.inputs)
     if not np.array_equal(component, np.arange(full)):
         raise CorruptArtifact(
-            f"{path}, module {layer.name!r}: expected components 0 … {full - 1}, found {len(component)} rows. Write it again with "
-            "`dvc repro --force --single-item subspace`."
+            f"{path}, module {layer.name!r}: expected components 0 … {full - 1}, found {len(component)} rows. {CURE}"
         )
     broken = np.flatnonzero(~np.isfinite(sigma))
     if len(broken):
         raise NumericalError(
-            f"Stage 'ranks', module {layer.name!r}: component {broken[0]} of its spectrum is {sigma[broken[0]]}. Its statistics or "
-            "weight are not finite: raise subspace.input_damping and subspace.output_damping, or look for the module in capture's diagnostics."
+            f"Stage 'ranks', module {layer.name!r}: component {broken[0]} of its spectrum is {sigma[broken[0]]}, so its weight or "
+            "metric is not finite. Look for the module in artifacts/subspace/diagnostics.parquet, and raise subspace.input_damping "
+            "and subspace.output_damping."
         )
     return sigma
 

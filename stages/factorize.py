@@ -1,0 +1,222 @@
+"""Stage `factorize`: the compressed model as a Hugging Face folder that carries its own code.
+
+Every layer's basis is cut to its rank and brought into its gauge, one layer at a time; then the checkpoint is written one
+tensor at a time, so memory is bounded by the largest tensor. Writes model/, on request dense/ (the same weights
+multiplied out, in the dense architecture), and factorize.json with sizes counted from the saved tensors.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from stages.architecture import DenseArchitecture, copy_companions, dense_architecture, write_code, write_config
+from stages.checkpoint import StoredTensor, count_bytes, count_numbers, read_tensors, write_tensors
+from stages.cost import DENSE
+from stages.errors import CorruptArtifact
+from stages.gauges import gauge, product
+from stages.layers import LinearLayer, read_layers
+from stages.model_card import compressed_card, dense_card
+from stages.models import DTYPES, read_weight
+from stages.params import FactorizeParams
+from stages.scratch import Scratch
+from stages.store import read_array
+from stages.workspace import CODE, Workspace, digest_file, verify_output
+
+BIAS = {"factors": "up.bias", "pivoted_inputs": "up.bias", "pivoted_outputs": "bias", "zero": "bias"}
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer that is no longer dense: where its tensors are, and its record (kind, rank, errors)."""
+
+    layer: LinearLayer
+    folder: Path
+    record: dict
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        return read_tensors(self.folder)
+
+
+def run(workspace: Workspace, params: FactorizeParams) -> None:
+    """Write the compressed checkpoint.
+
+    Raises:
+        InputError: the model's architecture is not one of transformers' own, so its code cannot travel with the checkpoint.
+        CorruptArtifact: the output of an earlier stage is not whole, or the saved tensors are not what was planned.
+        NotEnoughDisk: the checkpoint would not fit.
+    """
+    with Scratch(workspace, "factorize", params, _inputs(workspace)) as scratch:
+        if scratch.republish():
+            return
+        architecture = dense_architecture(workspace.model)
+        layers = {layer.name: layer for layer in read_layers(workspace.out("ranks"))}
+        plan = {row["module"]: row for row in pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()}
+        stored = read_tensors(workspace.model)
+        dtype = DTYPES[params.dtype or architecture.dtype]
+        dense = {name: tensor.cast(dtype) for name, tensor in stored.items()}
+        scratch.require_disk(count_bytes(dense) * (3 if params.dense_export else 2))
+        units = {
+            name: (workspace.out("subspace") / "bases", workspace.model, layer, plan[name]["rank"], plan[name]["storage"], dtype)
+            for name, layer in layers.items()
+            if plan[name]["storage"] != DENSE
+        }
+        folders = scratch.map("factorizing layers", factorize_layer, units)
+        compressed = {name: _stored_layer(layers[name], folder) for name, folder in folders.items()}
+        with scratch.publish() as out:
+            write_model(out / "model", workspace, architecture, dense, compressed, dtype)
+            facts = _count(out / "model", stored, plan, compressed)
+            (out / "model" / "README.md").write_text(compressed_card(workspace, architecture, facts, params.dense_export))
+            (out / "factorize.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+            if params.dense_export:
+                write_dense(out / "dense", workspace, dense, compressed, dtype)
+                (out / "dense" / "README.md").write_text(dense_card(workspace, architecture, facts))
+
+
+def _inputs(workspace: Workspace) -> dict[str, str]:
+    return {
+        "model": verify_output(workspace.out("prepare"), "model/"),
+        "facts": verify_output(workspace.out("prepare"), "prepare.json"),
+        "bases": verify_output(workspace.out("subspace"), "bases/"),
+        "metric": verify_output(workspace.out("subspace"), "subspace.json"),
+        "ranks": verify_output(workspace.out("ranks")),
+        "templates": digest_file(CODE / "templates" / "modeling_fisherfold.py"),
+    }
+
+
+def factorize_layer(
+    folder: Path, bases: Path, model: Path, layer: LinearLayer, rank: int, storage: str, dtype: torch.dtype
+) -> None:
+    """Unit of work: cut a layer's basis to `rank`, gauge it, round it to `dtype`, and record what that cost.
+
+    rounding_error = ‖Ŵ − left right‖ / ‖left right‖ (gauge and rounding), reconstruction_error = ‖Ŵ − W‖ / ‖W‖ (truncation
+    too), in the Frobenius norm, Ŵ the product of what is stored.
+    """
+    left = read_array(bases, f"{layer.name}/left")[:, :rank].double().numpy()
+    right = read_array(bases, f"{layer.name}/right", slice(0, rank)).double().numpy()
+    stored = gauge(left, right, storage, dtype)
+    rebuilt = product(stored.kind, stored.parameters, layer.outputs, layer.inputs)
+    record = {
+        "kind": stored.kind,
+        "rank": rank,
+        "largest_coefficient": stored.largest_coefficient,
+        "rounding_error": _relative_error(rebuilt, left @ right),
+        "reconstruction_error": _relative_error(rebuilt, read_weight(model, layer).double().numpy()),
+    }
+    write_tensors(folder, {name: _as_stored(values, dtype) for name, values in sorted(stored.parameters.items())})
+    (folder / "layer.json").write_text(json.dumps(record, sort_keys=True) + "\n")
+
+
+def _relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    """‖found − wanted‖ / ‖wanted‖; the plain norm where `wanted` is zero."""
+    return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1.0))
+
+
+def _as_stored(values: np.ndarray, dtype: torch.dtype) -> StoredTensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    kept = torch.int64 if values.dtype == np.int64 else dtype
+    return StoredTensor(tuple(tensor.shape), kept, lambda: tensor.to(kept))
+
+
+def _stored_layer(layer: LinearLayer, folder: Path) -> StoredLayer:
+    return StoredLayer(layer, folder, json.loads((folder / "layer.json").read_text()))
+
+
+def write_model(
+    folder: Path,
+    workspace: Workspace,
+    architecture: DenseArchitecture,
+    dense: Mapping[str, StoredTensor],
+    compressed: Mapping[str, StoredLayer],
+    dtype: torch.dtype,
+) -> None:
+    """The checkpoint with low-rank layers: weights, configuration, its own code, and the dense model's other files."""
+    folder.mkdir(parents=True)
+    write_tensors(folder, compressed_tensors(dense, compressed, dtype))
+    layers = {name: {"kind": stored.record["kind"], "rank": stored.record["rank"]} for name, stored in compressed.items()}
+    write_config(folder, architecture, dtype, layers)
+    write_code(folder, architecture)
+    copy_companions(workspace.model, folder)
+
+
+def compressed_tensors(
+    dense: Mapping[str, StoredTensor], compressed: Mapping[str, StoredLayer], dtype: torch.dtype
+) -> dict[str, StoredTensor]:
+    """The checkpoint's tensors: of every layer in `compressed` its own instead of the dense weight, its bias moved along."""
+    tensors = dict(dense)
+    for name, stored in compressed.items():
+        del tensors[f"{name}.weight"]
+        if stored.layer.bias:
+            tensors[f"{name}.{BIAS[stored.record['kind']]}"] = tensors.pop(f"{name}.bias")
+        tensors |= {f"{name}.{parameter}": tensor for parameter, tensor in stored.tensors.items()}
+    if compressed:  # see FisherfoldForCausalLM: makes the dense model's class refuse this checkpoint
+        tensors[f"{min(compressed)}.weight"] = StoredTensor((0,), dtype, lambda: torch.empty(0, dtype=dtype))
+    return dict(sorted(tensors.items()))
+
+
+def write_dense(
+    folder: Path,
+    workspace: Workspace,
+    dense: Mapping[str, StoredTensor],
+    compressed: Mapping[str, StoredLayer],
+    dtype: torch.dtype,
+) -> None:
+    """The same model with every product multiplied out, in the dense architecture, for tools that know no low-rank layer."""
+    folder.mkdir(parents=True)
+    rebuilt = {
+        f"{name}.weight": StoredTensor(dense[f"{name}.weight"].shape, dtype, partial(_multiply_out, stored, dtype))
+        for name, stored in compressed.items()
+    }
+    write_tensors(folder, dict(sorted({**dense, **rebuilt}.items())))
+    config = json.loads((workspace.model / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    copy_companions(workspace.model, folder)
+
+
+def _multiply_out(stored: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
+    """The dense weight as the dense model stores it: [m, n] in a Conv1D."""
+    parameters = {name: _exact(tensor.read()) for name, tensor in stored.tensors.items()}
+    rebuilt = torch.from_numpy(product(stored.record["kind"], parameters, stored.layer.outputs, stored.layer.inputs)).to(dtype)
+    return rebuilt.T if stored.layer.transposed else rebuilt
+
+
+def _exact(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.double() if tensor.dtype.is_floating_point else tensor).numpy()
+
+
+def _count(model: Path, dense: Mapping[str, StoredTensor], plan: Mapping[str, dict], compressed: Mapping[str, StoredLayer]) -> dict:
+    """The contract of factorize.json, counted from the headers of what was saved and checked against the plan.
+
+    Raises:
+        CorruptArtifact: a layer stores another count than was planned.
+    """
+    saved = read_tensors(model)
+    stored = {name: _targeted_numbers(name, saved) for name in plan}
+    for name, row in plan.items():
+        if stored[name] != row["stored_parameters"]:
+            raise CorruptArtifact(
+                f"Stage 'factorize', module {name!r}: stores {stored[name]} numbers where stage 'ranks' planned {row['stored_parameters']}. "
+                "The two stages ran on different inputs: run `dvc repro --force ranks factorize`."
+            )
+    return {
+        "dtype": str(next(tensor.dtype for tensor in saved.values() if tensor.dtype.is_floating_point)).removeprefix("torch."),
+        "targeted_parameters_dense": sum(dense[f"{name}.weight"].numbers for name in plan),
+        "targeted_parameters_compressed": sum(stored.values()),
+        "model_parameters_dense": count_numbers(dense),
+        "model_parameters_compressed": count_numbers(saved),
+        "model_bytes_dense": count_bytes(dense),
+        "model_bytes_compressed": count_bytes(saved),
+        "layers": {name: layer.record for name, layer in compressed.items()},
+    }
+
+
+def _targeted_numbers(module: str, saved: Mapping[str, StoredTensor]) -> int:
+    """Stored numbers of one layer without its bias."""
+    own = {name: tensor for name, tensor in saved.items() if name.startswith(f"{module}.") and not name.endswith(".bias")}
+    return count_numbers(own)
