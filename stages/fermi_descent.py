@@ -82,9 +82,7 @@ def round_ranks(allocation: Allocation, mu: np.ndarray) -> np.ndarray:
     return allocation.spend(worth)
 
 
-def _measure_step(
-    allocation: Allocation, names: list[str], state: Descent, tau: float
-) -> tuple[float, torch.Tensor]:
+def _measure_step(allocation: Allocation, names: list[str], state: Descent, tau: float) -> tuple[float, torch.Tensor]:
     """Mean loss and mean ∂L/∂μ over the step's batches, each a unit of the stage's scratch folder."""
     params, scratch = allocation.params.fermigrad, allocation.scratch
     parts = []

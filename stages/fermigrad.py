@@ -53,7 +53,7 @@ class SoftTruncatedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.soft:
             return self.dense(x)
-        count = min(len(self.right), math.ceil(float(self.mu) + self.NEGLIGIBLE * self.tau))
+        count = min(len(self.right), math.ceil(float(self.mu.detach()) + self.NEGLIGIBLE * self.tau))
         kept = occupation(self.mu, self.tau, count).to(x.dtype)
         return linear(linear(x, self.right[:count]) * kept, self.left[:, :count], self.dense.bias)
 

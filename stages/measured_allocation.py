@@ -61,7 +61,9 @@ def ilp(allocation: Allocation) -> np.ndarray:
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs[usable][None], 0, allocation.budget)],
     )
     if solution.x is None:
-        raise NumericalError(f"Stage 'ranks', ilp: the programme was not solved ({solution.message}). Use another allocator.")
+        raise NumericalError(
+            f"Stage 'ranks', ilp: the programme was not solved ({solution.message}). Use another allocator."
+        )
     taken = solution.x > 0.5
     ranks = np.zeros(len(candidates), np.int64)
     ranks[layer[taken]] = candidates[layer[taken], column[taken]]

@@ -1,0 +1,153 @@
+"""Allocators that look at the network, on a tiny model that went through the real stages before."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+
+from stages import capture, fermi_descent, kronecker, measured_allocation, ranks, subspace, zero_sum
+from stages.allocation import ALLOCATORS, Allocation, Limits, pose
+from stages.errors import NumericalError
+from stages.fermi_descent import round_ranks, softened_model
+from stages.fermigrad import next_token_loss
+from stages.layers import LinearLayer
+from stages.models import load_model
+from stages.params import CaptureParams, KroneckerParams, RanksParams, SubspaceParams
+from stages.scratch import Scratch
+from stages.statistics import Statistics
+from stages.tables import read_sequences
+from stages.workspace import Workspace, read_manifest
+
+SMALL = {"fermigrad": {"steps": 4, "batches": 2, "sequences": 1}, "measured": {"levels": 3, "sequences": 1}}
+MEASURING = ("fermigrad", "sensitivity", "ilp")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Workspace:
+    workspace = tiny.tiny_workspace(tmp_path_factory.mktemp("workspace"), "qwen2")
+    capture.run(workspace, CaptureParams(sequences_per_shard=4, sketch_rank=4))
+    kronecker.run(workspace, KroneckerParams())
+    subspace.run(workspace, SubspaceParams())
+    return workspace
+
+
+@pytest.fixture
+def workspace(prepared, tmp_path) -> Workspace:
+    softened_model.cache_clear()
+    return Workspace(Path(shutil.copytree(prepared.root, tmp_path / "workspace")))
+
+
+def parameters(allocator: str, ratio: float = 0.4) -> RanksParams:
+    return RanksParams.model_validate({"ratio": ratio, "allocator": allocator, **SMALL})
+
+
+@pytest.mark.parametrize("allocator", list(ALLOCATORS))
+def test_budget_is_met_to_within_one_rank_and_never_exceeded(workspace, allocator):
+    ranks.run(workspace, parameters(allocator))
+    budget = json.loads((workspace.out("ranks") / "budget.json").read_text())
+    rows = pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()
+    largest_step = max(row["n"] + row["m"] for row in rows)
+    assert budget["budget"] - largest_step < budget["stored_parameters"] <= budget["budget"]
+    assert {row["allocator"] for row in rows} == {allocator}
+
+
+@pytest.mark.parametrize("allocator", MEASURING)
+def test_killed_allocator_resumes_with_the_same_bytes(workspace, allocator, monkeypatch):
+    ranks.run(workspace, parameters(allocator))
+    expected = read_manifest(workspace.out("ranks"))
+    shutil.rmtree(workspace.artifacts / "ranks.partial")
+    shutil.rmtree(workspace.out("ranks"))
+    units, unit = itertools.count(), Scratch.unit
+
+    def dying_unit(self, name):
+        if next(units) == 5:
+            raise KeyboardInterrupt
+        return unit(self, name)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Scratch, "unit", dying_unit)
+        ranks.run(workspace, parameters(allocator))
+    calls = []
+    for module, name in ((fermi_descent, "measure_batch"), (measured_allocation, "measure_layer")):
+        work = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments, work=work: (calls.append(arguments), work(*arguments)))
+    ranks.run(workspace, parameters(allocator))
+    assert read_manifest(workspace.out("ranks")) == expected
+    assert len(calls) == {"fermigrad": 8}.get(allocator, 14) - 5
+
+
+def test_descent_lowers_the_loss_at_one_temperature(workspace):
+    params = parameters("fermigrad").model_copy(
+        update={
+            "fermigrad": RanksParams().fermigrad.model_copy(
+                update={"steps": 30, "sequences": 8, "tau_last": 0.06, "rate_first": 0.01, "rate_last": 0.01}
+            )
+        }
+    )
+    ranks.run(workspace, params)
+    losses = pq.read_table(workspace.out("ranks") / "trajectory.parquet")["loss"].to_pylist()
+    assert losses[-1] < losses[0]
+
+
+def test_first_order_effects_are_derivatives_of_the_loss(workspace):
+    model = load_model(workspace.model, torch.float32)
+    ids = read_sequences(workspace.table("calibration"), 96)
+    statistics = Statistics(workspace.out("capture"))
+    layer = statistics.layers[4]
+    allocation = Allocation([layer], [], np.zeros((1, 1)), np.zeros((1, 1), bool), 0, workspace=workspace)
+    effects = zero_sum.first_order_effects(allocation, statistics, layer)
+    weight = model.get_submodule(layer.name).weight.requires_grad_()
+    next_token_loss(None, model(ids).logits, ids).backward()
+    bases = workspace.out("subspace") / "bases"
+    left, right = (zero_sum.read_array(bases, f"{layer.name}/{side}") for side in ("left", "right"))
+    expected = [-float((weight.grad * torch.outer(left[:, i], right[i])).sum()) for i in range(len(right))]
+    np.testing.assert_allclose(effects, expected, rtol=1e-3, atol=1e-6 * np.abs(expected).max())
+
+
+def task_of(losses: np.ndarray, ratio: float) -> Allocation:
+    layers = [LinearLayer(f"layer{i}", 6, 5 + i, False, False, f"layer{i}") for i in range(len(losses))]
+    spectra = [np.linspace(1, 0.1, 5 + min(i, 1)) for i in range(len(losses))]
+    return pose(layers, spectra, RanksParams(ratio=ratio, storage="factors"), Limits())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ilp_is_the_best_of_all_choices(monkeypatch, seed):
+    losses = np.sort(np.random.default_rng(seed).random((3, 4)), axis=1)[:, ::-1]
+    task = task_of(losses, 0.45)
+    candidates = np.stack([measured_allocation.candidate_ranks(allowed, 3) for allowed in task.allowed])
+    monkeypatch.setattr(measured_allocation, "measure_losses", lambda allocation: (candidates, losses))
+    chosen = []
+    monkeypatch.setattr(Allocation, "fill_from", lambda self, ranks: chosen.append(ranks) or ranks)
+    measured_allocation.ilp(task)
+    costs = measured_allocation.candidate_costs(task, candidates)
+    feasible = [
+        choice for choice in itertools.product(range(4), repeat=3) if costs[range(3), choice].sum() <= task.budget
+    ]
+    best = min(losses[range(3), choice].sum() for choice in feasible)
+    columns = [int(np.flatnonzero(row == rank)[0]) for row, rank in zip(candidates, chosen[0], strict=True)]
+    assert losses[range(3), columns].sum() == pytest.approx(best)
+
+
+def test_rounding_stays_near_mu_and_in_budget():
+    task = task_of(np.zeros((3, 1)), 0.4)
+    budget = fermi_descent.rank_budget(task)
+    mu = budget.project(budget.limit * torch.tensor([0.2, 0.5, 0.4]))
+    rounded = round_ranks(task, mu.numpy())
+    assert task.costs[range(3), rounded].sum() <= task.budget
+    for rank, target, allowed in zip(rounded, mu.numpy(), task.allowed, strict=True):
+        between = np.flatnonzero(allowed)
+        between = between[(between > min(rank, target)) & (between < max(rank, target))]
+        assert allowed[rank]
+        assert abs(rank - target) <= 1.5 or not len(between)
+
+
+def test_gradient_that_is_not_finite_is_named(workspace, monkeypatch):
+    monkeypatch.setitem(fermi_descent.OBJECTIVES, "kl", lambda dense, soft, ids: soft.sum() * float("nan"))
+    with pytest.raises(NumericalError, match="fermigrad: module"):
+        ranks.run(workspace, parameters("fermigrad"))
