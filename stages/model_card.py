@@ -14,35 +14,38 @@ LICENCE_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.\-]*")
 LOW_RANK = """\
 # {name}, low-rank
 
-{origin} with its linear layers replaced by low-rank products, compressed by Fisherfold. `config.json` lists the layers, and
+The language model {origin}
+with its linear layers replaced by low-rank products, compressed by Fisherfold. `config.json` lists the layers;
 `modeling_fisherfold.py`, in this folder, is all the code it needs besides torch and transformers.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=True)
 ```
 
-`trust_remote_code=True` runs the file above; without it transformers refuses to load the folder. Adapters and quantizers find ordinary
-`nn.Linear` layers inside (PEFT: `target_modules="all-linear"`).{dense}
+`trust_remote_code=True` runs the file above; without it transformers refuses to load the folder. Adapters and quantizers
+find ordinary `nn.Linear` layers inside (PEFT: `target_modules="all-linear"`).{dense}
 
 | | dense | this model | kept |
 |---|---|---|---|
 {sizes}
 
-Numbers are counted from the saved tensors, index arrays included. Removed share of the targeted layers: {removed:.4f}.
+Counted from the saved tensors, index arrays included. Removed share of the targeted layers: {removed:.4f}.
 
 ## How it was made
 {settings}
 """
-DENSE_HINT = " The folder `dense` beside this one holds the same model multiplied out, for tools that know no low-rank layer."
+DENSE_HINT = """
+
+The folder `dense` beside this one holds the same model multiplied out, for tools that know no low-rank layer."""
 MULTIPLIED_OUT = """\
 # {name}, low-rank, multiplied out
 
-{origin} with its linear layers replaced by low-rank products (Fisherfold) that are multiplied out here: an ordinary checkpoint
-of the dense architecture ({architecture}) that any tool loads, converts or quantizes, as large and as slow as the dense model. The small
-and fast form is the folder `model` beside this one.
+The language model {origin}
+with its linear layers replaced by low-rank products (Fisherfold), multiplied out: an ordinary {architecture} checkpoint that any
+tool loads, converts or quantizes, as large and as slow as the dense model. The small form is the folder `model` beside this one.
 
 ## How it was made
 {settings}
@@ -94,9 +97,9 @@ def _origin(workspace: Workspace) -> dict[str, str]:
     """`name` and `origin` of the dense model for a sentence; of a local model no more than the folder's own name."""
     facts = _facts(workspace)
     name = Path(facts["name"]).name
-    licence = f"licence {facts['licence']}" if facts["licence"] else "licence not stated: see the dense model"
+    licence = f"licence: {facts['licence'] or 'not stated, see the dense model'}"
     where = {"hub": f"https://huggingface.co/{facts['name']}", "local": "a local folder"}.get(facts["origin"], facts["origin"])
-    return {"name": name, "origin": f"The language model {name} ({where}; {licence}; digest `{facts['digest'][:16]}`)"}
+    return {"name": name, "origin": f"{name} from {where}; {licence}; digest `{facts['digest'][:16]}`,"}
 
 
 def _facts(workspace: Workspace) -> dict:

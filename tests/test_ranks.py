@@ -1,0 +1,121 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+from tiny_subspace import subspace_workspace
+
+from stages import ranks
+from stages.errors import CorruptArtifact, NumericalError, ParameterError
+from stages.layers import LinearLayer, read_layers
+from stages.params import RanksParams
+from stages.ranks import read_spectra, select_modules
+from stages.workspace import digest_file
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return subspace_workspace(tmp_path_factory.mktemp("ranks"))
+
+
+def run(workspace, **params):
+    ranks.run(workspace, RanksParams(**params))
+    out = workspace.out("ranks")
+    return pq.read_table(out / "ranks.parquet").to_pylist(), json.loads((out / "budget.json").read_text())
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "fisher"])
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_rows_and_budget(workspace, allocator, storage):
+    rows, budget = run(workspace, ratio=0.4, allocator=allocator, storage=storage)
+    layers = read_layers(workspace.out("ranks"))
+    assert [row["module"] for row in rows] == [layer.name for layer in layers]
+    assert budget["targeted_parameters_dense"] == sum(row["dense_parameters"] for row in rows)
+    assert budget["budget"] == int(0.6 * budget["targeted_parameters_dense"])
+    assert budget["stored_parameters"] == sum(row["stored_parameters"] for row in rows) <= budget["budget"]
+    assert {row["storage"] for row in rows} <= {"dense", "factors"} | {storage}
+    assert {(row["method"], row["allocator"]) for row in rows} == {("svd", allocator)}
+    for row in rows:
+        assert (row["storage"] == "dense") == (row["stored_parameters"] == row["dense_parameters"])
+
+
+def test_predicted_loss_is_half_the_dropped_energy(workspace):
+    rows, budget = run(workspace, ratio=0.5)
+    table = pq.read_table(workspace.out("subspace") / "spectra.parquet").to_pandas()
+    dropped = [table[table.module == row["module"]].sigma.to_numpy()[row["rank"] :] for row in rows]
+    assert budget["predicted_loss_increase"] == pytest.approx(0.5 * sum(np.sum(sigma**2) for sigma in dropped))
+
+
+def test_fisher_predicts_no_more_loss_than_uniform(workspace):
+    losses = {name: run(workspace, ratio=0.5, allocator=name)[1]["predicted_loss_increase"] for name in ("uniform", "fisher")}
+    assert losses["fisher"] <= losses["uniform"]
+
+
+def test_the_same_parameters_give_the_same_bytes(workspace):
+    run(workspace, ratio=0.3)
+    first = {path.name: digest_file(path) for path in workspace.out("ranks").iterdir()}
+    run(workspace, ratio=0.31)
+    run(workspace, ratio=0.3)
+    assert {path.name: digest_file(path) for path in workspace.out("ranks").iterdir()} == first
+
+
+def test_excluded_modules_and_modules_without_a_basis_stay_dense(tmp_path):
+    blind = "model.layers.1.mlp.up_proj"
+    workspace = subspace_workspace(tmp_path, dense={blind: "its input metric is zero"})
+    rows, _ = run(workspace, ratio=0.3, exclude=["*.v_proj"])
+    dense = {row["module"] for row in rows if row["storage"] == "dense"}
+    assert {blind, "model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"} <= dense
+
+
+def test_rank_0_is_allowed_and_said(workspace, capsys):
+    rows, _ = run(workspace, ratio=0.99)
+    dropped = [row["module"] for row in rows if row["rank"] == 0]
+    assert dropped
+    said = " ".join(capsys.readouterr().err.split())
+    assert "rank 0" in said
+    assert dropped[0] in said
+
+
+def test_ratios_that_cannot_be_met(workspace):
+    with pytest.raises(ParameterError, match="smallest possible"):
+        run(workspace, ratio=0.5, floor=0.9)
+    with pytest.raises(ParameterError, match="met already"):
+        run(workspace, ratio=0.1, ceiling=0.3)
+    with pytest.raises(ValidationError):
+        RanksParams(ratio=1.0)
+
+
+def test_unknown_names_are_explained(workspace):
+    with pytest.raises(ParameterError, match=r"ranks\.allocator = 'fischer' is unknown\. Did you mean 'fisher'"):
+        run(workspace, allocator="fischer")
+    with pytest.raises(ParameterError, match=r"'\*\.value_proj' matches none"):
+        run(workspace, exclude=["*.value_proj"])
+
+
+LAYERS = [LinearLayer(name, 3, 2, False, False, name) for name in ("a.1", "a.2")]
+
+
+def spectra_table(path, sigmas):
+    rows = [{"module": name, "component": i, "sigma": s} for name, sigma in sigmas.items() for i, s in enumerate(sigma)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_spectra_that_are_not_finite_or_not_whole(tmp_path):
+    path = tmp_path / "spectra.parquet"
+    assert [s.tolist() for s in read_spectra(spectra_table(path, {"a.1": [2.0, 1.0], "a.2": [4.0, 3.0]}), LAYERS)] == [[2, 1], [4, 3]]
+    with pytest.raises(NumericalError, match=r"module 'a\.2': component 1 of its spectrum is nan"):
+        read_spectra(spectra_table(path, {"a.1": [2.0, 1.0], "a.2": [4.0, float("nan")]}), LAYERS)
+    with pytest.raises(CorruptArtifact, match=r"module 'a\.2': expected components 0 … 1, found 0 rows"):
+        read_spectra(spectra_table(path, {"a.1": [2.0, 1.0]}), LAYERS)
+    path.write_bytes(b"not parquet")
+    with pytest.raises(CorruptArtifact, match="not readable"):
+        read_spectra(path, LAYERS)
+
+
+def test_patterns_select_modules():
+    assert select_modules(LAYERS, ["a.*"]) == {"a.1", "a.2"}
+    assert select_modules(LAYERS, ["a.2"]) == {"a.2"}
+    assert select_modules(LAYERS, []) == frozenset()
