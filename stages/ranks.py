@@ -22,9 +22,8 @@ from stages.layers import LinearLayer, read_layers
 from stages.params import RanksParams
 from stages.progress import announce
 from stages.scratch import Scratch
-from stages.workspace import Workspace, verify_output
+from stages.workspace import Workspace, digest_file, verify_output
 
-INPUTS = ("layers.json", "spectra.parquet", "subspace.json")
 CURE = "Write it again with `dvc repro --force --single-item subspace`."
 RANKS = pa.schema(
     [
@@ -51,7 +50,12 @@ def run(workspace: Workspace, params: RanksParams) -> None:
     """
     allocate = ALLOCATORS.lookup(params.allocator)
     subspace = workspace.out("subspace")
-    inputs = {name: verify_output(subspace, name) for name in INPUTS}
+    inputs = {
+        "model": verify_output(workspace.out("prepare"), "model/"),
+        "tuning": digest_file(workspace.table("tuning")),
+        "capture": verify_output(workspace.out("capture")),
+        "subspace": verify_output(subspace),
+    }
     with Scratch(workspace, "ranks", params, inputs) as scratch:
         if scratch.republish():
             return

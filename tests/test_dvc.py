@@ -35,7 +35,7 @@ for dependency in sorted(stage["deps"]):
         digest.update(file.read_bytes() if file.is_file() else b"")
 names = ["manifest.json", "model/weights", "prepare.json", "capture.json", "factorize.json"]
 names += [f"{{table}}.parquet" for table in ("calibration", "tuning", "evaluation", "questions")]
-for out in stage.get("outs", []) + stage.get("metrics", []) + [name for plot in stage.get("plots", []) for name in plot]:
+for out in stage.get("outs", []) + stage.get("metrics", []):
     path = pathlib.Path(out)
     for file in [path] if path.suffix else [path / name for name in names]:
         file.parent.mkdir(parents=True, exist_ok=True)
