@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from stages.architecture import DenseArchitecture, copy_companions, dense_architecture, write_code, write_config
-from stages.checkpoint import StoredTensor, count_bytes, count_numbers, read_tensors, write_tensors
+from stages.checkpoint import SHARD_BYTES, StoredTensor, count_bytes, count_numbers, read_tensors, write_tensors
 from stages.cost import DENSE
 from stages.errors import CorruptArtifact
 from stages.gauges import gauge, product
@@ -135,10 +135,11 @@ def write_model(
     dense: Mapping[str, StoredTensor],
     compressed: Mapping[str, StoredLayer],
     dtype: torch.dtype,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """The checkpoint with low-rank layers: weights, configuration, its own code, and the dense model's other files."""
     folder.mkdir(parents=True)
-    write_tensors(folder, compressed_tensors(dense, compressed, dtype))
+    write_tensors(folder, compressed_tensors(dense, compressed, dtype), shard_bytes)
     layers = {name: {"kind": stored.record["kind"], "rank": stored.record["rank"]} for name, stored in compressed.items()}
     write_config(folder, architecture, dtype, layers)
     write_code(folder, architecture)

@@ -68,7 +68,7 @@ def publish_ranks(workspace: Workspace, ranks: dict[str, int], storage: str = "p
                 "storage": choice.storage,
             }
         )
-    with Scratch(workspace, "ranks", RanksParams(), {"ranks": json.dumps(ranks)}) as scratch, scratch.publish() as out:
+    with Scratch(workspace, "ranks", RanksParams(), {"ranks": json.dumps([storage, ranks])}) as scratch, scratch.publish() as out:
         pq.write_table(pa.Table.from_pylist(rows, RANKS), out / "ranks.parquet")
         (out / "budget.json").write_text(json.dumps({"ratio": ratio}))
         write_layers(out, layers)
