@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from prefect import State, flow, task
 from prefect.states import Completed, Failed
 
-from flows.staleness import reproduce, stale_reasons
+from flows.staleness import reproduce, stale_reasons, summary
 from stages.progress import announce
 from stages.scratch import clear_scratch
 from stages.workspace import MANIFEST, Workspace, digest_file
@@ -22,7 +22,7 @@ def run_stage(workspace: Workspace, stage: str) -> State:
     if not reasons:
         announce(stage, "is up to date")
         return Completed(name="Cached", message=f"up to date, manifest {_digest(workspace, stage)[:16]}")
-    announce(stage, f"runs: {'; '.join(reasons)}")
+    announce(stage, f"runs: {summary(reasons)}")
     status = reproduce(workspace, stage)
     if status:
         return Failed(message=f"stage {stage!r} failed: `dvc repro --single-item {stage}` ended with status {status}")

@@ -41,6 +41,13 @@ def _describe(change: object) -> list[str]:
     return texts
 
 
+def summary(reasons: list[str], shown: int = 3) -> str:
+    """The first few reasons, changed parameters first, in one line."""
+    ordered = sorted(reasons, key=lambda reason: not reason.startswith("params.yaml"))
+    more = f" and {len(ordered) - shown} more" if len(ordered) > shown else ""
+    return "; ".join(ordered[:shown]) + more
+
+
 def reproduce(workspace: Workspace, stage: str) -> int:
     """Run one stage through DVC, or restore it from DVC's run-cache; return the exit status of `dvc repro`."""
     command = [sys.executable, "-m", "dvc", "repro", "--quiet", "--single-item", stage]

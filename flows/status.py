@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from flows.staleness import stale_reasons
+from flows.staleness import stale_reasons, summary
 from stages.errors import WorkspaceBusy
 from stages.params import STAGES
 from stages.scratch import lock_stage, scratch_folder
@@ -17,7 +17,7 @@ def print_status(workspace: Workspace) -> None:
     for heading in ("stage", "state", "why"):
         table.add_column(heading)
     for stage in STAGES:
-        table.add_row(stage, _state(workspace, stage, stage in reasons), "; ".join(reasons.get(stage, [])))
+        table.add_row(stage, _state(workspace, stage, stage in reasons), summary(reasons.get(stage, [])))
     Console().print(table)
 
 
