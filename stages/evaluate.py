@@ -95,7 +95,7 @@ def run(workspace: Workspace, params: EvaluateParams) -> None:
         text, knowledge = summarise_losses(losses), summarise_answers(answers)
         with scratch.publish() as out:
             _write_json(out / "metrics.json", _metrics(text, knowledge, size))
-            _write_json(out / "evaluation.json", {"dtype": params.dtype, "text": text, "knowledge": knowledge})
+            _write_json(out / "evaluation.json", {"params": params.model_dump(), "text": text, "knowledge": knowledge})
             _write_json(out / "tasks.json", tasks)
             _write_losses(out / "losses.csv", losses)
             pq.write_table(_answers_table(questions, answers), out / "questions.parquet")
@@ -133,7 +133,7 @@ def _task_folders(workspace: Workspace, params: EvaluateParams) -> tuple[Path | 
 def _read_sizes(workspace: Workspace) -> dict[str, int]:
     path = workspace.out("factorize") / "factorize.json"
     try:
-        size = json.loads(path.read_text())["size"]
+        size = json.loads(path.read_text())
         return {name: size[name] for name in SIZES}
     except (OSError, ValueError, KeyError, TypeError) as error:
         cure = "Write it with `dvc repro --force --single-item factorize`."
@@ -193,8 +193,9 @@ def _common_vocabulary(dense: PreTrainedModel, compressed: PreTrainedModel) -> i
 
 def _not_finite(folder: Path, model: ModelRun, what: str) -> NumericalError:
     return NumericalError(
-        f"Stage 'evaluate', unit {folder.stem!r}: {what} is not finite with the model in {model.folder}. Finished units are kept. "
-        f"Models overflow in float16, seldom in bfloat16 or float32 (evaluate.dtype is {model.dtype}); otherwise its weights are at fault."
+        f"Stage 'evaluate', unit {folder.stem!r}: {what} is not finite with the model in {model.folder}. Finished units "
+        f"are kept. Models overflow in float16, seldom in bfloat16 or float32 (evaluate.dtype is {model.dtype}); "
+        "otherwise its weights are at fault."
     )
 
 

@@ -39,7 +39,7 @@ def summarise_answers(answers: dict[str, list[dict]]) -> dict | None:
     if not answers["dense"]:
         return None
     right = {
-        rule: {model: np.array([row[rule] for row in answers[model]]) for model in MODELS}
+        rule: {model: np.array([row[rule] for row in answers[model]], float) for model in MODELS}
         for rule in ("acc", "acc_norm")
     }
     for values in right.values():
@@ -71,7 +71,7 @@ def mean_by_position(losses: dict[str, np.ndarray], runs: int) -> list[tuple[flo
 
 
 def tidy_results(values: dict) -> dict:
-    """lm-eval's ``{"acc,none": 0.5, "acc_stderr,none": 0.1, …}`` as ``{"acc": {"value": 0.5, "standard_error": 0.1}}``."""
+    """lm-eval's ``{"acc,none": 0.5, "acc_stderr,none": 0.1}`` as ``{"acc": {"value": 0.5, "standard_error": 0.1}}``."""
     metrics = {}
     for key, value in values.items():
         metric, comma, rule = key.partition(",")

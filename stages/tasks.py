@@ -141,6 +141,7 @@ def _read_rows(path: Path) -> Iterator[dict]:
         for number, cells in enumerate(csv.reader(file), start=1):
             if len(cells) != 6 or cells[5].strip() not in ("A", "B", "C", "D"):
                 raise InputError(
-                    f"{path.resolve()}, row {number}: expected a question, four choices and a letter A to D, found {cells!r}."
+                    f"{path.resolve()}, row {number}: expected a question, four choices and a letter A to D, "
+                    f"found {cells!r}."
                 )
             yield {"question": cells[0], "choices": cells[1:5], "answer": "ABCD".index(cells[5].strip())}

@@ -31,7 +31,7 @@ def factorized(workspace: Workspace, seed: int = 1, **size: int) -> Workspace:
     with Scratch(workspace, "factorize", FactorizeParams(), {"seed": str(seed)}) as scratch, scratch.publish() as out:
         save_tiny(out / "model", seed=seed)
         numbers = dict.fromkeys(evaluate.SIZES, 10) | size
-        (out / "factorize.json").write_text(json.dumps({"size": numbers}))
+        (out / "factorize.json").write_text(json.dumps(numbers))
     return workspace
 
 
@@ -312,13 +312,13 @@ def test_a_finished_stage_is_published_again(workspace, monkeypatch):
 
 
 def test_bad_inputs_are_named(workspace, tmp_path):
-    with pytest.raises(ParameterError, match="evaluate.task_folder = 'nowhere'"):
+    with pytest.raises(ParameterError, match=r"evaluate\.task_folder = 'nowhere'"):
         evaluate.run(workspace, EvaluateParams(task_folder="nowhere"))
     write_sequences(workspace.table("evaluation"), random_ids(2, 5).numpy(), [["a"], ["b"]], VOCABULARY + 1)
     with pytest.raises(InputError, match="vocabulary of 97"):
         evaluate.run(workspace, EvaluateParams())
     workspace.table("evaluation").unlink()
-    with pytest.raises(CorruptArtifact, match="evaluation.parquet is missing"):
+    with pytest.raises(CorruptArtifact, match=r"evaluation\.parquet is missing"):
         evaluate.run(workspace, EvaluateParams())
     shutil.rmtree(workspace.out("factorize"))
     with pytest.raises(CorruptArtifact, match="stage 'factorize' has not finished"):
@@ -339,7 +339,7 @@ def test_losses_that_are_not_finite_name_model_and_sequence(workspace):
         model.model.norm.weight.data[:] = float("nan")
         model.save_pretrained(out / "model")
         TOKENIZER.save_pretrained(out / "model")
-        (out / "factorize.json").write_text(json.dumps({"size": dict.fromkeys(evaluate.SIZES, 1)}))
+        (out / "factorize.json").write_text(json.dumps(dict.fromkeys(evaluate.SIZES, 1)))
     with pytest.raises(NumericalError, match=r"evaluation sequence 0 is not finite with the model in .*factorize"):
         evaluate.run(workspace, EvaluateParams())
     assert not workspace.out("evaluate").exists()

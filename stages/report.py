@@ -1,0 +1,363 @@
+"""Stage `report`: what was compressed, how far, and at what cost, as one page that opens offline.
+
+artifacts/report/index.html      no scripts, nothing loaded from anywhere, the same bytes for the same run
+"""
+
+import csv
+from collections.abc import Iterator, Mapping
+
+from stages.layer_views import diagnostic_table, kind_table, rank_views, residual_map, spectrum_views
+from stages.page import Markup, details, element, figure, join, megabytes, number, page, percent, section, table
+from stages.params import ReportParams
+from stages.pictures import Line, legend, line_chart
+from stages.record import Record
+from stages.references import REFERENCES
+from stages.scratch import Scratch
+from stages.workspace import Workspace
+
+MODELS = ("dense", "compressed")
+COMPARED = (*MODELS, "difference")
+ACCURACIES = {"acc": "knowledge questions right", "acc_norm": "the same, by likelihood per character"}
+LONGEST_FACT = 300
+SETTINGS = {"kronecker": ("estimator",), "subspace": ("metric", "input_damping", "output_damping"), "ranks": ("ratio",)}
+LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("artifacts/factorize/model", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("artifacts/factorize/model")
+"""
+
+
+def run(workspace: Workspace, params: ReportParams) -> None:
+    """Write the page from the published outputs of all stages.
+
+    Raises:
+        CorruptArtifact: a stage has not finished, or its output is not whole.
+    """
+    record = Record(workspace)
+    with Scratch(workspace, "report", params, record.digests()) as scratch:
+        if scratch.republish():
+            return
+        with scratch.publish() as out:
+            (out / "index.html").write_text(write_page(record, params.title))
+
+
+def write_page(record: Record, title: str) -> str:
+    """The page as text."""
+    ranks = record.rows("ranks", "ranks.parquet")
+    return page(
+        f"{title}: {_model_name(record)}",
+        element("h1", title),
+        element("p", _kicker(record, ranks), class_="kicker"),
+        _cards(record),
+        element("p", _summary(record, len(ranks)), class_="summary"),
+        _quality(record),
+        _sizes(record),
+        _layers(ranks),
+        _spectra(record, ranks),
+        _measurement(record),
+        _settings(record),
+        _reproduce(record, ranks),
+        _references(record, ranks),
+    )
+
+
+def _model_name(record: Record) -> str:
+    model = record.facts["prepare"].get("model")
+    return str(model.get("name", "model") if isinstance(model, Mapping) else model or "model")
+
+
+def _kicker(record: Record, ranks: list[dict]) -> str:
+    ratio, metric = record.facts["ranks"].get("ratio"), record.facts["subspace"].get("metric")
+    parts = [_model_name(record)]
+    parts += [f"{percent(ratio, 0)} of the targeted parameters removed"] if ratio is not None else []
+    parts += [f"metric {metric}"] if metric else []
+    parts += [f"ranks by {ranks[0]['allocator']}"] if ranks else []
+    return " · ".join(parts)
+
+
+def _ratio(compressed: float | None, dense: float | None) -> float | None:
+    return None if compressed is None or not dense else compressed / dense
+
+
+def _kept(record: Record, what: str) -> str:
+    """Share of parameters or bytes that the compressed model has, as per cent."""
+    size = record.metrics["size"]
+    return percent(_ratio(size[f"{what}_compressed"], size[f"{what}_dense"]))
+
+
+def _times(record: Record) -> str:
+    """The compressed model's perplexity as a multiple of the dense model's."""
+    return number(_ratio(*(record.metrics[model]["perplexity"] for model in reversed(MODELS))))
+
+
+def _bytes(record: Record, model: str) -> str:
+    return megabytes(record.metrics["size"][f"model_bytes_{model}"])
+
+
+def _cards(record: Record) -> Markup:
+    """The headline: five figures, four where there are no questions."""
+    dense, compressed = (record.metrics[model] for model in MODELS)
+    whole = _kept(record, "model_parameters")
+    perplexity = f"{_times(record)} × the dense model's {number(dense['perplexity'])}"
+    cards = [
+        (
+            "Parameters kept",
+            _kept(record, "targeted_parameters"),
+            f"of the targeted layers; {whole} of the whole model",
+        ),
+        ("Perplexity", number(compressed["perplexity"]), perplexity),
+        ("Divergence", number(compressed["kl_to_dense"]), "nats per token from the dense model"),
+        ("Size on disk", _bytes(record, "compressed"), f"dense {_bytes(record, 'dense')}"),
+    ]
+    if compressed["knowledge_accuracy"] is not None:
+        right = f"dense {percent(dense['knowledge_accuracy'])} right"
+        cards.insert(2, ("Knowledge", percent(compressed["knowledge_accuracy"]), right))
+    return element("ul", *(_card(*card) for card in cards), class_="cards")
+
+
+def _card(name: str, value: str, note: str) -> Markup:
+    lines = (("name", name), ("value", value), ("note", note))
+    return element("li", *(element("span", text, class_=style) for style, text in lines))
+
+
+def _summary(record: Record, layers: int) -> str:
+    """The result in plain words."""
+    dense, compressed = (record.metrics[model] for model in MODELS)
+    sentences = [
+        f"The compressed model stores {_kept(record, 'targeted_parameters')} of the parameters of its {layers} targeted "
+        f"layers, which is {_kept(record, 'model_parameters')} of the whole model: {_bytes(record, 'compressed')} instead of "
+        f"{_bytes(record, 'dense')}.",
+        f"On text that nothing was fitted to, its perplexity is {number(compressed['perplexity'])} where the dense model has "
+        f"{number(dense['perplexity'])}, {_times(record)} times as much.",
+    ]
+    if compressed["knowledge_accuracy"] is not None:
+        sentences.append(_knowledge_sentence(record))
+    return " ".join(sentences)
+
+
+def _knowledge_sentence(record: Record) -> str:
+    knowledge = record.facts["evaluate"].get("knowledge") or {}
+    accuracy = {model: record.metrics[model]["knowledge_accuracy"] for model in MODELS}
+    difference, error = (
+        accuracy["compressed"] - accuracy["dense"],
+        _at(knowledge, "standard_error", "acc", "difference"),
+    )
+    verdict = ""
+    if error is not None:
+        verdict = (
+            ", which chance alone could explain"
+            if abs(difference) <= 2 * error
+            else ", which is more than chance explains"
+        )
+    count = f"{knowledge['questions']} " if "questions" in knowledge else "the "
+    return (
+        f"Of {count}knowledge questions it answers {percent(accuracy['compressed'])} right, the dense model "
+        f"{percent(accuracy['dense'])}: a difference of {_points(difference)}{verdict}."
+    )
+
+
+def _points(difference: float) -> str:
+    """A difference of two shares in percentage points."""
+    return percent(difference, sign=True).replace("%", "points")
+
+
+def _at(facts: object, *keys: str) -> float | None:
+    """A nested fact, or None where the record does not go so deep."""
+    for key in keys:
+        facts = facts.get(key) if isinstance(facts, Mapping) else None
+    return facts
+
+
+def _figure(value: float | None, error: float | None) -> Markup:
+    """A figure with its standard error."""
+    return _with_error(number(value, 4), None if error is None else number(error, 2))
+
+
+def _with_error(value: str, error: str | None) -> Markup:
+    return join([value, element("span", f" ± {error}", class_="error") if error else None])
+
+
+def _quality(record: Record) -> Markup:
+    caption = "Dense and compressed model side by side; ± is one standard error"
+    figures = table(caption, ("measure", "dense", "compressed", "change"), _quality_rows(record))
+    return section("What it costs", figures, _task_table(record), _losses_by_position(record))
+
+
+def _quality_rows(record: Record) -> Iterator[tuple]:
+    text, knowledge = (record.facts["evaluate"].get(part) for part in ("text", "knowledge"))
+    errors = [_at(text, "perplexity_standard_error", model) for model in MODELS]
+    perplexities = [record.metrics[model]["perplexity"] for model in MODELS]
+    yield "perplexity", *map(_figure, perplexities, errors), f"{_times(record)} ×"
+    if text:
+        losses = [_figure(text["mean"][name], text["standard_error"][name]) for name in COMPARED]
+        yield "loss, nats per token", *losses
+    divergence = _figure(record.metrics["compressed"]["kl_to_dense"], _at(text, "standard_error", "divergence"))
+    yield "divergence from the dense model, nats per token", "0", divergence, ""
+    for rule, name in ACCURACIES.items() if knowledge else ():
+        yield name, *(_accuracy(knowledge, rule, which) for which in COMPARED)
+
+
+def _accuracy(knowledge: Mapping, rule: str, which: str) -> Markup:
+    value, error = (knowledge[statistic][rule][which] for statistic in ("mean", "standard_error"))
+    shown = _points(value) if which == "difference" else percent(value)
+    return _with_error(shown, None if error is None else f"{100 * error:.1f}")
+
+
+def _task_table(record: Record) -> Markup | None:
+    """Results of further tasks: by lm-eval's name and metric, those of a group before its parts."""
+    rows = []
+    for results in (record.json("evaluate", "tasks.json") or {}).values():
+        for name in sorted(results["dense"]):
+            for metric in results["dense"][name]["metrics"]:
+                pair = [_at(results, model, name, "metrics", metric) or {} for model in MODELS]
+                cells = [_with_error(number(each.get("value"), 4), _error(each.get("standard_error"))) for each in pair]
+                rows.append((f"{name}, {metric}", results["dense"][name].get("documents") or "", *cells))
+    return (
+        table("Further lm-eval tasks", ("task and metric", "examples", "dense", "compressed"), rows) if rows else None
+    )
+
+
+def _losses_by_position(record: Record) -> Markup | None:
+    text = record.text("evaluate", "losses.csv")
+    rows = list(csv.DictReader(text.splitlines())) if text else []
+    if not rows:
+        return None
+    lines = [
+        Line(f"{model} model", [(float(row["position"]), float(row[model])) for row in rows], colour)
+        for colour, model in enumerate(MODELS)
+    ]
+    chart = line_chart(
+        "Mean loss by position in the sequence, dense and compressed",
+        lines,
+        "position in the sequence, tokens",
+        "mean loss, nats",
+    )
+    return join(
+        [
+            legend(lines),
+            figure(
+                chart,
+                "Mean loss at each position: later tokens have more context. A gap that widens to the right would mean that "
+                "long context suffers most.",
+            ),
+        ]
+    )
+
+
+def _sizes(record: Record) -> Markup:
+    size = record.metrics["size"]
+    names = {
+        "targeted_parameters": "parameters of the targeted layers",
+        "model_parameters": "parameters of the whole model",
+    }
+    rows = [
+        (label, *(number(size[f"{what}_{model}"]) for model in MODELS), _kept(record, what))
+        for what, label in names.items()
+    ]
+    rows.append(("weights on disk", *(_bytes(record, model) for model in MODELS), _kept(record, "model_bytes")))
+    caption = "Counted from the saved tensors, index arrays included"
+    return section("How small it is", table(caption, ("", "dense", "compressed", "kept"), rows))
+
+
+def _layers(ranks: list[dict]) -> Markup | None:
+    return section("Where the parameters went", rank_views(ranks), kind_table(ranks)) if ranks else None
+
+
+def _spectra(record: Record, ranks: list[dict]) -> Markup | None:
+    spectra = record.table("subspace", "spectra.parquet")
+    return section("Spectra", spectrum_views(spectra, ranks)) if spectra is not None and spectra.num_rows else None
+
+
+def _measurement(record: Record) -> Markup:
+    """How the statistics were captured, and how far they can be trusted."""
+    conditions = {
+        "input_condition": "input condition",
+        "output_condition": "output condition",
+        "input_damping": "input damping",
+        "output_damping": "output damping",
+    }
+    kronecker = record.rows("kronecker", "diagnostics.parquet")
+    return section(
+        "How it was measured",
+        element("p", _capture_sentence(record.facts["capture"])),
+        residual_map(kronecker),
+        diagnostic_table(
+            "Kronecker factors",
+            kronecker,
+            {"residual": "relative residual", "scale": "scale", "iterations": "iterations"},
+        ),
+        diagnostic_table(
+            "Metrics of the weighted decomposition", record.rows("subspace", "diagnostics.parquet"), conditions
+        ),
+    )
+
+
+def _capture_sentence(facts: Mapping) -> str:
+    tokens, sequences, skipped = facts.get("tokens"), facts.get("sequences"), facts.get("skipped") or []
+    if tokens is None or sequences is None:
+        return "The capture stage recorded no facts."
+    sketch = f"every sequence's gradient was kept as a sketch of rank {facts.get('sketch_rank')}"
+    form = {"none": "no per-sequence gradient was kept", "exact": "every sequence's gradient was kept in full"}
+    names = ", ".join(map(str, skipped[:8])) + (", …" if len(skipped) > 8 else "")
+    left_out = f"{len(skipped)} skipped because a gradient was not finite ({names})" if skipped else "none skipped"
+    return (
+        f"Statistics come from {number(tokens)} tokens of {number(sequences)} calibration sequences, {left_out}; "
+        f"{form.get(facts.get('gradients'), sketch)}."
+    )
+
+
+def _settings(record: Record) -> Markup:
+    """Everything the stages recorded about themselves."""
+    blocks = [
+        details(stage, table(f"Recorded by stage {stage}", ("fact", "value"), rows, numbers_from=2))
+        for stage, facts in record.facts.items()
+        if (rows := [(element("code", key), _fact(value)) for key, value in flatten(facts)])
+    ]
+    return section("Parameters and facts", *blocks)
+
+
+def flatten(facts: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Nested facts as (dotted key, value), sorted."""
+    if isinstance(facts, Mapping) and facts:
+        for key in sorted(facts):
+            yield from flatten(facts[key], f"{prefix}.{key}" if prefix else str(key))
+    elif prefix:
+        yield prefix, facts
+
+
+def _fact(value: object) -> str:
+    text = (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else "–"
+        if value is None or value in ([], {})
+        else str(value)
+    )
+    return text if len(text) <= LONGEST_FACT else f"{text[:LONGEST_FACT]} … ({len(text)} characters)"
+
+
+def _reproduce(record: Record, ranks: list[dict]) -> Markup:
+    values = {f"{stage}.{key}": record.facts[stage].get(key) for stage, keys in SETTINGS.items() for key in keys}
+    values["ranks.allocator"] = ranks[0]["allocator"] if ranks else None
+    settings = [f"  --set {key}={value}" for key, value in values.items() if value is not None]
+    again = " \\\n".join(["fisherfold run", *settings])
+    return section(
+        "Do it again",
+        element("p", "The same parameters give the same bits. With the project's files as they were:"),
+        element("pre", element("code", again)),
+        element("p", "Or through DVC alone, which also compares runs:"),
+        element("pre", element("code", "dvc repro\ndvc metrics diff\ndvc plots diff")),
+        element(
+            "p", "The compressed model carries its own code; no installation of this project is needed to load it:"
+        ),
+        element("pre", element("code", LOADING)),
+    )
+
+
+def _references(record: Record, ranks: list[dict]) -> Markup | None:
+    """Papers behind the methods that this run used."""
+    used = [record.facts["kronecker"].get("estimator"), record.facts["subspace"].get("metric")]
+    used += sorted({row[key] for row in ranks for key in ("allocator", "storage")})
+    papers = list(dict.fromkeys(paper for method in used for paper in REFERENCES.get(method, ())))
+    items = [element("li", f"{paper.authors}: ", element("a", paper.title, href=paper.address)) for paper in papers]
+    return section("Methods", element("ul", *items)) if items else None
