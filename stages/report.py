@@ -4,7 +4,7 @@ artifacts/report/index.html      no scripts, nothing loaded from anywhere, the s
 """
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from stages.layer_views import diagnostic_table, kind_table, rank_views, residual_map, spectrum_views
 from stages.page import Markup, details, element, figure, join, megabytes, number, page, percent, section, table
@@ -204,17 +204,31 @@ def _accuracy(knowledge: Mapping, rule: str, which: str) -> Markup:
 
 
 def _task_table(record: Record) -> Markup | None:
-    """Results of further tasks: by lm-eval's name and metric, those of a group before its parts."""
-    rows = []
-    for results in (record.json("evaluate", "tasks.json") or {}).values():
-        for name in sorted(results["dense"]):
-            for metric in results["dense"][name]["metrics"]:
-                pair = [_at(results, model, name, "metrics", metric) or {} for model in MODELS]
-                cells = [_with_error(number(each.get("value"), 4), _error(each.get("standard_error"))) for each in pair]
-                rows.append((f"{name}, {metric}", results["dense"][name].get("documents") or "", *cells))
-    return (
-        table("Further lm-eval tasks", ("task and metric", "examples", "dense", "compressed"), rows) if rows else None
+    """Results of further tasks; the parts of a group fold away."""
+    tasks = record.json("evaluate", "tasks.json") or {}
+    if not tasks:
+        return None
+    whole = [row for task, results in tasks.items() for row in _task_rows(results, [task])]
+    parts = [
+        row for task, results in tasks.items() for row in _task_rows(results, sorted({*results["dense"]} - {task}))
+    ]
+    header = ("task and metric", "examples", "dense", "compressed")
+    folded = (
+        details(f"{len(parts)} results of their parts", table("Parts of lm-eval groups", header, parts))
+        if parts
+        else None
     )
+    return join([table("Further lm-eval tasks", header, whole), folded])
+
+
+def _task_rows(results: Mapping, names: Iterable[str]) -> Iterator[tuple]:
+    """One row for each metric of each of `names`, which lm-eval gives to tasks and groups."""
+    for name in names:
+        entries = [results[model].get(name, {}) for model in MODELS]
+        for metric in entries[0].get("metrics", {}):
+            pair = [_at(entry, "metrics", metric) or {} for entry in entries]
+            figures = [_figure(each.get("value"), each.get("standard_error")) for each in pair]
+            yield f"{name}, {metric}", number(entries[0].get("documents")), *figures
 
 
 def _losses_by_position(record: Record) -> Markup | None:
