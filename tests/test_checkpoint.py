@@ -1,0 +1,186 @@
+"""The checkpoint in the hands of a user who has no fisherfold: all checks run in one fresh interpreter, see fresh_interpreter.py."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import FAMILIES
+from tiny_subspace import mixed_ranks, publish_ranks, subspace_workspace
+from transformers.pytorch_utils import Conv1D
+
+from stages import factorize
+from stages.gauges import gauge, product
+from stages.params import FactorizeParams
+from stages.templates import modeling_fisherfold as runtime
+
+SCRIPT = Path(__file__).with_name("fresh_interpreter.py")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What each check found, by family and check."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for family in FAMILIES:
+        workspace = subspace_workspace(root / "work" / family, family)
+        publish_ranks(workspace, mixed_ranks(workspace))
+        factorize.run(workspace, FactorizeParams(dense_export=True))
+        shutil.copytree(workspace.out("factorize"), root / "users" / family)
+    elsewhere = root / "elsewhere"
+    elsewhere.mkdir()
+    process = subprocess.run(
+        [sys.executable, "-I", str(SCRIPT), str(root / "users")],
+        cwd=elsewhere,
+        env={**os.environ, "HF_HOME": str(root / "hub"), "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.fixture(params=FAMILIES)
+def found(request, outcomes):
+    return outcomes[request.param]
+
+
+def test_the_interpreter_has_no_fisherfold(found):
+    assert "No module named 'stages" in found["project_is_missing"]
+
+
+def test_loading_without_its_code_fails_loudly(found):
+    assert "trust_remote_code=True" in found["refuses_without_trust"]
+
+
+def test_the_dense_class_never_fills_it_with_random_weights(found):
+    assert found["dense_class_refuses"].startswith("RuntimeError")
+    assert found["saved_again"]["dense class"].startswith("RuntimeError")
+
+
+def test_a_lost_tensor_fails_loudly(found):
+    name, error = found["lost_tensor_is_noticed"]
+    assert error == f"RuntimeError: The checkpoint lacks 1 tensors of the model, such as {name!r}."
+
+
+def test_it_computes_what_the_dense_export_computes(found):
+    assert max(found["equals_dense_export"]) < 2e-5
+
+
+def test_it_generates_with_dynamic_and_static_cache(found):
+    assert found["generates"] == [True, True, 2]
+
+
+def test_save_pretrained_round_trip(found):
+    saved = found["saved_again"]
+    assert saved["difference"] == saved["difference of the second"] == 0
+    assert not any(saved["info"].values())
+    assert saved["code"]
+    assert saved["auto_map"] == {
+        "AutoConfig": "modeling_fisherfold.FisherfoldConfig",
+        "AutoModelForCausalLM": "modeling_fisherfold.FisherfoldForCausalLM",
+    }
+
+
+def test_loads_in_bfloat16(found):
+    half = found["half_precision"]
+    assert half["dtypes"] == ["torch.bfloat16", "torch.int64"]
+    assert half["orders"]
+    assert half["number of orders"] > 2
+    assert max(half["differences"]) < 0.2 * half["scale"]
+
+
+def test_trains_with_and_without_gradient_checkpointing(found):
+    (first, second), difference, scale = found["training_step"]
+    assert second < first
+    assert difference <= 1e-5 * scale
+
+
+def test_accelerate_places_it(found):
+    assert found["device_maps"] == {"automatic": 0, "offloaded": pytest.approx(0, abs=1e-5), "on disk": True, "no split": True}
+
+
+def test_compiles_without_graph_breaks(found):
+    assert max(found["compiles"]) < 1e-5
+
+
+def test_inside_are_ordinary_linear_layers(found):
+    assert found["inner_layers"] == ["Linear"]
+
+
+# The layers alone, against the dense product in float64
+
+KINDS = [("factors", 12, 20, 3), ("pivoted", 12, 20, 7), ("pivoted", 20, 12, 7), ("pivoted", 16, 16, 15), ("pivoted", 9, 5, 0)]
+
+
+def low_rank(storage, n, m, rank, bias):
+    """A runtime layer of random content, the product it stands for, and its bias."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*shape, generator=generator).double().numpy() for shape in ((n, rank), (rank, m)))
+    stored = gauge(left, right, storage, torch.float64)
+    dense = torch.nn.Linear(m, n, bias=bias, dtype=torch.float64)
+    layer = runtime.replace(dense, stored.kind, rank).double()
+    state = {name: torch.from_numpy(values.copy()) for name, values in stored.parameters.items()}
+    if bias:
+        state[factorize.BIAS[stored.kind]] = dense.bias.data
+    layer.load_state_dict(state)
+    return layer, torch.from_numpy(product(stored.kind, stored.parameters, n, m)), dense.bias
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("storage", "n", "m", "rank"), KINDS)
+def test_layers_compute_their_product(storage, n, m, rank, bias):
+    layer, weight, offset = low_rank(storage, n, m, rank, bias)
+    for shape in ((m,), (3, m), (2, 3, m), (2, 100, m)):
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).double()
+        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight, offset), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("storage", "n", "m", "rank"), KINDS)
+def test_both_ways_through_a_layer_have_the_same_gradients(storage, n, m, rank, monkeypatch):
+    layer, *_ = low_rank(storage, n, m, rank, bias=True)
+    x = torch.randn(4, m, generator=torch.Generator().manual_seed(1)).double()
+    grads = []
+    for many in (1, 1000):
+        monkeypatch.setattr(runtime, "MANY_TOKENS", many)
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        grads.append([parameter.grad.clone() for parameter in layer.parameters()])
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("storage", "n", "m", "rank"), KINDS[1:3])
+def test_a_layer_that_something_took_over_is_called_as_it_is(storage, n, m, rank):
+    """An adapter in place of an inner layer must see every token, however many."""
+    layer, weight, _ = low_rank(storage, n, m, rank, bias=False)
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.in_features, self.weight = inner.in_features, inner.weight
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    layer.up, layer.down = Doubled(layer.up), Doubled(layer.down)
+    x = torch.randn(300, m, generator=torch.Generator().manual_seed(1)).double()
+    torch.testing.assert_close(layer(x), torch.cat([layer(part) for part in x.split(10)]), atol=1e-12, rtol=1e-12)
+
+
+def test_conv1d_becomes_an_ordinary_layer():
+    dense = Conv1D(nf=6, nx=10)
+    layer = runtime.replace(dense, "factors", 2)
+    assert (layer.down.in_features, layer.up.out_features, layer.up.bias is not None) == (10, 6, True)
+
+
+def test_half_precision_layers_take_both_ways():
+    layer, _, _ = low_rank("pivoted", 12, 20, 7, bias=True)
+    x = torch.randn(300, 20, generator=torch.Generator().manual_seed(1)).bfloat16()
+    layer = layer.bfloat16()
+    torch.testing.assert_close(layer(x), torch.cat([layer(part) for part in x.split(10)]), atol=0.1, rtol=0.05)
