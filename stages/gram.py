@@ -3,9 +3,6 @@
 Shapes: X [N, p] rows of one batch, G [p, p].
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 STRIPES = 6  # fewer do more products, more make them slow: (1 + 1/6) / 2 of the full product
@@ -37,29 +34,31 @@ def mirror(total: torch.Tensor) -> torch.Tensor:
     return total
 
 
-@contextmanager
-def exact_products(source: torch.Tensor) -> Iterator[None]:
+class exact_products:
     """Inside, float32 products of values that come from `source`'s dtype run as fast as they stay exact.
 
     A bfloat16 value has 8 significant bits, so a product of two of them is exact in float32, and matrix units that take
     bfloat16 (or TF32) and sum in float32 round nothing but the sums. Values that come from float32 are left alone.
+    May be entered many times, one after the other.
     """
-    units = _matrix_units(source)
-    if units is None:
-        yield
-        return
-    setting, exact = units
-    before = setting.fp32_precision
-    setting.fp32_precision = exact
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
+
+    def __init__(self, source: torch.Tensor) -> None:
+        self._setting, self._exact = _matrix_units(source)
+
+    def __enter__(self) -> None:
+        if self._setting is not None:
+            self._before = self._setting.fp32_precision
+            self._setting.fp32_precision = self._exact
+
+    def __exit__(self, *error: object) -> None:
+        if self._setting is not None:
+            self._setting.fp32_precision = self._before
 
 
-def _matrix_units(source: torch.Tensor) -> tuple[object, str] | None:
-    if source.dtype != torch.bfloat16:
-        return None
-    if source.device.type == "cpu" and torch.backends.mkldnn.is_available():
+def _matrix_units(source: torch.Tensor) -> tuple[object | None, str]:
+    """The setting of `source`'s device that chooses how float32 is multiplied, and the value that is exact."""
+    if source.dtype == torch.bfloat16 and source.device.type == "cuda":
+        return torch.backends.cuda.matmul, "tf32"
+    if source.dtype == torch.bfloat16 and source.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.backends.mkldnn.matmul, "bf16"
-    return (torch.backends.cuda.matmul, "tf32") if source.device.type == "cuda" else None
+    return None, ""

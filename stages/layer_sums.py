@@ -17,7 +17,9 @@ from stages.gradient_pass import GradientPass, gradient_pass
 from stages.gram import add_gram, exact_products, mirror
 from stages.layers import LinearLayer, forward_hooks, linear_modules
 from stages.registry import Registry
-from stages.sketch import gaussian_probes, sketch, sketch_width
+from stages.sketch import gaussian_probes, products_need_gradient, sketch, sketch_width
+
+ROWS_IN_CACHE = 256
 
 Arrays = dict[str, torch.Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -38,8 +40,11 @@ class GradientForm(Protocol):
     def shapes(layer: LinearLayer, rank: int) -> Shapes:
         """Shape of every array that is kept for one sequence."""
 
-    def __call__(self, D: torch.Tensor, X: torch.Tensor, G: torch.Tensor) -> Arrays:
-        """The arrays of one sequence."""
+    def needs_gradients(self, tokens: int) -> bool:
+        """Whether the gradients of sequences of T = `tokens` must be written out, all of a batch at once."""
+
+    def arrays(self, D: torch.Tensor, X: torch.Tensor, G: torch.Tensor | None, norms: torch.Tensor) -> Arrays:
+        """What is kept of a batch, from D [B, T, n], X [B, T, m], G [B, n, m] if needed and ||G||_F^2 [B]."""
 
 
 GRADIENT_FORMS: Registry[type[GradientForm] | None] = Registry("capture.gradients")
@@ -51,7 +56,7 @@ class SketchedGradient:
     """left [n, k] and right [m, k] with G ~ left right^T, and the share of ||G||_F^2 that they keep."""
 
     def __init__(self, layer: LinearLayer, rank: int, seed: int) -> None:
-        self.rank = rank
+        self.layer = layer
         self.probes = gaussian_probes(layer.outputs, layer.inputs, rank, seed, layer.name)
 
     @staticmethod
@@ -59,9 +64,12 @@ class SketchedGradient:
         width = sketch_width(layer.outputs, layer.inputs, rank)
         return {"left": (layer.outputs, width), "right": (layer.inputs, width), "kept": ()}
 
-    def __call__(self, D: torch.Tensor, X: torch.Tensor, G: torch.Tensor) -> Arrays:
-        self.probes = self.probes.to(G)
-        return sketch(D, X, G, self.probes, self.rank)._asdict()
+    def needs_gradients(self, tokens: int) -> bool:
+        return products_need_gradient(tokens, self.layer.outputs, self.layer.inputs)
+
+    def arrays(self, D: torch.Tensor, X: torch.Tensor, G: torch.Tensor | None, norms: torch.Tensor) -> Arrays:
+        self.probes = self.probes.to(D)
+        return sketch(D, X, G, norms, self.probes)._asdict()
 
 
 @GRADIENT_FORMS.register("exact")
@@ -75,7 +83,10 @@ class ExactGradient:
     def shapes(layer: LinearLayer, rank: int) -> Shapes:
         return {"gradient": (layer.outputs, layer.inputs)}
 
-    def __call__(self, D: torch.Tensor, X: torch.Tensor, G: torch.Tensor) -> Arrays:
+    def needs_gradients(self, tokens: int) -> bool:
+        return True
+
+    def arrays(self, D: torch.Tensor, X: torch.Tensor, G: torch.Tensor | None, norms: torch.Tensor) -> Arrays:
         return {"gradient": G}
 
 
@@ -91,7 +102,8 @@ class InputSums:
         rows = x.flatten(0, -2).to(self.gram)
         with exact_products(x):
             add_gram(self.gram, rows)
-        self.absolute += rows.abs().sum(0)
+        for some in rows.split(ROWS_IN_CACHE):
+            self.absolute += some.abs().sum(0)
 
     def arrays(self) -> Arrays:
         return {"input_gram": mirror(self.gram), "input_abs": self.absolute}
@@ -117,18 +129,30 @@ class OutputSums:
         with exact_products(d):
             add_gram(self.gram, rows)
 
-    def add_gradient(self, D: torch.Tensor, X: torch.Tensor) -> None:
-        """Add one sequence's gradient."""
-        with exact_products(D):
-            D, X = D.to(self.gram), X.to(self.gram)
-            G = D.T @ X
+    def add_gradients(self, D: torch.Tensor, X: torch.Tensor) -> None:
+        """Add the gradients of a batch, from D [B, T, n] and X [B, T, m]."""
+        exact = exact_products(D)
+        D, X = D.to(self.gram), X.to(self.gram)
+        needed = self.form.needs_gradients(D.shape[1])
+        G = D.new_empty(len(D) if needed else 1, *self.gradient.shape)
+        norms = D.new_empty(len(D))
+        for s in range(len(D)):
+            one = G[s if needed else 0]
+            with exact:
+                torch.mm(D[s].T, X[s], out=one)
+            norms[s] = self._add_gradient(one)
+        arrays = self.form.arrays(D, X, G if needed else None, norms)
+        for name, values in {**arrays, "norm": norms}.items():
+            self.kept[name].append(values)
+
+    def _add_gradient(self, G: torch.Tensor) -> torch.Tensor:
+        """Add one sequence's gradient [n, m]; its norm squared."""
         squares = G.square()
         by_output = squares.sum(1)
         self.gradient += G
         self.squares_by_input += squares.sum(0)
         self.squares_by_output += by_output
-        for name, value in {**self.form(D, X, G), "norm": by_output.sum()}.items():
-            self.kept[name].append(value)
+        return by_output.sum()
 
     def arrays(self) -> Arrays:
         arrays = {"output_gram": mirror(self.gram)}
@@ -201,10 +225,10 @@ class ModelSums:
                 yield from ((f"{name}/{kind}", values) for kind, values in sums.arrays().items())
 
     def take_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What is kept of each sequence since the last call, stacked by array: ``<layer>/left`` and so on."""
+        """What is kept of each sequence since the last call, [S', ...] by name: ``<layer>/left`` and so on."""
         for name, sums in self.outputs.items():
             for kind, values in sums.kept.items():
-                yield f"{name}/{kind}", torch.stack(values)
+                yield f"{name}/{kind}", torch.cat(values)
                 values.clear()
 
     def unreached(self) -> list[str]:
@@ -228,13 +252,17 @@ class ModelSums:
 
     def _add_gradients(self, name: str) -> None:
         """Add each sequence's gradient, over all uses of the layer: D^T X of the uses' tokens one after the other."""
-        uses = [(self._by_sequence(name, call.d), self._by_sequence(name, call.x)) for call in self._calls[name] if call.d is not None]
+        uses = [
+            (self._by_sequence(name, call.d), self._by_sequence(name, call.x))
+            for call in self._calls[name]
+            if call.d is not None
+        ]
         for call in self._calls[name]:
             call.x = call.d = None
         self._calls[name].clear()
-        for sequence in zip(*(zip(*use) for use in uses)):
-            D, X = sequence[0] if len(sequence) == 1 else map(torch.cat, zip(*sequence))
-            self.outputs[name].add_gradient(D, X)
+        if uses:
+            D, X = uses[0] if len(uses) == 1 else (torch.cat(parts, 1) for parts in zip(*uses))
+            self.outputs[name].add_gradients(D, X)
 
     def _by_sequence(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Values [..., p] of a batch's tokens as [B, T, p]; a batch of one sequence may have fewer tokens at a layer."""

@@ -1,47 +1,54 @@
-"""Rank-k sketches of per-sequence gradients, G = D^T X ~ L R^T.
+"""Rank-k sketches of per-sequence gradients, G_s = D_s^T X_s ~ L_s R_s^T, for all sequences of a batch at once.
 
-Shapes: X [T, m] layer inputs of one sequence, D [T, n] gradients of the layer's outputs, G [n, m], L [n, k], R [m, k].
+Shapes: X [B, T, m] layer inputs of B sequences, D [B, T, n] gradients of the layer's outputs, G [B, n, m], L [B, n, k],
+R [B, m, k], Omega [max(n, m), k].
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 SHIFT = 1e-14  # of the trace, added before a Cholesky factorization in float64: 50 times its rounding
 
+Product = Callable[[torch.Tensor], torch.Tensor]
+
 
 class Sketch(NamedTuple):
-    """G ~ left right^T, and the share of ||G||_F^2 that it keeps (1 for G = 0)."""
+    """G ~ left right^T, and kept [B], the share of ||G||_F^2 that it keeps (1 for G = 0)."""
 
     left: torch.Tensor
     right: torch.Tensor
     kept: torch.Tensor
 
 
-def sketch(D: torch.Tensor, X: torch.Tensor, G: torch.Tensor, probes: torch.Tensor, rank: int) -> Sketch:
-    """A sketch of G = D^T X with k = `sketch_width` columns; exact if rank >= min(T, n, m).
+def sketch(
+    D: torch.Tensor, X: torch.Tensor, G: torch.Tensor | None, norms: torch.Tensor, probes: torch.Tensor
+) -> Sketch:
+    """A sketch of G = D^T X with the k columns of `probes`; exact if k >= min(T, n, m).
 
     Otherwise the randomized range finder with one power step (Halko, Martinsson & Tropp, arXiv 0909.4061): L is an
-    orthonormal basis of G G^T G Omega (of G^T G G^T Omega, on the other side, if n > m) and R = G^T L. On gradients of
-    a language model with k = 32 it loses 1.2 times the energy that the best rank-k approximation loses; without the
+    orthonormal basis of G G^T G Omega, and R = G^T L; for n > m the same with the sides exchanged. On gradients of a
+    language model with k = 32 it loses 1.2 times the energy that the best rank-k approximation loses; without the
     power step, 2.4 times. Only products and k x k Cholesky factors are taken, nothing that makes a device wait.
 
     Args:
-        probes: Omega [max(n, m), k], see `gaussian_probes`.
+        G: the gradients written out, where `products_need_gradient`.
+        norms: ||G||_F^2 [B].
+        probes: Omega, see `gaussian_probes`.
     """
-    outputs, inputs = G.shape
-    width = sketch_width(outputs, inputs, rank)
-    if len(D) <= width:
-        return Sketch(_padded(D.T, width), _padded(X.T, width), G.new_ones(()))
-    if width == outputs:
-        return Sketch(torch.eye(outputs, dtype=G.dtype, device=G.device), G.T, G.new_ones(()))
-    if width == inputs:
-        return Sketch(G, torch.eye(inputs, dtype=G.dtype, device=G.device), G.new_ones(()))
+    width, outputs, inputs = probes.shape[1], D.shape[-1], X.shape[-1]
+    if width in (outputs, inputs) or D.shape[1] <= width:
+        return _exact_sketch(D, X, width)
+    times, transposed_times = _products(D, X, G)
     if outputs <= inputs:
-        return _range_sketch(G, probes)
-    right, left, kept = _range_sketch(G.T, probes)
-    return Sketch(left, right, kept)
+        left, right = _range_finder(times, transposed_times, probes)
+        energy = right.square().sum((1, 2))
+    else:
+        right, left = _range_finder(transposed_times, times, probes)
+        energy = left.square().sum((1, 2))
+    return Sketch(left, right, torch.where(norms > 0, energy / norms, 1.0).clamp(max=1.0))
 
 
 def sketch_width(outputs: int, inputs: int, rank: int) -> int:
@@ -50,33 +57,52 @@ def sketch_width(outputs: int, inputs: int, rank: int) -> int:
 
 
 def gaussian_probes(outputs: int, inputs: int, rank: int, seed: int, name: str) -> torch.Tensor:
-    """Gaussian Omega [max(n, m), k] in float32, the same for every sequence and batch of the layer `name`."""
+    """Gaussian Omega in float32, the same for every sequence and batch of the layer `name`."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
     return torch.randn(max(outputs, inputs), sketch_width(outputs, inputs, rank), generator=generator)
 
 
-def _range_sketch(G: torch.Tensor, probes: torch.Tensor) -> Sketch:
-    """Sketch of G [p, q], p <= q, with orthonormal left columns [p, k]."""
-    directions = orthonormal(G.T @ (G @ probes))
-    left = orthonormal(G @ directions)
-    right = G.T @ left
-    total = G.square().sum()
-    return Sketch(left, right, torch.where(total > 0, right.square().sum() / total, 1.0).clamp(max=1.0))
+def products_need_gradient(tokens: int, outputs: int, inputs: int) -> bool:
+    """Whether G V costs fewer operations than D^T (X V)."""
+    return outputs * inputs < tokens * (outputs + inputs)
+
+
+def _exact_sketch(D: torch.Tensor, X: torch.Tensor, width: int) -> Sketch:
+    """G = D^T X padded with zeros, or G I, or I G, whichever has k = `width` columns."""
+    exactly = D.new_ones(len(D))
+    if D.shape[1] <= width:
+        missing = (0, width - D.shape[1])
+        return Sketch(*(torch.nn.functional.pad(rows.mT, missing) for rows in (D, X)), exactly)
+    identity = torch.eye(width, dtype=D.dtype, device=D.device).expand(len(D), width, width)
+    if D.shape[-1] == width:
+        return Sketch(identity, X.mT @ D, exactly)
+    return Sketch(D.mT @ X, identity, exactly)
+
+
+def _products(D: torch.Tensor, X: torch.Tensor, G: torch.Tensor | None) -> tuple[Product, Product]:
+    """V -> G V and U -> G^T U."""
+    if G is None:
+        return lambda V: D.mT @ (X @ V), lambda U: X.mT @ (D @ U)
+    return lambda V: G @ V, lambda U: (U.mT @ G).mT  # G^T U is half as fast on CPUs
+
+
+def _range_finder(times: Product, transposed_times: Product, probes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q [B, p, k], an orthonormal basis of M M^T M Omega, and M^T Q [B, q, k], for M [B, p, q] given by its products."""
+    directions = orthonormal(transposed_times(times(probes)))
+    basis = orthonormal(times(directions))
+    return basis, transposed_times(basis)
 
 
 def orthonormal(Y: torch.Tensor) -> torch.Tensor:
-    """Q = Y C^-T [p, k] with C C^T = Y^T Y + lambda I in float64: orthonormal where Y has rank, zero where it has none.
+    """Q = Y C^-T [B, p, k] with C C^T = Y^T Y + lambda I in float64: orthonormal where Y has rank, zero where it has none.
 
     Q^T Q has the eigenvalues s / (s + lambda) for the eigenvalues s of Y^T Y, with lambda = 1e-14 of their sum. Values that
     are not finite pass through.
     """
     wide = (Y.cpu() if Y.device.type == "mps" else Y).double()  # mps has no float64
-    gram = wide.T @ wide
-    shift = SHIFT * gram.diagonal().sum() + torch.finfo(torch.float64).tiny
-    factor = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).L
-    return torch.linalg.solve_triangular(factor, wide.T, upper=False).T.to(Y)
-
-
-def _padded(columns: torch.Tensor, width: int) -> torch.Tensor:
-    return torch.nn.functional.pad(columns, (0, width - columns.shape[1]))
+    gram = wide.mT @ wide
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal += SHIFT * diagonal.sum(-1, keepdim=True) + torch.finfo(torch.float64).tiny
+    factor = torch.linalg.cholesky_ex(gram).L
+    return torch.linalg.solve_triangular(factor, wide.mT, upper=False).mT.to(Y)
