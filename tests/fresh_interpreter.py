@@ -24,6 +24,7 @@ import transformers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 CHECKS = {}
+COMPILED = ("llama", "gpt2")  # tracing takes seconds
 MANY = (5, 40)  # sequences, tokens: more than the layers' threshold for many tokens
 
 
@@ -125,6 +126,11 @@ def load_info(folder):
 
 
 @check
+def sharded(folder):
+    return largest_difference(load(folder / "model"), load(folder / "sharded"))
+
+
+@check
 def half_precision(folder):
     model, half = load(folder / "model"), load(folder / "model", dtype=torch.bfloat16)
     whole = {name: value for name, value in model.state_dict().items() if not value.is_floating_point()}
@@ -186,6 +192,8 @@ def device_maps(folder):
 @check
 def compiles(folder):
     """Traced whole, without graph breaks, at two lengths (the backend runs the traced graph as it is)."""
+    if folder.name not in COMPILED:
+        return None
     torch.compiler.reset()
     model = load(folder / "model")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
