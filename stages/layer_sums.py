@@ -122,17 +122,19 @@ class OutputSums:
             self.squares_by_input = torch.zeros(layer.inputs, device=device)
             self.squares_by_output = torch.zeros(layer.outputs, device=device)
 
-    def add(self, d: torch.Tensor) -> None:
-        """Add the tokens of d [..., n]."""
-        rows = d.flatten(0, -2).to(self.gram)
+    def add(self, d: torch.Tensor) -> torch.Tensor:
+        """Add the tokens of d [..., n]; d in float32."""
+        values = d.to(self.gram)
+        rows = values.flatten(0, -2)
         self.tokens += len(rows)
         with exact_products(d):
             add_gram(self.gram, rows)
+        return values
 
     def add_gradients(self, D: torch.Tensor, X: torch.Tensor) -> None:
-        """Add the gradients of a batch, from D [B, T, n] and X [B, T, m]."""
-        exact = exact_products(D)
-        D, X = D.to(self.gram), X.to(self.gram)
+        """Add the gradients of a batch, from D [B, T, n] in float32 and X [B, T, m]."""
+        exact = exact_products(X)  # a linear layer's output, and so its gradient, has its input's dtype
+        X = X.to(self.gram)
         needed = self.form.needs_gradients(D.shape[1])
         G = D.new_empty(len(D) if needed else 1, *self.gradient.shape)
         norms = D.new_empty(len(D))
@@ -244,9 +246,9 @@ class ModelSums:
             output.register_hook(lambda d: self._on_gradient(name, call, d))
 
     def _on_gradient(self, name: str, call: Call, d: torch.Tensor) -> None:
-        self.outputs[name].add(d)
+        values = self.outputs[name].add(d)
         if call.x is not None:
-            call.d = d
+            call.d = values
             if all(each.d is not None for each in self._calls[name]):
                 self._add_gradients(name)
 
