@@ -201,6 +201,28 @@ def compiles(folder):
 
 
 @check
+def adapters(folder):
+    """Steps of LoRA on every inner layer (losses), and whether a saved adapter computes the same; None without peft."""
+    try:
+        from peft import LoraConfig, PeftModel, get_peft_model
+    except ImportError:
+        return None
+    torch.manual_seed(0)
+    model = get_peft_model(load(folder / "model"), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimiser = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(4):
+        loss = model(ids(*MANY), labels=ids(*MANY)).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    model.save_pretrained(folder / "adapter")
+    again = PeftModel.from_pretrained(load(folder / "model"), folder / "adapter")
+    return losses, [largest_difference(model.eval(), again, shape) for shape in ((2, 9), MANY)]
+
+
+@check
 def inner_layers(folder):
     """Modules by type inside the replaced layers: what adapters and quantizers look for."""
     model = load(folder / "model")

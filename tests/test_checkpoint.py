@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import FAMILIES
@@ -126,6 +128,62 @@ def test_inside_are_ordinary_linear_layers(found):
     assert found["inner_layers"] == ["Linear"]
 
 
+def test_lora_trains_on_it(found):
+    if found["adapters"] is None:
+        pytest.skip("peft is not installed")
+    losses, differences = found["adapters"]
+    assert losses[-1] < losses[0]
+    assert max(differences) == 0
+
+
+LM_EVAL = """
+import sys
+
+class Forbidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("stages", "flows"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Forbidden())
+from lm_eval.__main__ import cli_evaluate
+
+cli_evaluate()
+"""
+
+
+@pytest.mark.slow
+def test_the_stock_lm_eval_command_runs_it(tmp_path):
+    workspace = subspace_workspace(tmp_path)
+    publish_ranks(workspace, mixed_ranks(workspace))
+    factorize.run(workspace, FactorizeParams())
+    rows = [{"question": "w5 w6", "choices": ["w7", "w8"], "answer": 0}] * 3
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "questions.parquet")
+    task = {
+        "task": "tiny_questions",
+        "dataset_path": "parquet",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.parquet")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "question",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "tiny_questions.yaml").write_text(json.dumps(task))
+    model = f"pretrained={workspace.out('factorize') / 'model'},trust_remote_code=True"
+    arguments = ["--model", "hf", "--model_args", model, "--tasks", "tiny_questions", "--include_path", str(tmp_path), "--device", "cpu"]
+    process = subprocess.run(
+        [sys.executable, "-I", "-c", LM_EVAL, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "|tiny_questions|" in process.stdout
+
+
 # The layers alone, against the dense product in float64
 
 KINDS = [("factors", 12, 20, 3), ("pivoted", 12, 20, 7), ("pivoted", 20, 12, 7), ("pivoted", 16, 16, 15), ("pivoted", 9, 5, 0)]
@@ -171,7 +229,7 @@ def test_both_ways_through_a_layer_have_the_same_gradients(storage, n, m, rank, 
 @pytest.mark.parametrize(("storage", "n", "m", "rank"), KINDS[1:3])
 def test_a_layer_that_something_took_over_is_called_as_it_is(storage, n, m, rank):
     """An adapter in place of an inner layer must see every token, however many."""
-    layer, weight, _ = low_rank(storage, n, m, rank, bias=False)
+    layer, *_ = low_rank(storage, n, m, rank, bias=False)
 
     class Doubled(torch.nn.Module):
         def __init__(self, inner):

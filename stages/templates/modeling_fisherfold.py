@@ -138,7 +138,7 @@ class FisherfoldForCausalLM(DenseForCausalLM):
         layers = (config.fisherfold or {}).get("layers", {})
         for name, layer in layers.items():
             self.set_submodule(name, replace(self.get_submodule(name), **layer))
-        for name in list(layers)[:1]:
+        for name in sorted(layers)[:1]:
             # An empty tensor in the place of a dense weight: the dense model's class finds the wrong shape there and stops,
             # where it would otherwise fill the layers that it misses with random numbers.
             self.get_submodule(name).register_buffer("weight", torch.empty(0))
