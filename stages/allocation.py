@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -135,6 +135,24 @@ def pose(layers: Sequence[LinearLayer], spectra: Sequence[np.ndarray], params: R
     task = Allocation(layers, spectra, costs, allowed, budget_of(dense, params.ratio), params)
     _check_ratio(task, dense, params.ratio)
     return task
+
+
+def allocate(task: Allocation, allocator: Allocator) -> np.ndarray:
+    """Ranks [L] by `allocator`, which sees only the layers that have a choice; the others take their one allowed rank."""
+    free = task.allowed.sum(1) > 1
+    ranks = np.argmax(task.allowed, axis=1)
+    settled = int(np.take_along_axis(task.costs, ranks[:, None], 1)[~free].sum())
+    chosen = np.flatnonzero(free)
+    part = replace(
+        task,
+        layers=[task.layers[index] for index in chosen],
+        spectra=[task.spectra[index] for index in chosen],
+        costs=task.costs[free],
+        allowed=task.allowed[free],
+        budget=task.budget - settled,
+    )
+    ranks[free] = allocator(part)
+    return ranks
 
 
 def budget_of(dense: int, ratio: float) -> int:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages import fermi_descent, measured_allocation, zero_sum  # noqa: F401  these enter their allocators
-from stages.allocation import ALLOCATORS, Allocation, Limits, pose
+from stages.allocation import ALLOCATORS, Allocation, Limits, allocate, pose
 from stages.cost import DENSE, Choice, choose_storage
 from stages.errors import CorruptArtifact, NumericalError, ParameterError
 from stages.layers import LinearLayer, read_layers
@@ -48,7 +48,7 @@ def run(workspace: Workspace, params: RanksParams) -> None:
         NumericalError: a spectrum is not finite.
         CorruptArtifact: the output of stage `subspace` is not whole.
     """
-    allocate = ALLOCATORS.lookup(params.allocator)
+    allocator = ALLOCATORS.lookup(params.allocator)
     subspace = workspace.out("subspace")
     inputs = {
         "model": verify_output(workspace.out("prepare"), "model/"),
@@ -65,7 +65,7 @@ def run(workspace: Workspace, params: RanksParams) -> None:
         spectra = read_spectra(subspace / "spectra.parquet", layers, dense)
         limits = Limits(params.round_to, params.floor, params.ceiling, select_modules(layers, params.exclude) | dense)
         task = replace(pose(layers, spectra, params, limits), workspace=workspace, scratch=scratch)
-        ranks = allocate(task)
+        ranks = allocate(task, allocator)
         choices = [choose_storage(layer, int(rank), params.storage) for layer, rank in zip(layers, ranks)]
         _describe(layers, choices)
         with scratch.publish() as out:

@@ -58,6 +58,17 @@ def test_budget_is_met_to_within_one_rank_and_never_exceeded(workspace, allocato
 
 
 @pytest.mark.parametrize("allocator", MEASURING)
+def test_layer_without_a_choice_is_not_touched(workspace, allocator, monkeypatch):
+    softened = []
+    soften = fermi_descent.soften
+    monkeypatch.setattr(fermi_descent, "soften", lambda *parts: softened.append(parts[2]) or soften(*parts))
+    ranks.run(workspace, parameters(allocator).model_copy(update={"exclude": ["*.0.mlp.up_proj"]}))
+    rows = {row["module"]: row for row in pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()}
+    assert rows["model.layers.0.mlp.up_proj"]["storage"] == "dense"
+    assert set(rows) - set(softened[0]) == {"model.layers.0.mlp.up_proj"}
+
+
+@pytest.mark.parametrize("allocator", MEASURING)
 def test_killed_allocator_resumes_with_the_same_bytes(workspace, allocator, monkeypatch):
     ranks.run(workspace, parameters(allocator))
     expected = read_manifest(workspace.out("ranks"))
