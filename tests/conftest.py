@@ -2,5 +2,15 @@ import os
 import sys
 from pathlib import Path
 
+from hypothesis import settings
+
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+settings.register_profile("steady", deadline=None, derandomize=True)  # a busy machine fails no test
+settings.load_profile("steady")
+
+LAST = ("test_pipeline", "test_demo")  # whole runs come after what can fail in a second
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    items.sort(key=lambda item: LAST.index(item.module.__name__) if item.module.__name__ in LAST else -1)
