@@ -1,10 +1,10 @@
-"""lm-eval on a model in memory, with every context computed once for all its continuations.
+"""lm-eval on a model in memory, in few forward passes.
 
 lm-eval asks for the log-likelihood of each (context, continuation) pair by itself. The choices of one question share
-their context, so its keys and values are computed once and copied for the continuations, and logits are formed only where
-they are needed: on questions of one short line with four short choices this is less than half of the arithmetic.
+their context: if it is long, its keys and values are computed once and copied for the continuations. Pairs of short
+contexts go together by length. Logits are formed only from the first place on where one is needed.
 
-G contexts of equal length in one pass, R continuations of them, L tokens of the longest continuation, V vocabulary entries.
+G contexts of equal length in one pass, R rows of one pass, L tokens of its longest row, V vocabulary entries.
 """
 
 import copy
@@ -14,7 +14,8 @@ import logging
 import os
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import lm_eval.api.task
 import numpy as np
@@ -24,7 +25,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks.manager import TaskDict
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.errors import InputError
 from stages.progress import track_lines
@@ -32,21 +33,25 @@ from stages.progress import track_lines
 BOOTSTRAP_DRAWS = 1000
 LIKE_LENGTH = 0.75
 WORTH_A_PASS = 128  # tokens; reading the weights costs a CPU as much as about 40 tokens
+WORTH_SHARING = 16  # tokens of a context; below, the passes for contexts alone cost more than they save
+UNSCORED = -1
 SEED = 1234  # of few-shot draws, as lm-eval's command line has it
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork workers for a bootstrap
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # its bars would tear ours
 
+Tokens = list[int]
+Pair = tuple[tuple[str, str], Tokens, Tokens]
+"""A context and its continuation, as texts and as tokens."""
 Group = tuple[tuple[int, ...], list[int]]
-"""A context's tokens, and the numbers of the requests that continue it."""
+"""A context's tokens, and the numbers of the pairs that continue it."""
 Answer = tuple[float, bool]
 """Log-likelihood of a continuation in nats, and whether greedy decoding gives it."""
-Row = tuple[int, int]
-"""Number of a context in its batch, and number of the request that continues it."""
+Row = TypeVar("Row")
 
 
 class SharedContextModel(HFLM):
-    """A causal language model for lm-eval that computes each context once.
+    """A causal language model for lm-eval that computes a long context once for all that continues it.
 
     Args:
         tokens_per_pass: at most so many tokens in one forward pass, unless a single question has more.
@@ -65,95 +70,127 @@ class SharedContextModel(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.tokens_per_pass = tokens_per_pass
         self.label = label
-        known = inspect.signature(model.forward).parameters
-        self.last_logits = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self.keeps_some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[Answer]:
         """See lm-eval; without its progress bars."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
-        self, requests: list, disable_tqdm: bool = True, override_bs: int | None = None
+        self, requests: list[Pair], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[Answer]:
-        fitting = [
-            i
-            for i, (_, context, continuation) in enumerate(requests)
-            if len(context) + len(continuation) <= self.max_length + 1
-        ]
         answers: dict[int, Answer] = {}
-        batches = list(self._batches(requests, fitting))
-        for batch in track_lines("evaluate", self.label, batches, len(batches)) if self.label else batches:
-            answers.update(self._score(requests, batch))
+        passes = list(self._passes(requests))
+        for score, batch in track_lines("evaluate", self.label, passes, len(passes)) if self.label else passes:
+            answers.update(score(requests, batch))
         cut = [i for i in range(len(requests)) if i not in answers]  # too long: lm-eval cuts them from the left
-        answers.update(
-            zip(cut, super()._loglikelihood_tokens([requests[i] for i in cut], disable_tqdm=True) if cut else [])
-        )
+        if cut:
+            found = super()._loglikelihood_tokens([requests[i] for i in cut], disable_tqdm=True)
+            answers.update(zip(cut, found, strict=True))
         return [answers[i] for i in range(len(requests))]
 
-    def _batches(self, requests: list, numbers: list[int]) -> Iterator[list[Group]]:
-        """Groups of requests by context; contexts of equal length go together, the longest first."""
+    def _passes(self, requests: list[Pair]) -> Iterator[tuple[Callable[..., dict[int, Answer]], list]]:
+        """What is scored together, and by which method; pairs that are too long for the model are left out."""
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i in numbers:
-            (context_text, text), context, continuation = requests[i]
+        for i, ((context_text, text), context, continuation) in enumerate(requests):
             if not continuation:
                 raise InputError(f"The continuation {text!r} has no token of its own after {context_text[-80:]!r}.")
-            groups[tuple(context)].append(i)
+            if len(context) + len(continuation) <= self.max_length + 1:
+                groups[tuple(context)].append(i)
+        shared = [group for group in groups.items() if len(group[0]) > WORTH_SHARING and len(group[1]) > 1]
+        for batch in self._batches_of_contexts(requests, shared):
+            yield self._score_sharing, batch
+        alone = [i for group in groups.items() if group not in shared for i in group[1]]
+        for run in _runs_of_like_length(
+            alone, lambda i: len(requests[i][1]) + len(requests[i][2]), self.tokens_per_pass
+        ):
+            yield self._score_pairs, run
+
+    def _batches_of_contexts(self, requests: list[Pair], groups: list[Group]) -> Iterator[list[Group]]:
+        """Groups whose contexts have one length, the longest first, as many as go through in one pass."""
         batch: list[Group] = []
-        for group in sorted(groups.items(), key=lambda group: -len(group[0])):
+        for group in sorted(groups, key=lambda group: -len(group[0])):
             new_length = batch and len(group[0]) != len(batch[0][0])
-            if new_length or (batch and self._tokens(requests, [*batch, group]) > self.tokens_per_pass):
+            if new_length or (batch and _tokens(requests, [*batch, group]) > self.tokens_per_pass):
                 yield batch
                 batch = []
             batch.append(group)
         if batch:
             yield batch
 
-    @staticmethod
-    def _tokens(requests: list, batch: list[Group]) -> int:
-        """Tokens that a batch puts through the model, padding included."""
-        numbers = [i for _, members in batch for i in members]
-        return len(batch) * len(batch[0][0]) + len(numbers) * max(len(requests[i][2]) for i in numbers)
-
     @torch.inference_mode()
-    def _score(self, requests: list, batch: list[Group]) -> dict[int, Answer]:
-        """Answers to the requests of G contexts of equal length, by number.
+    def _score_sharing(self, requests: list[Pair], batch: list[Group]) -> dict[int, Answer]:
+        """Answers for all continuations of G contexts of equal length, by number.
 
-        One pass over the contexts scores every first token, a second one over the continuations the rest. Continuations
-        are padded on the right, where a causal model does not look.
+        One pass over the contexts scores every first token; passes over the continuations score the rest.
         """
         rows = [(g, i) for g, (_, members) in enumerate(batch) for i in members]
         longer = [(g, i) for g, i in rows if len(requests[i][2]) > 1]
         contexts = torch.tensor([context for context, _ in batch], device=self.device)
-        output = self.model(input_ids=contexts, use_cache=bool(longer), **self.last_logits)
+        output = self.model(input_ids=contexts, use_cache=bool(longer), **self._last(1, contexts.shape[1]))
         log_p = output.logits[:, -1].float().log_softmax(-1)
         greedy = log_p.argmax(-1).tolist()
         answers = {i: (float(log_p[g, token]), greedy[g] == token) for g, i in rows for token in requests[i][2][:1]}
-        for run in _runs_of_like_length(longer, lambda row: len(requests[row[1]][2])):
+        for run in _runs_of_like_length(longer, lambda row: len(requests[row[1]][2]), self.tokens_per_pass):
             cache = copy.deepcopy(output.past_key_values)
             cache.reorder_cache(torch.tensor([g for g, _ in run], device=self.device))
-            rest = self._continue([requests[i][2] for _, i in run], cache)
+            tokens = [requests[i][2] for _, i in run]
+            rest = self._score_rows([row[:-1] for row in tokens], [row[1:] for row in tokens], cache)
             for (_, i), (value, is_greedy) in zip(run, rest, strict=True):
                 answers[i] = (answers[i][0] + value, answers[i][1] and is_greedy)
         return answers
 
-    def _continue(self, continuations: list[list[int]], cache: object) -> list[Answer]:
-        """Answers for the tokens after the first of R continuations, whose contexts `cache` holds in the same order."""
-        tokens = [torch.tensor(tokens, device=self.device) for tokens in continuations]
-        inputs = pad_sequence([token[:-1] for token in tokens], batch_first=True)
-        targets = pad_sequence([token[1:] for token in tokens], batch_first=True, padding_value=-1)
-        logits = self.model(input_ids=inputs, past_key_values=cache, use_cache=True).logits  # [R, L-1, V]
-        scored = targets >= 0
-        chosen = logits.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1).float() - logits.float().logsumexp(-1)
+    @torch.inference_mode()
+    def _score_pairs(self, requests: list[Pair], numbers: list[int]) -> dict[int, Answer]:
+        """Answers for pairs that share nothing, by number."""
+        pairs = [requests[i][1:] for i in numbers]
+        inputs = [context + continuation[:-1] for context, continuation in pairs]
+        targets = [[UNSCORED] * (len(context) - 1) + continuation for context, continuation in pairs]
+        return dict(zip(numbers, self._score_rows(inputs, targets, None), strict=True))
+
+    def _score_rows(self, inputs: list[Tokens], targets: list[Tokens], cache: Cache | None) -> list[Answer]:
+        """Answers for R rows of tokens; a target is the token that follows, or UNSCORED.
+
+        Rows are padded on the right, where a causal model does not look.
+        """
+        ids, labels = (
+            pad_sequence(
+                [torch.tensor(row, device=self.device) for row in rows], batch_first=True, padding_value=padding
+            )
+            for rows, padding in ((inputs, 0), (targets, UNSCORED))
+        )
+        needed = labels.shape[1] - int((labels != UNSCORED).any(0).nonzero()[0])
+        last = self._last(needed, ids.shape[1])
+        output = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **last)
+        logits, labels = output.logits[:, -needed:], labels[:, -needed:]  # [R, needed, V]
+        chosen = logits.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1).float() - logits.float().logsumexp(-1)
+        scored = labels != UNSCORED
         values = chosen.where(scored, 0).double().sum(-1)
-        greedy = ((logits.argmax(-1) == targets) | ~scored).all(-1)
+        greedy = ((logits.argmax(-1) == labels) | ~scored).all(-1)
         return list(zip(values.tolist(), greedy.tolist(), strict=True))
 
+    def _last(self, count: int, length: int) -> dict[str, torch.Tensor]:
+        """Asks the model for the last `count` of `length` logits alone, if it knows how.
 
-def _runs_of_like_length(rows: list[Row], length: Callable[[Row], int]) -> Iterator[list[Row]]:
-    """Rows by falling length, in runs that waste little on padding but are long enough to be worth a pass."""
+        As indices: given a number, transformers hands a strided slice to the output layer, which then takes a path that
+        is slower on CPUs than all logits.
+        """
+        return {"logits_to_keep": torch.arange(length - count, length)} if self.keeps_some_logits else {}
+
+
+def _tokens(requests: list[Pair], batch: list[Group]) -> int:
+    """Tokens that a batch of contexts puts through the model with their continuations, padding included."""
+    numbers = [i for _, members in batch for i in members]
+    return len(batch) * len(batch[0][0]) + len(numbers) * max(len(requests[i][2]) for i in numbers)
+
+
+def _runs_of_like_length(rows: Iterable[Row], length: Callable[[Row], int], most: int) -> Iterator[list[Row]]:
+    """Rows by falling length, in runs of at most `most` tokens that waste little on padding but are worth a pass."""
     run: list[Row] = []
     for row in sorted(rows, key=length, reverse=True):
-        if run and length(row) < LIKE_LENGTH * length(run[0]) and len(run) * length(run[0]) >= WORTH_A_PASS:
+        longest = length(run[0]) if run else 0
+        shorter = length(row) < LIKE_LENGTH * longest and len(run) * longest >= WORTH_A_PASS
+        if run and (shorter or (len(run) + 1) * longest > most):
             yield run
             run = []
         run.append(row)

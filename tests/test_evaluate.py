@@ -12,7 +12,7 @@ import torch
 from lm_eval.tasks import TaskManager
 from tiny import COMMON, FAMILIES, VOCABULARY, random_ids, save_tiny, tiny_model, tiny_tokenizer, tiny_workspace
 
-from stages import evaluate, losses, tasks
+from stages import evaluate, harness, losses, tasks
 from stages.errors import CorruptArtifact, InputError, NumericalError, ParameterError
 from stages.harness import SharedContextModel, run_tasks
 from stages.losses import compare_tokens
@@ -137,19 +137,21 @@ def random_requests(model: torch.nn.Module, contexts: int = 7) -> list:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("pass_tokens", [1, 40, 1000])
-def test_shared_contexts_change_no_log_likelihood(family, pass_tokens):
+@pytest.mark.parametrize(("pass_tokens", "worth_sharing"), [(1, 0), (40, 4), (1000, 0), (1000, 99)])
+def test_passes_change_no_log_likelihood(family, pass_tokens, worth_sharing, monkeypatch):
+    monkeypatch.setattr(harness, "WORTH_SHARING", worth_sharing)
+    monkeypatch.setattr(harness, "WORTH_A_PASS", 10)
     model = tiny_model(family)
     requests = random_requests(model)
-    harness = SharedContextModel(model, TOKENIZER, pass_tokens, batch_size=2)
-    found = harness._loglikelihood_tokens(requests)
+    found = SharedContextModel(model, TOKENIZER, pass_tokens, batch_size=2)._loglikelihood_tokens(requests)
     for (value, greedy), (_, context, continuation) in zip(found, requests, strict=True):
         expected, is_greedy = oracle_likelihood(tiny_model(family), context, continuation)
         assert value == pytest.approx(expected, abs=1e-4)
         assert greedy == is_greedy
 
 
-def test_contexts_longer_than_a_sliding_window():
+def test_contexts_longer_than_a_sliding_window(monkeypatch):
+    monkeypatch.setattr(harness, "WORTH_SHARING", 0)
     torch.manual_seed(0)
     from transformers import AutoConfig, AutoModelForCausalLM
 
