@@ -1,4 +1,4 @@
-"""A workspace as stages `prepare` and `subspace` leave it: a tiny model and the plain SVD of its layers."""
+"""A workspace as the stages up to `subspace` leave it: a tiny model and the plain SVD of its layers."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tiny import save_tiny
+from tiny import VOCABULARY, random_ids, save_tiny
 
 from stages.cost import choose_storage
 from stages.layers import LinearLayer, find_layers, read_layers, write_layers
 from stages.models import load_model, read_weight
-from stages.params import PrepareParams, RanksParams, SubspaceParams
+from stages.params import CaptureParams, PrepareParams, RanksParams, SubspaceParams
 from stages.ranks import RANKS
 from stages.scratch import Scratch
 from stages.store import write_arrays
+from stages.tables import write_sequences
 from stages.workspace import Workspace
 
 FACTS = {"name": "/somewhere/tiny", "origin": "local", "licence": None, "digest": "0" * 64}
@@ -27,6 +28,7 @@ def subspace_workspace(root: Path, family: str = "llama", seed: int = 0, dense: 
     with Scratch(workspace, "prepare", PrepareParams(), {"seed": str(seed)}) as scratch, scratch.publish() as out:
         save_tiny(out / "model", family, seed)
         (out / "prepare.json").write_text(json.dumps({"model": FACTS}))
+    write_sequences(workspace.table("tuning"), random_ids(2, 12).numpy(), [["a"], ["b"]], VOCABULARY)
     layers = find_layers(load_model(workspace.model, torch.float32))
     publish_subspace(workspace, layers, dense or {})
     return workspace
@@ -34,6 +36,8 @@ def subspace_workspace(root: Path, family: str = "llama", seed: int = 0, dense: 
 
 def publish_subspace(workspace: Workspace, layers: list[LinearLayer], dense: dict[str, str]) -> None:
     rows = []
+    with Scratch(workspace, "capture", CaptureParams(), {}) as scratch, scratch.publish() as out:
+        write_layers(out, layers)  # all that is looked at of it here
     with Scratch(workspace, "subspace", SubspaceParams(), {}) as scratch, scratch.publish() as out:
         for layer in layers:
             if layer.name in dense:
