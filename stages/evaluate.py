@@ -1,7 +1,10 @@
 """Stage `evaluate`: the dense and the compressed model side by side, on text, on knowledge questions, on further tasks.
 
-Text: perplexity exp(mean loss) over all predicted tokens of the evaluation sequences and, in the same pass, the divergence
-KL(dense ‖ compressed) per token in nats. Questions: the share answered right, through lm-eval.
+Text: perplexity exp(mean loss) over all predicted tokens of the evaluation sequences and, in the same pass, the
+divergence KL(dense ‖ compressed) per token in nats. Questions: the share answered right, through lm-eval. A model's answer
+is the choice of largest log-likelihood (lm-eval's `acc`); `acc_norm`, per character, is recorded beside it. The choices of
+one question are of one kind and much alike in length, and the demo model answers more of them by `acc` (52.5 % of 200
+against 49.5 %).
 
     artifacts/evaluate/metrics.json       the figures, unrounded; knowledge_accuracy is null where there are no questions
     artifacts/evaluate/evaluation.json    what was measured, standard errors, paired differences

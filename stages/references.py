@@ -5,15 +5,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reference:
-    """A paper: authors and year, title, and where it can be read."""
+    """A paper: authors and year, title, where it appeared, and where it can be read."""
 
     authors: str
     title: str
+    where: str
     address: str
 
 
 def _arxiv(authors: str, title: str, number: str) -> Reference:
-    return Reference(authors, title, f"https://arxiv.org/abs/{number}")
+    return Reference(authors, title, f"arXiv {number}", f"https://arxiv.org/abs/{number}")
 
 
 FWSVD = _arxiv("Hsu et al. 2022", "Language model compression with weighted low-rank factorization", "2207.00112")
@@ -38,6 +39,7 @@ KFAC = _arxiv(
 LEMS = Reference(
     "Thoma et al. 2026",
     "Advancing SVD-based LLM compression via layer-wise error model search",
+    "ICML 2026",
     "https://lems-svd.github.io/",
 )
 GFWSVD = _arxiv(

@@ -213,11 +213,7 @@ def _task_table(record: Record) -> Markup | None:
         row for task, results in tasks.items() for row in _task_rows(results, sorted({*results["dense"]} - {task}))
     ]
     header = ("task and metric", "examples", "dense", "compressed")
-    folded = (
-        details(f"{len(parts)} results of their parts", table("Parts of lm-eval groups", header, parts))
-        if parts
-        else None
-    )
+    folded = details("Parts of these groups", table("Parts of lm-eval groups", header, parts)) if parts else None
     return join([table("Further lm-eval tasks", header, whole), folded])
 
 
@@ -373,5 +369,8 @@ def _references(record: Record, ranks: list[dict]) -> Markup | None:
     used = [record.facts["kronecker"].get("estimator"), record.facts["subspace"].get("metric")]
     used += sorted({row[key] for row in ranks for key in ("allocator", "storage")})
     papers = list(dict.fromkeys(paper for method in used for paper in REFERENCES.get(method, ())))
-    items = [element("li", f"{paper.authors}: ", element("a", paper.title, href=paper.address)) for paper in papers]
+    items = [
+        element("li", f"{paper.authors}: {paper.title}. ", element("a", paper.where, href=paper.address))
+        for paper in papers
+    ]
     return section("Methods", element("ul", *items)) if items else None
