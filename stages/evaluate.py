@@ -38,7 +38,7 @@ from stages.scores import MODELS, mean_by_position, summarise_answers, summarise
 from stages.scratch import Scratch
 from stages.store import read_array, write_arrays
 from stages.tables import read_sequences, read_table
-from stages.tasks import KNOWLEDGE, knowledge_task, load_task
+from stages.tasks import KNOWLEDGE, knowledge_task, load_task, manager_of
 from stages.workspace import Workspace, describe_files, digest_file, digest_json, verify_output
 
 ACCURACY = "acc"
@@ -87,6 +87,8 @@ def run(workspace: Workspace, params: EvaluateParams) -> None:
         if scratch.republish():
             return
         size, models, questions = _read_sizes(workspace), _models(workspace, params), _read_questions(workspace)
+        for task in params.tasks:
+            manager_of(task, *_task_folders(workspace, params))
         try:
             losses = _measure_losses(scratch, models, workspace.table("evaluation"))
             answers = _answer_questions(scratch, models, workspace.table("questions"), len(questions))

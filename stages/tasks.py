@@ -7,6 +7,7 @@ A task folder holds lm-eval YAML files. Relative data paths in them start at tha
 import contextlib
 import csv
 import difflib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,33 +46,44 @@ def knowledge_task(questions: pa.Table) -> TaskDict:
     return TaskManager(include_defaults=False).load([config])
 
 
-def load_task(name: str, folder: Path | None, shipped: Path | None = None) -> TaskDict:
-    """The task or group `name`: from a file in `folder`, else in `shipped`, else from those that lm-eval brings.
-
-    Relative paths of data files start at `folder`.
+def manager_of(name: str, folder: Path | None, shipped: Path | None = None) -> TaskManager:
+    """What knows the task or group `name`: the files in `folder`, else those in `shipped`, else lm-eval itself.
 
     Raises:
-        ParameterError: none of them knows the name; the message gives the nearest.
+        ParameterError: none of them does; the message gives the nearest names.
+    """
+    local = TaskManager(include_path=[path for path in (shipped, folder) if path], include_defaults=False)
+    if name in local.task_index:
+        return local
+    known = [*local.all_tasks, *_lm_eval_tasks().all_tasks]
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
+        raise ParameterError(f"evaluate.tasks = {name!r}: neither the task folder nor lm-eval has it. Near: {near}.")
+    return _lm_eval_tasks()
+
+
+@functools.cache
+def _lm_eval_tasks() -> TaskManager:
+    """All tasks that come with lm-eval; reading their files takes seconds."""
+    return TaskManager()
+
+
+def load_task(name: str, folder: Path | None, shipped: Path | None = None) -> TaskDict:
+    """The task or group `name`, see `manager_of`. Relative paths of data files start at `folder`.
+
+    Raises:
+        ParameterError: nothing knows the name.
         InputError: the task's data cannot be read; lm-eval's own tasks fetch theirs from the hub.
     """
-    manager = TaskManager(include_path=[path for path in (shipped, folder) if path], include_defaults=False)
-    entry = manager.task_index.get(name)
-    if entry is None:
-        local, manager = manager.all_tasks, TaskManager()
-        _check_name(name, [*local, *manager.all_tasks])
-    elif entry.yaml_path:
+    manager = manager_of(name, folder, shipped)
+    entry = manager.task_index[name]
+    if entry.yaml_path and any(path and path in entry.yaml_path.parents for path in (folder, shipped)):
         entry.cfg, entry.yaml_path = _read_task_file(entry.yaml_path, folder or Path()), None
     try:
         with contextlib.chdir(folder or Path()):
             return manager.load([name])
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"evaluate.tasks: task {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def _check_name(name: str, known: list[str]) -> None:
-    if name not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
-        raise ParameterError(f"evaluate.tasks = {name!r}: neither the task folder nor lm-eval has it. Near: {near}.")
 
 
 def _read_task_file(path: Path, folder: Path) -> dict:

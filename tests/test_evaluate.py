@@ -442,9 +442,8 @@ def test_no_files_for_a_task(tmp_path):
         tasks.load_task("four_choice_test", tmp_path, SHIPPED_TASKS)
 
 
-def test_an_unknown_task_is_named_with_the_nearest(task_folder, monkeypatch):
-    monkeypatch.setattr(
-        tasks, "TaskManager", functools.partial(TaskManager, include_defaults=False)
-    )  # reading all takes 5 s
+def test_an_unknown_task_is_named_before_anything_is_measured(workspace, task_folder, monkeypatch):
+    monkeypatch.setattr(tasks, "_lm_eval_tasks", lambda: TaskManager(include_defaults=False))  # reading all takes 5 s
+    monkeypatch.setattr(evaluate, "_measure_losses", None)
     with pytest.raises(ParameterError, match=r"evaluate.tasks = 'tony': .* Near: tiny"):
-        tasks.load_task("tony", task_folder)
+        evaluate.run(workspace, EvaluateParams(tasks=["tony"], task_folder=str(task_folder)))
