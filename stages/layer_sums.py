@@ -230,8 +230,9 @@ class ModelSums:
         """What is kept of each sequence since the last call, [S', ...] by name: ``<layer>/left`` and so on."""
         for name, sums in self.outputs.items():
             for kind, values in sums.kept.items():
-                yield f"{name}/{kind}", torch.cat(values)
-                values.clear()
+                if values:
+                    yield f"{name}/{kind}", torch.cat(values)
+                    values.clear()
 
     def unreached(self) -> list[str]:
         """Layers that no gradient came to."""

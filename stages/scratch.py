@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from stages.progress import announce, track
 from stages.workspace import MANIFEST, Workspace, code_digest, describe_files, digest_json
 
 UNIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+SYNC_THREADS = 16
 DISK_RESERVE = 64 * 2**20  # bytes left free for everything else on the disk
 
 
@@ -243,8 +245,8 @@ def _link_or_copy(source: str, target: str) -> str:
 
 def sync_tree(folder: Path) -> None:
     """Flush every file and folder below `folder` to the disk."""
-    for path in folder.rglob("*"):
-        sync_folder(path)
+    with ThreadPoolExecutor(SYNC_THREADS) as pool:  # flushes at the same time share a commit of the file system
+        list(pool.map(sync_folder, folder.rglob("*")))
     sync_folder(folder)
 
 

@@ -1,0 +1,321 @@
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import VOCABULARY, random_ids, tiny_workspace
+
+from stages import capture, shard
+from stages.errors import CorruptArtifact, InputError, NotEnoughDisk, NumericalError
+from stages.models import load_model
+from stages.params import CaptureParams
+from stages.statistics import Statistics
+from stages.store import array_names, read_array
+from stages.tables import write_sequences
+from stages.workspace import Workspace, read_manifest, verify_output
+
+SEQUENCES = 7
+PARAMS = CaptureParams(batch_size=2, sequences_per_shard=2, sketch_rank=4)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Workspace:
+    """A llama's workspace after stage `prepare`."""
+    return tiny_workspace(tmp_path_factory.mktemp("prepared"), "llama", SEQUENCES)
+
+
+@pytest.fixture
+def workspace(prepared, tmp_path) -> Workspace:
+    shutil.copytree(prepared.root, tmp_path / "w")
+    return Workspace(tmp_path / "w")
+
+
+@pytest.fixture(scope="module")
+def captured(prepared, tmp_path_factory) -> Workspace:
+    """The same after an uninterrupted `capture` with PARAMS."""
+    root = tmp_path_factory.mktemp("captured") / "w"
+    shutil.copytree(prepared.root, root)
+    capture.run(Workspace(root), PARAMS)
+    return Workspace(root)
+
+
+def files(workspace: Workspace) -> dict:
+    return read_manifest(workspace.out("capture"))["files"]
+
+
+def statistics_of(workspace: Workspace, **changes) -> dict[str, torch.Tensor]:
+    """All sums after a run with PARAMS changed."""
+    capture.run(workspace, PARAMS.model_copy(update=changes))
+    folder = workspace.out("capture") / "statistics"
+    return {name: read_array(folder, name) for name in array_names(folder)}
+
+
+def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-6 * values.abs().max().item(), msg=name)
+
+
+def test_publishes_what_the_reader_reads(captured):
+    verify_output(captured.out("capture"))
+    statistics = Statistics(captured.out("capture"))
+    assert statistics.sequences == SEQUENCES and statistics.tokens == SEQUENCES * 12
+    assert statistics.facts["shards"] == [f"shard-{i:05d}" for i in range(4)]
+    assert statistics.facts["skipped"] == statistics.facts["unreached"] == []
+    for layer in statistics.layers:
+        n, m = layer.outputs, layer.inputs
+        shards = list(statistics.gradient_shards(layer))
+        assert [len(left) for left, _ in shards] == [2, 2, 2, 1]
+        assert all(left.shape[1:] == (n, 4) and right.shape[1:] == (m, 4) for left, right in shards)
+        assert statistics.input_covariance(layer).shape == (m, m) and statistics.input_magnitude(layer).shape == (m,)
+        assert statistics.output_covariance(layer).shape == (n, n)
+        assert statistics.gradient_sum(layer).shape == (n, m)
+        assert statistics.fisher_inputs(layer).shape == (m,) and statistics.fisher_outputs(layer).shape == (n,)
+        norms = statistics.gradient_norms(layer)
+        torch.testing.assert_close(norms.sum(), statistics.fisher_inputs(layer).sum())
+        torch.testing.assert_close(norms.sum(), statistics.fisher_outputs(layer).sum())
+        kept = torch.cat([(left @ right.mT).square().sum((1, 2)) for left, right in shards]) / norms
+        torch.testing.assert_close(statistics.energy_kept(layer), kept, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_is_the_models_own(captured):
+    model = load_model(captured.model, torch.float32)
+    losses = [model(input_ids=ids[None], labels=ids[None]).loss for ids in random_ids(SEQUENCES, 12)]
+    assert Statistics(captured.out("capture")).facts["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+
+
+def test_sharded_equals_unsharded(workspace):
+    sharded = statistics_of(workspace)
+    assert_near(statistics_of(workspace, sequences_per_shard=100), sharded)
+    assert_near(statistics_of(workspace, sequences_per_shard=1, batch_size=8), sharded)
+
+
+@pytest.mark.parametrize("layers_per_pass", [1, 5])
+def test_layers_in_several_passes_give_the_same_bits(workspace, captured, layers_per_pass):
+    statistics_of(workspace, layers_per_pass=layers_per_pass)
+    assert files(workspace) == files(captured)
+
+
+@pytest.mark.parametrize("gradients", ["none", "exact"])
+def test_other_forms_of_gradients(workspace, captured, gradients):
+    found = statistics_of(workspace, gradients=gradients)
+    reader, sketched = Statistics(workspace.out("capture")), Statistics(captured.out("capture"))
+    assert all(torch.equal(values, read_array(captured.out("capture") / "statistics", name)) for name, values in found.items())
+    layer = reader.layers[0]
+    if gradients == "none":
+        assert not reader.has_gradients and not (workspace.out("capture") / "gradients").exists()
+        with pytest.raises(InputError, match="capture.gradients is 'none'"):
+            list(reader.gradient_shards(layer))
+    else:
+        G = torch.cat([gradient for (gradient,) in reader.gradient_shards(layer)])
+        torch.testing.assert_close(G.sum(0), reader.gradient_sum(layer))
+        assert torch.equal(reader.gradient_norms(layer), sketched.gradient_norms(layer))
+
+
+def test_gradients_are_written_before_memory_fills(workspace, captured, monkeypatch):
+    monkeypatch.setattr(shard, "HELD_BYTES", 1)
+    capture.run(workspace, PARAMS.model_copy(update={"sequences_per_shard": 100}))
+    whole, parts = Statistics(workspace.out("capture")), Statistics(captured.out("capture"))
+    for layer in whole.layers:
+        ((left, _),) = whole.gradient_shards(layer)
+        assert torch.equal(left, torch.cat([left for left, _ in parts.gradient_shards(layer)]))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("changes", [{}, {"layers_per_pass": 6}])
+def test_killed_anywhere_it_resumes_with_the_same_bits(workspace, captured, changes, monkeypatch):
+    """Ends the run at the 1st, 3rd, 5th … of its durable steps, each run going on from the one before."""
+    params = PARAMS.model_copy(update=changes)
+    for fatal in itertools.count(1, 2):
+        calls = itertools.count(1)
+
+        def deadly(path, fatal=fatal, calls=calls):
+            if next(calls) == fatal:
+                raise Killed
+            sync(path)
+
+        from stages import scratch
+
+        sync = scratch.sync_folder
+        with monkeypatch.context() as patch:
+            patch.setattr(scratch, "sync_folder", deadly)
+            patch.setattr(scratch, "sync_tree", lambda folder: None)
+            try:
+                capture.run(workspace, params)
+                break
+            except Killed:
+                continue
+    assert fatal > 5
+    assert files(workspace) == files(captured)
+
+
+KILLED = """
+import itertools, os, signal, sys
+from pathlib import Path
+from stages import capture, store
+from stages.params import CaptureParams
+from stages.workspace import Workspace
+calls, write = itertools.count(1), store.ChunkWriter._write
+def deadly(*arguments):
+    if next(calls) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*arguments)
+store.ChunkWriter._write = deadly
+capture.run(Workspace(Path(sys.argv[1])), CaptureParams.model_validate_json(sys.argv[2]))
+"""
+
+
+def test_killed_by_a_signal_in_a_later_shard_it_resumes_with_the_same_bits(workspace, captured):
+    arguments = [str(workspace.root), PARAMS.model_dump_json(), "400"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=Path(__file__).parents[1], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    units = workspace.artifacts.glob("capture.partial/*/units/*")
+    assert any(unit.suffix != ".partial" for unit in units) and not workspace.out("capture").exists()
+    capture.run(workspace, PARAMS)
+    assert files(workspace) == files(captured)
+
+
+def test_disk_is_freed_as_sums_are_added(workspace, monkeypatch):
+    waiting = []
+    drop = capture.Scratch.drop
+
+    def watched(scratch, *arguments):
+        waiting.append(len(list(scratch.units.glob("*/statistics"))))
+        drop(scratch, *arguments)
+
+    monkeypatch.setattr(capture.Scratch, "drop", watched)
+    capture.run(workspace, PARAMS.model_copy(update={"sequences_per_shard": 1}))
+    assert max(waiting) <= 4  # 7 shards: log2 + 1 parts and their sum
+
+
+def test_disk_formula_counts_every_number(workspace):
+    for changes in ({}, {"gradients": "none"}, {"gradients": "exact"}, {"layers_per_pass": 4}):
+        params = PARAMS.model_copy(update={"sequences_per_shard": 100, **changes})
+        capture.run(workspace, params)
+        statistics = Statistics(workspace.out("capture"))
+        folders = [workspace.out("capture") / "statistics", *workspace.out("capture").glob("gradients/*")]
+        stored = sum(4 * read_array(folder, name).numel() for folder in folders for name in array_names(folder))
+        assert capture.disk_bytes(statistics.layers, params, SEQUENCES) == stored
+
+
+def test_refuses_a_full_disk_before_it_starts(workspace, monkeypatch):
+    usage = namedtuple("Usage", "total used free")(10**6, 10**6, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(NotEnoughDisk, match="needs .* bytes"):
+        capture.run(workspace, PARAMS)
+
+
+def poison(workspace: Workspace, sequences: list[int]) -> torch.Tensor:
+    """Give token 7 an embedding that is not finite, and put it into some calibration sequences; the ids [S, T]."""
+    path = workspace.model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"][7] = torch.inf
+    save_file(tensors, path, {"format": "pt"})
+    ids = random_ids(SEQUENCES, 12).clamp(min=10)
+    ids[sequences, 5] = 7
+    write_table(workspace, ids)
+    return ids
+
+
+def write_table(workspace: Workspace, ids: torch.Tensor) -> None:
+    articles = [[f"calibration-{s}"] for s in range(len(ids))]
+    write_sequences(workspace.table("calibration"), ids.numpy(), articles, VOCABULARY)
+
+
+@pytest.fixture
+def poisoned(tmp_path) -> Workspace:
+    return tiny_workspace(tmp_path, "qwen2", SEQUENCES)
+
+
+def test_a_sequence_that_is_not_finite_is_named(poisoned):
+    poison(poisoned, [5])
+    with pytest.raises(NumericalError, match=r"sequence 5 \(articles 'calibration-5'\).*model\.layers\.0\.self_attn.q_proj"):
+        capture.run(poisoned, PARAMS)
+
+
+def test_sequences_that_are_not_finite_are_left_out_entirely(poisoned):
+    ids = poison(poisoned, [1, 4, 5])
+    found = statistics_of(poisoned, skip_nonfinite=True)
+    facts = Statistics(poisoned.out("capture")).facts
+    assert [skipped["sequence"] for skipped in facts["skipped"]] == [1, 4, 5]
+    assert facts["sequences"] == 4 and facts["tokens"] == 4 * 12 and facts["loss"] < 10
+    assert facts["shards"] == ["shard-00000", "shard-00001", "shard-00003"]
+    write_table(poisoned, ids[[0, 2, 3, 6]])
+    assert_near(statistics_of(poisoned), found)
+
+
+def test_nothing_finite_is_an_error(poisoned):
+    poison(poisoned, list(range(SEQUENCES)))
+    with pytest.raises(NumericalError, match="none of 7 sequences is finite"):
+        capture.run(poisoned, PARAMS.model_copy(update={"skip_nonfinite": True}))
+
+
+def test_a_gradient_that_is_not_finite_is_found_where_it_starts(workspace, monkeypatch):
+    """The loss stays finite; the gradient of one sequence breaks on its way back."""
+    model, layers = shard.loaded_model(workspace.model, "float32")
+    ids = random_ids(SEQUENCES, 12)
+    ids[3, 0] = 4
+
+    def broken(module, arguments, output):
+        first = ids_seen[-1][:, 0] == 4
+        output.register_hook(lambda d: torch.where(first[:, None, None], torch.inf, d))
+
+    ids_seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda module, arguments, keywords: ids_seen.append(keywords["input_ids"]), with_kwargs=True)
+    model.model.layers[1].mlp.register_forward_hook(broken)
+    monkeypatch.setattr(capture, "loaded_model", shard.loaded_model)
+    write_table(workspace, ids)
+    with pytest.raises(NumericalError, match=r"sequence 3 .*the gradient of model\.layers\.1\.mlp\.(up|gate)_proj"):
+        capture.run(workspace, PARAMS)
+
+
+def test_refuses_a_table_of_another_vocabulary(workspace):
+    ids = random_ids(SEQUENCES, 12)
+    write_sequences(workspace.table("calibration"), ids.numpy(), [["a"]] * SEQUENCES, VOCABULARY + 1)
+    with pytest.raises(InputError, match="vocabulary of 97"):
+        capture.run(workspace, PARAMS)
+
+
+def test_a_flipped_byte_and_a_truncated_shard_are_found(captured, tmp_path):
+    out = tmp_path / "capture"
+    shutil.copytree(captured.out("capture"), out)
+    layer = Statistics(out).layers[0]
+    chunk = next(path for path in (out / "gradients" / "shard-00001" / layer.name / "left" / "c").rglob("*") if path.is_file())
+    content = chunk.read_bytes()
+    chunk.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(CorruptArtifact, match="shard-00001"):
+        list(Statistics(out).gradient_shards(layer))
+    chunk.write_bytes(content[:-1])
+    with pytest.raises(CorruptArtifact, match="bytes instead of"):
+        verify_output(out)
+    os.remove(chunk)
+    with pytest.raises(CorruptArtifact, match="is missing"):
+        verify_output(out)
+
+
+def test_shard_names_are_checked_before_they_become_paths(captured, tmp_path):
+    out = tmp_path / "capture"
+    shutil.copytree(captured.out("capture"), out)
+    facts = out / "capture.json"
+    facts.write_text(facts.read_text().replace("shard-00001", "../../etc"))
+    reader = Statistics(out)
+    with pytest.raises(CorruptArtifact, match="not the name of a shard"):
+        list(reader.gradient_shards(reader.layers[0]))
+
+
+def test_finished_before_it_is_published_again(workspace, captured, monkeypatch):
+    capture.run(workspace, PARAMS)
+    shutil.rmtree(workspace.out("capture"))
+    monkeypatch.setattr(capture, "loaded_model", None)
+    capture.run(workspace, PARAMS)
+    assert files(workspace) == files(captured)

@@ -1,0 +1,31 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.store import array_names, read_array, write_arrays
+from stages.tree_sum import Part, add_parts, parts_at_once, summation_tree
+
+
+@given(st.integers(1, 300))
+def test_every_shard_is_summed_once_with_few_parts_waiting(shards):
+    waiting: set[Part] = set()
+    most = 0
+    for part, terms in summation_tree(shards):
+        most = max(most, len(waiting) + 1)
+        if terms:
+            left, right = terms
+            assert left in waiting and right in waiting
+            assert left.last + 1 == right.first and part == Part(left.first, right.last)
+        waiting = waiting - set(terms) | {part}
+    assert waiting == {Part(0, shards - 1)}
+    assert most == parts_at_once(shards)
+
+
+def test_parts_are_added_array_by_array(tmp_path):
+    arrays = {"a/x": torch.arange(6.0).view(2, 3), "b/y": torch.ones(4)}
+    for name, factor in (("left", 1.0), ("right", 10.0)):
+        write_arrays(tmp_path / name, {key: factor * values for key, values in arrays.items()})
+    add_parts(tmp_path / "sum", tmp_path / "left", tmp_path / "right")
+    assert array_names(tmp_path / "sum") == ["a/x", "b/y"]
+    for key, values in arrays.items():
+        assert torch.equal(read_array(tmp_path / "sum", key), 11 * values)
