@@ -2,7 +2,7 @@
 
 Rounded to nearest, an error of the pivots is repeated by every row that they make, about twice the error of plain factors.
 Instead each row's rounding error is spread over the rows that are still to be rounded, as optimal brain quantization does
-(GPTQ, arXiv 2210.17323), and each factor is fitted anew to the rounded other one.
+(GPTQ, arXiv 2210.17323): first in C, then in P, which is fitted anew to the rounded C.
 
 Shapes, for pivoted outputs: pivot P [r, m], rest C [k − r, r], product rows P and C P. Everything is float64.
 """
@@ -13,7 +13,6 @@ from scipy.linalg import cholesky, solve, solve_triangular
 
 from stages.pivoted import Pivoted
 
-ROUNDS = 2  # of fitting and rounding C, then P; a third gains 1 %
 BLOCK = 64  # rows whose errors are spread at once over the rows after them
 DAMPING = 1e-10  # of a Gram matrix, relative to its mean diagonal
 
@@ -61,12 +60,8 @@ def _feedback(gram: np.ndarray) -> np.ndarray:
 
 
 def _round_factors(pivot: np.ndarray, rest: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Rounded P and C whose product stays near [P; C P]."""
-    rows, other_rows = pivot, rest @ pivot
-    for _ in range(ROUNDS):
-        gram = pivot @ pivot.T
-        gram[np.diag_indices_from(gram)] += DAMPING * np.trace(gram) / len(gram) + np.finfo(float).tiny
-        rest = round_with_feedback(solve(gram, pivot @ other_rows.T, assume_a="pos"), gram, dtype).T
-        gram = np.eye(len(rows)) + rest.T @ rest
-        pivot = round_with_feedback(solve(gram, rows + rest.T @ other_rows, assume_a="pos"), gram, dtype)
-    return pivot, rest
+    """Rounded P and C whose product stays near [P; C P]. Fitting C again to the rounded P, and so on, would gain 3 %."""
+    rounded = round_with_feedback(rest.T, pivot @ pivot.T, dtype).T
+    gram = np.eye(len(pivot)) + rounded.T @ rounded
+    fitted = solve(gram, pivot + (rounded.T @ rest) @ pivot, assume_a="pos")
+    return round_with_feedback(fitted, gram, dtype), rounded
