@@ -242,7 +242,7 @@ def _answer_run(folder: Path, model: ModelRun, table: Path, start: int) -> None:
 
 
 def _harness_model(model: ModelRun, label: str | None = None) -> SharedContextModel:
-    tokenizer = AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model.folder, local_files_only=True, trust_remote_code=model.own_code)
     return SharedContextModel(_loaded(model), tokenizer, model.pass_tokens, model.batch_size, label)
 
 
