@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from stages.allocation import ALLOCATORS, Allocation, Limits, budget_of, pose
 from stages.cost import DENSE, FORMATS, choose_storage, rank_costs
 from stages.errors import ParameterError
-from stages.params import RanksParams
 from stages.layers import LinearLayer
+from stages.params import RanksParams
 
 STORAGES = ("factors", "pivoted")
 CLOSED_FORM = ("uniform", "fisher")
