@@ -74,7 +74,7 @@ class ChunkWriter:
             "shape": shape,
             "data_type": dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},  # fewer folders
             "fill_value": dtype.type(0).item(),
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
             "attributes": attributes,
@@ -94,10 +94,8 @@ class ChunkWriter:
         if self.chunks and len(rows) < self.chunks[0]:  # a chunk at the edge is stored in full
             rows = np.concatenate([rows, np.zeros((self.chunks[0] - len(rows), *self.chunks[1:]), rows.dtype)])
         content = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
-        key = ("c", str(self._next), *["0"] * (len(self.chunks) - 1)) if self.chunks else ("c",)
-        path = self.folder.joinpath(*key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
+        key = ["c", str(self._next), *["0"] * (len(self.chunks) - 1)] if self.chunks else ["c"]
+        with (self.folder / ".".join(key)).open("wb") as file:
             file.write(content)
             file.write(google_crc32c.value(content).to_bytes(4, "little"))
         self._next += 1

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, random_ids, tiny_workspace
 
-from stages import capture, shard
+from stages import capture, scratch, shard
 from stages.errors import CorruptArtifact, InputError, NotEnoughDisk, NumericalError
 from stages.models import load_model
 from stages.params import CaptureParams
@@ -53,8 +53,7 @@ def files(workspace: Workspace) -> dict:
 def statistics_of(workspace: Workspace, **changes) -> dict[str, torch.Tensor]:
     """All sums after a run with PARAMS changed."""
     capture.run(workspace, PARAMS.model_copy(update=changes))
-    folder = workspace.out("capture") / "statistics"
-    return {name: read_array(folder, name) for name in array_names(folder)}
+    return sums_in(workspace)
 
 
 def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -91,32 +90,69 @@ def test_the_loss_is_the_models_own(captured):
     assert Statistics(captured.out("capture")).facts["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
-def test_sharded_equals_unsharded(workspace):
-    sharded = statistics_of(workspace)
-    assert_near(statistics_of(workspace, sequences_per_shard=100), sharded)
-    assert_near(statistics_of(workspace, sequences_per_shard=1, batch_size=8), sharded)
+def sums_in(workspace: Workspace) -> dict[str, torch.Tensor]:
+    folder = workspace.out("capture") / "statistics"
+    return {name: read_array(folder, name) for name in array_names(folder)}
 
 
-@pytest.mark.parametrize("layers_per_pass", [1, 5])
-def test_layers_in_several_passes_give_the_same_bits(workspace, captured, layers_per_pass):
-    statistics_of(workspace, layers_per_pass=layers_per_pass)
+def test_sharded_equals_unsharded(workspace, captured):
+    assert_near(statistics_of(workspace, sequences_per_shard=100), sums_in(captured))
+
+
+def test_many_shards_equal_few_and_free_their_disk(workspace, captured, monkeypatch):
+    waiting = []
+    drop = capture.Scratch.drop
+
+    def watched(run, *arguments):
+        waiting.append(len(list(run.units.glob("*/statistics"))))
+        drop(run, *arguments)
+
+    monkeypatch.setattr(capture.Scratch, "drop", watched)
+    assert_near(statistics_of(workspace, sequences_per_shard=1, batch_size=8), sums_in(captured))
+    assert max(waiting) <= 4  # 7 shards: log2 + 1 parts and their sum
+
+
+def test_layers_in_several_passes_give_the_same_bits(workspace, captured):
+    statistics_of(workspace, layers_per_pass=5)
     assert files(workspace) == files(captured)
 
 
 @pytest.mark.parametrize("gradients", ["none", "exact"])
 def test_other_forms_of_gradients(workspace, captured, gradients):
-    found = statistics_of(workspace, gradients=gradients)
-    reader, sketched = Statistics(workspace.out("capture")), Statistics(captured.out("capture"))
-    assert all(torch.equal(values, read_array(captured.out("capture") / "statistics", name)) for name, values in found.items())
+    found, sketched = statistics_of(workspace, gradients=gradients), sums_in(captured)
+    assert all(torch.equal(values, sketched[name]) for name, values in found.items())
+    reader = Statistics(workspace.out("capture"))
     layer = reader.layers[0]
+    assert_formula_counts(workspace, gradients)
     if gradients == "none":
         assert not reader.has_gradients and not (workspace.out("capture") / "gradients").exists()
-        with pytest.raises(InputError, match="capture.gradients is 'none'"):
+        with pytest.raises(InputError, match=r"capture\.gradients is 'none'"):
             list(reader.gradient_shards(layer))
     else:
         G = torch.cat([gradient for (gradient,) in reader.gradient_shards(layer)])
         torch.testing.assert_close(G.sum(0), reader.gradient_sum(layer))
-        assert torch.equal(reader.gradient_norms(layer), sketched.gradient_norms(layer))
+        assert torch.equal(reader.gradient_norms(layer), Statistics(captured.out("capture")).gradient_norms(layer))
+        assert (reader.energy_kept(layer) == 1).all()
+
+
+def assert_formula_counts(workspace: Workspace, gradients: str) -> None:
+    """The disk that was asked for is that of all stored numbers, the sums' as often as parts of them may wait."""
+    out = workspace.out("capture")
+    of_sums, of_gradients = (
+        sum(4 * read_array(folder, name).numel() for folder in folders for name in array_names(folder))
+        for folders in ([out / "statistics"], out.glob("gradients/*"))
+    )
+    params = PARAMS.model_copy(update={"gradients": gradients})
+    assert capture.disk_bytes(Statistics(out).layers, params, SEQUENCES) == of_gradients + 4 * of_sums
+
+
+def test_disk_formula_counts_every_number(captured):
+    assert_formula_counts(captured, "sketch")
+    layers = Statistics(captured.out("capture")).layers
+    whole, sliced = (
+        capture.disk_bytes(layers, PARAMS.model_copy(update={"layers_per_pass": count}), SEQUENCES) for count in (None, 4)
+    )
+    assert sliced < whole
 
 
 def test_gradients_are_written_before_memory_fills(workspace, captured, monkeypatch):
@@ -132,10 +168,10 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("changes", [{}, {"layers_per_pass": 6}])
-def test_killed_anywhere_it_resumes_with_the_same_bits(workspace, captured, changes, monkeypatch):
+def test_killed_anywhere_it_resumes_with_the_same_bits(workspace, captured, monkeypatch):
     """Ends the run at the 1st, 3rd, 5th … of its durable steps, each run going on from the one before."""
-    params = PARAMS.model_copy(update=changes)
+    params = PARAMS.model_copy(update={"layers_per_pass": 8})
+    sync = scratch.sync_folder
     for fatal in itertools.count(1, 2):
         calls = itertools.count(1)
 
@@ -144,9 +180,6 @@ def test_killed_anywhere_it_resumes_with_the_same_bits(workspace, captured, chan
                 raise Killed
             sync(path)
 
-        from stages import scratch
-
-        sync = scratch.sync_folder
         with monkeypatch.context() as patch:
             patch.setattr(scratch, "sync_folder", deadly)
             patch.setattr(scratch, "sync_tree", lambda folder: None)
@@ -183,29 +216,6 @@ def test_killed_by_a_signal_in_a_later_shard_it_resumes_with_the_same_bits(works
     assert any(unit.suffix != ".partial" for unit in units) and not workspace.out("capture").exists()
     capture.run(workspace, PARAMS)
     assert files(workspace) == files(captured)
-
-
-def test_disk_is_freed_as_sums_are_added(workspace, monkeypatch):
-    waiting = []
-    drop = capture.Scratch.drop
-
-    def watched(scratch, *arguments):
-        waiting.append(len(list(scratch.units.glob("*/statistics"))))
-        drop(scratch, *arguments)
-
-    monkeypatch.setattr(capture.Scratch, "drop", watched)
-    capture.run(workspace, PARAMS.model_copy(update={"sequences_per_shard": 1}))
-    assert max(waiting) <= 4  # 7 shards: log2 + 1 parts and their sum
-
-
-def test_disk_formula_counts_every_number(workspace):
-    for changes in ({}, {"gradients": "none"}, {"gradients": "exact"}, {"layers_per_pass": 4}):
-        params = PARAMS.model_copy(update={"sequences_per_shard": 100, **changes})
-        capture.run(workspace, params)
-        statistics = Statistics(workspace.out("capture"))
-        folders = [workspace.out("capture") / "statistics", *workspace.out("capture").glob("gradients/*")]
-        stored = sum(4 * read_array(folder, name).numel() for folder in folders for name in array_names(folder))
-        assert capture.disk_bytes(statistics.layers, params, SEQUENCES) == stored
 
 
 def test_refuses_a_full_disk_before_it_starts(workspace, monkeypatch):
@@ -290,7 +300,7 @@ def test_a_flipped_byte_and_a_truncated_shard_are_found(captured, tmp_path):
     out = tmp_path / "capture"
     shutil.copytree(captured.out("capture"), out)
     layer = Statistics(out).layers[0]
-    chunk = next(path for path in (out / "gradients" / "shard-00001" / layer.name / "left" / "c").rglob("*") if path.is_file())
+    chunk = out / "gradients" / "shard-00001" / layer.name / "left" / "c.0.0.0"
     content = chunk.read_bytes()
     chunk.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     with pytest.raises(CorruptArtifact, match="shard-00001"):
@@ -313,8 +323,9 @@ def test_shard_names_are_checked_before_they_become_paths(captured, tmp_path):
         list(reader.gradient_shards(reader.layers[0]))
 
 
-def test_finished_before_it_is_published_again(workspace, captured, monkeypatch):
-    capture.run(workspace, PARAMS)
+def test_finished_before_it_is_published_again(captured, tmp_path, monkeypatch):
+    shutil.copytree(captured.root, tmp_path / "w")
+    workspace = Workspace(tmp_path / "w")
     shutil.rmtree(workspace.out("capture"))
     monkeypatch.setattr(capture, "loaded_model", None)
     capture.run(workspace, PARAMS)

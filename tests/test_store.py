@@ -53,7 +53,7 @@ def test_groups_gathered_by_links_hold_all_arrays(tmp_path):
         write_arrays(tmp_path / name, {f"{name}/x": torch.ones(3)})
     gather_groups(tmp_path / "both", [tmp_path / "one", tmp_path / "two"])
     assert array_names(tmp_path / "both") == ["one/x", "two/x"]
-    assert (tmp_path / "both" / "one" / "x" / "c" / "0").stat().st_nlink == 2
+    assert (tmp_path / "both" / "one" / "x" / "c.0").stat().st_nlink == 2
 
 
 def test_an_array_is_never_overwritten(tmp_path):
@@ -72,7 +72,7 @@ def test_names_that_are_no_paths_are_refused(tmp_path, name):
 
 def test_a_changed_bit_a_short_chunk_and_a_missing_array_are_found(tmp_path):
     write_arrays(tmp_path, {"x": torch.randn(100)})
-    chunk = tmp_path / "x" / "c" / "0"
+    chunk = tmp_path / "x" / "c.0"
     content = chunk.read_bytes()
     for damaged in (content[:50] + bytes([content[50] ^ 16]) + content[51:], content[:-1], content[:-8]):
         chunk.write_bytes(damaged)
