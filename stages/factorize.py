@@ -83,7 +83,7 @@ def _inputs(workspace: Workspace) -> dict[str, str]:
     return {
         "model": verify_output(workspace.out("prepare"), "model/"),
         "facts": verify_output(workspace.out("prepare"), "prepare.json"),
-        "bases": verify_output(workspace.out("subspace"), "bases/"),
+        "bases": verify_output(workspace.out("subspace"), "bases"),
         "metric": verify_output(workspace.out("subspace"), "subspace.json"),
         "ranks": verify_output(workspace.out("ranks")),
         "templates": digest_file(CODE / "templates" / "modeling_fisherfold.py"),

@@ -15,6 +15,7 @@ from stages.checkpoint import read_tensors
 from stages.errors import CorruptArtifact, InputError, NotEnoughDisk
 from stages.layers import read_layers
 from stages.params import FactorizeParams
+from stages.store import read_array
 from stages.workspace import Workspace, digest_file
 
 
@@ -203,11 +204,12 @@ def test_ranks_of_another_plan_are_noticed(unfinished, monkeypatch):
 
 
 def test_a_flipped_bit_in_a_basis_is_noticed(unfinished):
-    chunk = min(path for path in (unfinished.out("subspace") / "bases").rglob("*down_proj/left/c/*/*") if path.is_file())
-    content = bytearray(chunk.read_bytes())
-    content[40] ^= 1
-    chunk.write_bytes(content)
-    with pytest.raises(CorruptArtifact, match="down_proj/left"):
+    name = "model.layers.0.mlp.down_proj/left"
+    stored = read_array(unfinished.out("subspace") / "bases", name).numpy().tobytes()
+    for path in unfinished.out("subspace").rglob("*"):
+        if path.is_file() and stored in (content := path.read_bytes()):
+            path.write_bytes(content.replace(stored, bytes([stored[0] ^ 1]) + stored[1:]))
+    with pytest.raises(CorruptArtifact, match=name):
         factorized(unfinished)
 
 

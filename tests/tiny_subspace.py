@@ -35,7 +35,7 @@ def subspace_workspace(root: Path, family: str = "llama", seed: int = 0, dense: 
 
 
 def publish_subspace(workspace: Workspace, layers: list[LinearLayer], dense: dict[str, str]) -> None:
-    rows = []
+    rows, arrays = [], {}
     with Scratch(workspace, "capture", CaptureParams(), {}) as scratch, scratch.publish() as out:
         write_layers(out, layers)  # all that is looked at of it here
     with Scratch(workspace, "subspace", SubspaceParams(), {}) as scratch, scratch.publish() as out:
@@ -44,9 +44,9 @@ def publish_subspace(workspace: Workspace, layers: list[LinearLayer], dense: dic
                 continue
             left, sigma, right = torch.linalg.svd(read_weight(workspace.model, layer).double(), full_matrices=False)
             root = sigma.sqrt()
-            factors = {"left": left * root, "right": root[:, None] * right}
-            write_arrays(out / "bases", {f"{layer.name}/{name}": factor.float() for name, factor in factors.items()})
+            arrays |= {f"{layer.name}/left": (left * root).float(), f"{layer.name}/right": (root[:, None] * right).float()}
             rows += [{"module": layer.name, "component": i, "sigma": value} for i, value in enumerate(sigma.tolist())]
+        write_arrays(out / "bases", arrays)
         schema = pa.schema([("module", pa.string()), ("component", pa.int32()), ("sigma", pa.float64())])
         pq.write_table(pa.Table.from_pylist(rows, schema), out / "spectra.parquet")
         (out / "subspace.json").write_text(json.dumps({"metric": "svd", "input_damping": 0.01, "dense": dense}))
