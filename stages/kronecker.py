@@ -72,7 +72,8 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
         _describe(rows, params)
         with scratch.publish() as out:
             pq.write_table(pa.Table.from_pylist(rows, DIAGNOSTICS), out / "diagnostics.parquet")
-            (out / "kronecker.json").write_text(json.dumps(params.model_dump(), indent=1, sort_keys=True) + "\n")
+            facts = {**params.model_dump(), "factors": estimator.makes_factors}
+            (out / "kronecker.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
             if estimator.makes_factors:
                 gather_groups(out / "factors", [folders[layer.name] / "factors" for layer in layers])
 

@@ -10,6 +10,7 @@ to one factor for the whole model.
 Shapes: x [m] input and d [n] output gradient at one token, G [n, m] gradient of one sequence.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,12 @@ class MetricSources:
 
     Attributes:
         statistics: of stage `capture`.
-        factors: Zarr group of the Kronecker factors of stage `kronecker`; absent where its estimator made none.
+        kronecker: the published output of stage `kronecker`.
         params: of stage `subspace`.
     """
 
     statistics: Statistics
-    factors: Path
+    kronecker: Path
     params: SubspaceParams
 
 
@@ -79,9 +80,11 @@ def gfwsvd(sources: MetricSources, layer: LinearLayer) -> tuple[Metric, Metric]:
     Raises:
         ParameterError: stage `kronecker` estimated none.
     """
-    if not sources.factors.exists():
+    facts = json.loads((sources.kronecker / "kronecker.json").read_text())
+    if not facts["factors"]:
         raise ParameterError(
-            "subspace.metric = 'gfwsvd' needs Kronecker factors, and kronecker.estimator = 'kfac' computes none. "
+            f"subspace.metric = 'gfwsvd' needs Kronecker factors, and kronecker.estimator = {facts['estimator']!r} computes none. "
             "Set kronecker.estimator = 'sequence', or subspace.metric = 'kfac'."
         )
-    return read_array(sources.factors, f"{layer.name}/A"), read_array(sources.factors, f"{layer.name}/B")
+    factors = sources.kronecker / "factors"
+    return read_array(factors, f"{layer.name}/A"), read_array(factors, f"{layer.name}/B")

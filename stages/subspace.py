@@ -10,7 +10,7 @@ stays dense.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -56,11 +56,11 @@ def run(workspace: Workspace, params: SubspaceParams) -> None:
     with Scratch(workspace, "subspace", params, _inputs(workspace)) as scratch:
         if scratch.republish():
             return
-        capture, factors = workspace.out("capture"), workspace.out("kronecker") / "factors"
+        capture, kronecker = workspace.out("capture"), workspace.out("kronecker")
         layers = Statistics(capture).layers
         scratch.require_disk(sum(_basis_bytes(layer) for layer in layers))
         units = {
-            group: (workspace.model, capture, factors, members, params) for group, members in grouped(layers).items()
+            group: (workspace.model, capture, kronecker, members, params) for group, members in grouped(layers).items()
         }
         folders = scratch.map("decomposing layers", decompose_group, units)
         rows = _gather_rows(folders.values(), layers)
@@ -101,14 +101,23 @@ def grouped(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
 
 
 def decompose_group(
-    folder: Path, model: Path, capture: Path, factors: Path, layers: Sequence[LinearLayer], params: SubspaceParams
+    folder: Path, model: Path, capture: Path, kronecker: Path, layers: Sequence[LinearLayer], params: SubspaceParams
 ) -> None:
     """Unit of work: the components of the layers of one group, one layer in memory at a time.
 
     The root of the input metric is kept from one layer to the next, as most metrics share it in a group.
     """
-    sources = MetricSources(Statistics(capture), factors, params)
-    rows, metric, root = [], None, None
+    rows: list[dict] = []
+    sources = MetricSources(Statistics(capture), kronecker, params)
+    write_arrays(folder / "bases", _decomposed(model, sources, layers, rows))
+    (folder / "rows.json").write_text(json.dumps(rows, sort_keys=True))
+
+
+def _decomposed(
+    model: Path, sources: MetricSources, layers: Sequence[LinearLayer], rows: list[dict]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The arrays of each layer's basis, as soon as it is found; `rows` gets the facts of each layer."""
+    params, metric, root = sources.params, None, None
     for layer in layers:
         A, B = METRICS.lookup(params.metric)(sources, layer)
         reason = _unusable(A, B)
@@ -119,9 +128,9 @@ def decompose_group(
             metric, root = A, _root(A, params.input_damping, layer, "input")
         output_root = _root(B, params.output_damping, layer, "output")
         basis = _decompose(read_weight(model, layer), root, output_root, layer)
-        write_arrays(folder / "bases", _arrays(layer, basis))
+        yield f"{layer.name}/left", basis.left.float()
+        yield f"{layer.name}/right", basis.right.float()
         rows.append(_row(layer, basis, root, output_root))
-    (folder / "rows.json").write_text(json.dumps(rows, sort_keys=True))
 
 
 def _unusable(A: Metric, B: Metric) -> str | None:
@@ -154,10 +163,6 @@ def _decompose(
         return weighted_svd(weight.to(decomposing_device()), input_root, output_root)
     except NumericalError as error:
         raise NumericalError(f"Stage 'subspace', module {layer.name!r}: {error}.") from None
-
-
-def _arrays(layer: LinearLayer, basis: WeightedSVD) -> dict[str, torch.Tensor]:
-    return {f"{layer.name}/left": basis.left.float(), f"{layer.name}/right": basis.right.float()}
 
 
 def _row(layer: LinearLayer, basis: WeightedSVD, input_root: MetricRoot, output_root: MetricRoot) -> dict:

@@ -25,7 +25,7 @@ def metric_of(tiny: tiny_capture.TinyCapture, name: str, layer, **params: object
     workspace = tiny.workspace
     sources = MetricSources(
         Statistics(workspace.out("capture")),
-        workspace.out("kronecker") / "factors",
+        workspace.out("kronecker"),
         SubspaceParams(metric=name, **params),
     )
     return [None if side is None else side.numpy() for side in METRICS.lookup(name)(sources, layer)]

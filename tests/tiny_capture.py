@@ -1,7 +1,7 @@
 """A workspace as stages `prepare` and `capture` leave it, made from random tokens of which everything is known."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +66,10 @@ def publish(tiny: TinyCapture, form: str = "sketch", rank: int = 8, shard: int =
         facts |= {"gradients": form, "sketch_rank": rank, "skipped": [], "shards": list(shards)}
         (out / "capture.json").write_text(json.dumps(facts, sort_keys=True))
         write_layers(out, tiny.layers)
-        for layer in tiny.layers:
-            write_arrays(out / "statistics", _statistics(tiny, layer, form))
-            for name, rows in shards.items():
-                write_arrays(out / "gradients" / name, _gradients(tiny.gradient(layer.name)[rows], layer, form, rank))
+        write_arrays(out / "statistics", _merged(_statistics(tiny, layer, form) for layer in tiny.layers))
+        for name, rows in shards.items():
+            arrays = (_gradients(tiny.gradient(layer.name)[rows], layer, form, rank) for layer in tiny.layers)
+            write_arrays(out / "gradients" / name, _merged(arrays))
     return tiny.workspace
 
 
@@ -80,6 +80,10 @@ def _output(workspace: Workspace, stage: str) -> Iterator[Path]:
     yield out
     manifest = {"stage": stage, "fingerprint": "tiny", "files": describe_files(out)}
     (out / MANIFEST).write_text(json.dumps(manifest, sort_keys=True))
+
+
+def _merged(arrays: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: array for part in arrays for name, array in part.items()}
 
 
 def _stored(tiny: TinyCapture, layer: LinearLayer) -> torch.Tensor:
