@@ -1,0 +1,143 @@
+"""Time of the capture against a bare activation-gradient pass, and its memory against the number of sequences.
+
+    python benchmarks/capture.py                          # random weights in the shapes of SmolLM2-135M; three minutes on two cores
+    python benchmarks/capture.py --quick                  # a third of its blocks and vocabulary, under a minute
+    python benchmarks/capture.py --model FOLDER           # a model of yours (--dtype bfloat16)
+
+The bare pass runs the same code without hooks: frozen weights, one label shift, the same loss and gradient of the logits.
+All three run in turn on the same batch in this process; the first round is not counted and ratios are of medians.
+
+Memory is the peak of a process that runs the whole stage with sketches, on a model of a few such blocks.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from stages import capture
+from stages.gradient_pass import gradient_pass
+from stages.layer_sums import GRADIENT_FORMS, ModelSums
+from stages.layers import find_layers
+from stages.models import DTYPES, load_model
+from stages.params import CaptureParams, PrepareParams
+from stages.scratch import Scratch
+from stages.tables import write_sequences
+from stages.workspace import Workspace
+
+BATCH, LENGTH, RANK = 4, 256, 32
+TOKENWISE, SKETCHED, GROWTH = 1.8, 2.6, 1.05  # targets
+FEW, MANY = 32, 256  # sequences
+
+
+def random_model(blocks: int, vocabulary: int) -> PreTrainedModel:
+    """Llama architecture, SmolLM2-135M's widths: 576, 1536 in the MLP, 9 query heads on 3 of keys and values."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=vocabulary,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=blocks,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def measure_times(model: PreTrainedModel, rounds: int) -> dict[str, float]:
+    """Median seconds of the bare pass, with token-wise sums, and with sketches too."""
+    layers = find_layers(model)
+    tokenwise, sketched = (
+        ModelSums(model, layers, GRADIENT_FORMS.lookup(form), RANK, 0) for form in ("none", "sketch")
+    )
+
+    def capture_batch(ids: torch.Tensor) -> None:
+        sketched.add(ids)
+        for _ in sketched.take_gradients():
+            pass
+
+    works = {"bare": lambda ids: gradient_pass(model, ids), "token-wise": tokenwise.add, "sketch": capture_batch}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for seed in range(rounds + 1):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(model.config.vocab_size, (BATCH, LENGTH), generator=generator)
+        for name, work in works.items():
+            times[name].append(clock(work, ids))
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+def clock(work: Callable[[torch.Tensor], object], ids: torch.Tensor) -> float:
+    begin = time.perf_counter()
+    work(ids)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure_memory(sequences: int, blocks: int, length: int) -> int:
+    """Peak bytes of a new process that captures so many sequences."""
+    arguments = [sys.executable, __file__, "--stage", f"{sequences},{blocks},{length}"]
+    return int(subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def run_stage(sequences: int, blocks: int, length: int) -> None:
+    """Run the stage in a workspace made for it, and print this process's peak of resident bytes."""
+    with tempfile.TemporaryDirectory() as root:
+        workspace = Workspace(Path(root))
+        with Scratch(workspace, "prepare", PrepareParams(), {}) as scratch, scratch.publish() as out:
+            random_model(blocks, 512).save_pretrained(out / "model")
+        ids = torch.randint(512, (sequences, length), generator=torch.Generator().manual_seed(0))
+        write_sequences(workspace.table("calibration"), ids.numpy(), [[str(s)] for s in range(sequences)], 512)
+        capture.run(workspace, CaptureParams(sequences_per_shard=16, sketch_rank=RANK))
+    print(peak_bytes())
+
+
+def peak_bytes() -> int:
+    """VmHWM: unlike ru_maxrss it does not count what the parent process held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def figure(name: str, value: float, target: float) -> str:
+    held = {"figure": name, "value": round(value, 3), "unit": "x", "target": target, "holds": value <= target}
+    return json.dumps(held)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a smaller model, fewer rounds")
+    parser.add_argument("--model", type=Path, help="folder of a model; default: random weights")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, help="counted rounds")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage:
+        run_stage(*map(int, arguments.stage.split(",")))
+        return
+    few, many = (measure_memory(count, *((1, 16) if arguments.quick else (4, 64))) for count in (FEW, MANY))
+    if arguments.model:
+        model = load_model(arguments.model, DTYPES[arguments.dtype])
+    else:
+        model = random_model(*((10, 16384) if arguments.quick else (30, 49152))).to(DTYPES[arguments.dtype])
+    times = measure_times(model, arguments.rounds or (3 if arguments.quick else 5))
+    print(f"{BATCH} sequences of {LENGTH} tokens, {arguments.dtype}, {torch.get_num_threads()} threads")
+    for name, seconds in times.items():
+        print(f"    {name:12s} {seconds:8.3f} s   {BATCH * LENGTH / seconds:7.0f} tokens/s   {seconds / times['bare']:.2f} x bare")
+    print(f"peak memory of the stage: {few / 2**20:.0f} MiB for {FEW} sequences, {many / 2**20:.0f} MiB for {MANY}")
+    print(figure("capture time / bare pass, token-wise statistics", times["token-wise"] / times["bare"], TOKENWISE))
+    print(figure(f"capture peak memory, {MANY} / {FEW} sequences", many / few, GROWTH))
+    print(figure(f"capture time / bare pass, with sketches of rank {RANK}", times["sketch"] / times["bare"], SKETCHED))
+
+
+if __name__ == "__main__":
+    main()
