@@ -342,7 +342,7 @@ def relative_residual(norm: float, fisher_norm: float) -> float | None:
 def nearest_kronecker(
     fisher: StreamedFisher | SpannedFisher,
     start: torch.Tensor | None = None,
-    iterations: int = 50,
+    iterations: int = 200,
     tolerance: float = 1e-4,
 ) -> KroneckerPair:
     """The nearest Kronecker pair of F by alternating power steps.

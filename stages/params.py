@@ -55,7 +55,7 @@ class CaptureParams(Block):
 
 class KroneckerParams(Block):
     estimator: str = "kfac"
-    iterations: Count = 50
+    iterations: Count = 200
     tolerance: Annotated[float, Field(gt=0)] = 1e-4
     dtype: Literal["float32", "float64"] = "float32"
 
