@@ -1,7 +1,7 @@
 """Time of the allocator `fisher` on 210 layers, the shapes of the demo model, over ratios and storages.
 
-    python benchmarks/allocation.py
-    python benchmarks/allocation.py --quick    # one ratio
+python benchmarks/allocation.py
+python benchmarks/allocation.py --quick    # one ratio
 """
 
 import argparse
@@ -15,7 +15,15 @@ from stages.allocation import ALLOCATORS, Limits, pose
 from stages.layers import LinearLayer
 from stages.params import RanksParams
 
-BLOCK = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
+BLOCK = {
+    "q": (576, 576),
+    "k": (192, 576),
+    "v": (192, 576),
+    "o": (576, 576),
+    "gate": (1536, 576),
+    "up": (1536, 576),
+    "down": (576, 1536),
+}
 BLOCKS = 30
 TARGET = 1.0
 
@@ -49,7 +57,11 @@ def main() -> None:
             worst = max(worst, statistics.median(times))
             print(f"{ratio:5} {storage:>8} {statistics.median(times):8.3f} {unspent:8}")
     figure = "fisher allocation of 210 layers, slowest"
-    print(json.dumps({"figure": figure, "value": round(worst, 3), "unit": "s", "target": TARGET, "holds": worst <= TARGET}))
+    print(
+        json.dumps(
+            {"figure": figure, "value": round(worst, 3), "unit": "s", "target": TARGET, "holds": worst <= TARGET}
+        )
+    )
 
 
 if __name__ == "__main__":

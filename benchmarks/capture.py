@@ -132,7 +132,9 @@ def main() -> None:
     times = measure_times(model, arguments.rounds or (3 if arguments.quick else 5))
     print(f"{BATCH} sequences of {LENGTH} tokens, {arguments.dtype}, {torch.get_num_threads()} threads")
     for name, seconds in times.items():
-        print(f"    {name:12s} {seconds:8.3f} s   {BATCH * LENGTH / seconds:7.0f} tokens/s   {seconds / times['bare']:.2f} x bare")
+        print(
+            f"    {name:12s} {seconds:8.3f} s   {BATCH * LENGTH / seconds:7.0f} tokens/s   {seconds / times['bare']:.2f} x bare"
+        )
     print(f"peak memory of the stage: {few / 2**20:.0f} MiB for {FEW} sequences, {many / 2**20:.0f} MiB for {MANY}")
     print(figure("capture time / bare pass, token-wise statistics", times["token-wise"] / times["bare"], TOKENWISE))
     print(figure(f"capture peak memory, {MANY} / {FEW} sequences", many / few, GROWTH))

@@ -19,7 +19,15 @@ from stages.layers import LinearLayer
 from stages.pivoted import pivot_factors
 from stages.rounding import nearest, round_pivoted
 
-BLOCK = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
+BLOCK = {
+    "q": (576, 576),
+    "k": (192, 576),
+    "v": (192, 576),
+    "o": (576, 576),
+    "gate": (1536, 576),
+    "up": (1536, 576),
+    "down": (576, 1536),
+}
 BLOCKS = 30
 KEPT = 0.8
 TARGET = 10.0
@@ -27,7 +35,14 @@ TARGET = 10.0
 
 def draw_factors(n: int, m: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """left [n, r] and right [r, m] at the rank that stores KEPT of nm."""
-    rank = int(np.searchsorted(rank_costs(LinearLayer("x", n, m, False, False, "x"), "pivoted"), KEPT * n * m, side="right")) - 1
+    rank = (
+        int(
+            np.searchsorted(
+                rank_costs(LinearLayer("x", n, m, False, False, "x"), "pivoted"), KEPT * n * m, side="right"
+            )
+        )
+        - 1
+    )
     generator = np.random.default_rng(seed)
     root = np.arange(1, rank + 1) ** -0.25
     return generator.standard_normal((n, rank)) * root, root[:, None] * generator.standard_normal((rank, m))
@@ -41,7 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     blocks = 1 if parser.parse_args().quick else BLOCKS
-    print(f"{'layer':>5} {'rank':>5} {'max |c|':>8} {'seconds':>8} {'float64':>9} {'bfloat16':>9} {'plain':>9} {'rounding, s':>12}")
+    print(
+        f"{'layer':>5} {'rank':>5} {'max |c|':>8} {'seconds':>8} {'float64':>9} {'bfloat16':>9} {'plain':>9} {'rounding, s':>12}"
+    )
     total = 0.0
     for block in range(blocks):
         for number, (name, (n, m)) in enumerate(BLOCK.items()):
@@ -63,7 +80,17 @@ def main() -> None:
                 f"{errors[2]:9.1e} {rounding:12.3f}"
             )
     total *= BLOCKS / blocks
-    print(json.dumps({"figure": "PivGa of all 210 layers", "value": round(total, 2), "unit": "s", "target": TARGET, "holds": total <= TARGET}))
+    print(
+        json.dumps(
+            {
+                "figure": "PivGa of all 210 layers",
+                "value": round(total, 2),
+                "unit": "s",
+                "target": TARGET,
+                "holds": total <= TARGET,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

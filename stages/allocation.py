@@ -117,7 +117,9 @@ def uniform(allocation: Allocation) -> np.ndarray:
     return allocation.spend(dense * (share - share**2 / 2))
 
 
-def pose(layers: Sequence[LinearLayer], spectra: Sequence[np.ndarray], params: RanksParams, limits: Limits) -> Allocation:
+def pose(
+    layers: Sequence[LinearLayer], spectra: Sequence[np.ndarray], params: RanksParams, limits: Limits
+) -> Allocation:
     """The task of removing ``params.ratio`` of the stored numbers of `layers`.
 
     Raises:

@@ -53,7 +53,9 @@ def dense_architecture(folder: Path) -> DenseArchitecture:
     names = config_class.__name__, model_class.__name__
     for name in names:
         if not hasattr(transformers, name):
-            raise InputError(f"Stage 'factorize': transformers does not export {name!r}, which the compressed checkpoint would extend.")
+            raise InputError(
+                f"Stage 'factorize': transformers does not export {name!r}, which the compressed checkpoint would extend."
+            )
     return DenseArchitecture(*names, config)
 
 
@@ -71,7 +73,10 @@ def write_config(folder: Path, architecture: DenseArchitecture, dtype: torch.dty
     own = {
         "model_type": f"fisherfold_{architecture.config['model_type']}",
         "architectures": ["FisherfoldForCausalLM"],
-        "auto_map": {"AutoConfig": f"{module}.FisherfoldConfig", "AutoModelForCausalLM": f"{module}.FisherfoldForCausalLM"},
+        "auto_map": {
+            "AutoConfig": f"{module}.FisherfoldConfig",
+            "AutoModelForCausalLM": f"{module}.FisherfoldForCausalLM",
+        },
         "dtype": str(dtype).removeprefix("torch."),
         "fisherfold": {"layers": dict(layers)},
     }

@@ -32,7 +32,7 @@ from stages.shard import (
     numbers_bytes,
     vocabulary,
 )
-from stages.store import gather_groups
+from stages.store import gather_groups, group_file
 from stages.tables import read_sequences
 from stages.tree_sum import Part, Step, add_parts, parts_at_once, summation_tree
 from stages.workspace import Workspace, digest_file, verify_output
@@ -82,7 +82,7 @@ def _take_step(scratch: Scratch, index: int, step: Step, source: tuple[Path, Pat
     terms = [_unit_name(index, part) for part in step.terms]
     scratch.map(None, add_statistics, {unit: tuple(scratch.units / term for term in terms)})
     for term in terms:
-        scratch.drop(term, "statistics")
+        scratch.drop(term, group_file(Path("statistics")).name)
 
 
 def _unit_name(index: int, part: Part) -> str:
@@ -147,7 +147,10 @@ def _gather_facts(
     unreached = [name for shards in by_slice for name in _in_all([shard["unreached"] for shard in shards])]
     if not losses:
         raise NumericalError(f"Stage 'capture': none of {len(skipped)} sequences is finite, the first at {skipped[0]}.")
-    for what, names in (("skipped sequences that are not finite", skipped), ("layers that no gradient came to", unreached)):
+    for what, names in (
+        ("skipped sequences that are not finite", skipped),
+        ("layers that no gradient came to", unreached),
+    ):
         if names:
             announce("capture", f"{len(names)} {what}: {names}")
     kept = [part for part, shard in zip(parts, first) if shard["losses"] and params.gradients != "none"]

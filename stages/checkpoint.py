@@ -68,7 +68,9 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [SINGLE]
         found = {name: tensor for file in files for name, tensor in _read_file(folder / file).items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CorruptArtifact(f"The weights in {folder} are not readable ({error}). Write them again with `dvc repro --force`.") from None
+        raise CorruptArtifact(
+            f"The weights in {folder} are not readable ({error}). Write them again with `dvc repro --force`."
+        ) from None
     return dict(sorted(found.items()))
 
 
@@ -98,7 +100,9 @@ def write_tensors(folder: Path, tensors: Mapping[str, StoredTensor], shard_bytes
         _write_file(folder / file, {name: tensors[name] for name in names})
         weight_map |= dict.fromkeys(names, file)
     metadata = {"total_parameters": count_numbers(tensors), "total_size": count_bytes(tensors)}
-    (folder / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+    )
 
 
 def count_numbers(tensors: Mapping[str, StoredTensor]) -> int:
@@ -127,7 +131,11 @@ def _write_file(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in ordered:
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.bytes]}
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.bytes],
+        }
         offset += tensor.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -140,5 +148,7 @@ def _write_file(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
 def _bytes_of(name: str, tensor: StoredTensor) -> memoryview:
     values = tensor.read()
     if tuple(values.shape) != tensor.shape or values.dtype != tensor.dtype:
-        raise CorruptArtifact(f"Tensor {name!r} is {values.dtype} {tuple(values.shape)}, not {tensor.dtype} {tensor.shape} as announced.")
+        raise CorruptArtifact(
+            f"Tensor {name!r} is {values.dtype} {tuple(values.shape)}, not {tensor.dtype} {tensor.shape} as announced."
+        )
     return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())

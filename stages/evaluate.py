@@ -169,7 +169,7 @@ def _measure_losses(scratch: Scratch, models: dict[str, ModelRun], table: Path) 
     }
     folders = scratch.map("perplexity", _measure_shard, units).values()
     return {
-        name: np.concatenate([read_array(folder, name).numpy() for folder in folders])
+        name: np.concatenate([read_array(folder / "losses", name).numpy() for folder in folders])
         for name in (*MODELS, "divergence")
     }
 
@@ -184,7 +184,7 @@ def _measure_shard(folder: Path, models: dict[str, ModelRun], table: Path, start
         bad = (~losses[name].isfinite()).any(-1).nonzero().flatten().tolist()
         if bad:
             raise _not_finite(folder, models[name], f"the loss in evaluation sequence {start + bad[0]}")
-    write_arrays(folder, losses)
+    write_arrays(folder / "losses", losses)
 
 
 def _common_vocabulary(dense: PreTrainedModel, compressed: PreTrainedModel) -> int:

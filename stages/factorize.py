@@ -63,7 +63,14 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         dense = {name: tensor.cast(dtype) for name, tensor in stored.items()}
         scratch.require_disk(count_bytes(dense) * (3 if params.dense_export else 2))
         units = {
-            name: (workspace.out("subspace") / "bases", workspace.model, layer, plan[name]["rank"], plan[name]["storage"], dtype)
+            name: (
+                workspace.out("subspace") / "bases",
+                workspace.model,
+                layer,
+                plan[name]["rank"],
+                plan[name]["storage"],
+                dtype,
+            )
             for name, layer in layers.items()
             if plan[name]["storage"] != DENSE
         }
@@ -72,7 +79,9 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         with scratch.publish() as out:
             write_model(out / "model", workspace, architecture, dense, compressed, dtype)
             facts = _count(out / "model", stored, plan, compressed)
-            (out / "model" / "README.md").write_text(compressed_card(workspace, architecture, facts, params.dense_export))
+            (out / "model" / "README.md").write_text(
+                compressed_card(workspace, architecture, facts, params.dense_export)
+            )
             (out / "factorize.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
             if params.dense_export:
                 write_dense(out / "dense", workspace, dense, compressed, dtype)
@@ -140,7 +149,9 @@ def write_model(
     """The checkpoint with low-rank layers: weights, configuration, its own code, and the dense model's other files."""
     folder.mkdir(parents=True)
     write_tensors(folder, compressed_tensors(dense, compressed, dtype), shard_bytes)
-    layers = {name: {"kind": stored.record["kind"], "rank": stored.record["rank"]} for name, stored in compressed.items()}
+    layers = {
+        name: {"kind": stored.record["kind"], "rank": stored.record["rank"]} for name, stored in compressed.items()
+    }
     write_config(folder, architecture, dtype, layers)
     write_code(folder, architecture)
     copy_companions(workspace.model, folder)
@@ -183,7 +194,9 @@ def write_dense(
 def _multiply_out(stored: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
     """The dense weight as the dense model stores it: [m, n] in a Conv1D."""
     parameters = {name: _exact(tensor.read()) for name, tensor in stored.tensors.items()}
-    rebuilt = torch.from_numpy(product(stored.record["kind"], parameters, stored.layer.outputs, stored.layer.inputs)).to(dtype)
+    rebuilt = torch.from_numpy(
+        product(stored.record["kind"], parameters, stored.layer.outputs, stored.layer.inputs)
+    ).to(dtype)
     return rebuilt.T if stored.layer.transposed else rebuilt
 
 
@@ -191,7 +204,9 @@ def _exact(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.double() if tensor.dtype.is_floating_point else tensor).numpy()
 
 
-def _count(model: Path, dense: Mapping[str, StoredTensor], plan: Mapping[str, dict], compressed: Mapping[str, StoredLayer]) -> dict:
+def _count(
+    model: Path, dense: Mapping[str, StoredTensor], plan: Mapping[str, dict], compressed: Mapping[str, StoredLayer]
+) -> dict:
     """The contract of factorize.json, counted from the headers of what was saved and checked against the plan.
 
     Raises:
@@ -206,7 +221,9 @@ def _count(model: Path, dense: Mapping[str, StoredTensor], plan: Mapping[str, di
                 "The two stages ran on different inputs: run `dvc repro --force ranks factorize`."
             )
     return {
-        "dtype": str(next(tensor.dtype for tensor in saved.values() if tensor.dtype.is_floating_point)).removeprefix("torch."),
+        "dtype": str(next(tensor.dtype for tensor in saved.values() if tensor.dtype.is_floating_point)).removeprefix(
+            "torch."
+        ),
         "targeted_parameters_dense": sum(dense[f"{name}.weight"].numbers for name in plan),
         "targeted_parameters_compressed": sum(stored.values()),
         "model_parameters_dense": count_numbers(dense),
@@ -219,5 +236,7 @@ def _count(model: Path, dense: Mapping[str, StoredTensor], plan: Mapping[str, di
 
 def _targeted_numbers(module: str, saved: Mapping[str, StoredTensor]) -> int:
     """Stored numbers of one layer without its bias."""
-    own = {name: tensor for name, tensor in saved.items() if name.startswith(f"{module}.") and not name.endswith(".bias")}
+    own = {
+        name: tensor for name, tensor in saved.items() if name.startswith(f"{module}.") and not name.endswith(".bias")
+    }
     return count_numbers(own)

@@ -189,7 +189,12 @@ class ModelSums:
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: Sequence[LinearLayer], form: type[GradientForm] | None, rank: int, seed: int
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[LinearLayer],
+        form: type[GradientForm] | None,
+        rank: int,
+        seed: int,
     ) -> None:
         modules = linear_modules(model)
         self.model = model
@@ -218,7 +223,9 @@ class ModelSums:
 
     def finite(self) -> bool:
         """Whether all sums of squares are finite, and with them everything that was ever added."""
-        return all(bool(sums.gram.diagonal().isfinite().all()) for sums in (*self.inputs.values(), *self.outputs.values()))
+        return all(
+            bool(sums.gram.diagonal().isfinite().all()) for sums in (*self.inputs.values(), *self.outputs.values())
+        )
 
     def arrays(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All sums by name, ``<group>/input_gram`` and so on; completes the Grams, so add nothing more."""

@@ -51,14 +51,18 @@ def find_layers(model: PreTrainedModel) -> list[LinearLayer]:
     """
     modules = linear_modules(model)
     if not modules:
-        raise InputError(f"{type(model).__name__} has no linear layers besides its output embedding: nothing to compress.")
+        raise InputError(
+            f"{type(model).__name__} has no linear layers besides its output embedding: nothing to compress."
+        )
     groups = _shared_inputs(model, modules)
     return [_describe(name, module, groups[name]) for name, module in modules.items()]
 
 
 def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The modules behind `find_layers`, by name; modules that carry an embedding's weight are not among them."""
-    embeddings = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module}
+    embeddings = {
+        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module
+    }
     return {
         name: module
         for name, module in model.named_modules()
@@ -67,7 +71,9 @@ def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def forward_hooks(modules: dict[str, nn.Module], hook: Callable[[str, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+def forward_hooks(
+    modules: dict[str, nn.Module], hook: Callable[[str, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
     """Call `hook(name, input, output)` at every forward pass of one of `modules`."""
 
     def listen(name: str) -> Callable:

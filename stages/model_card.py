@@ -73,7 +73,9 @@ def compressed_card(workspace: Workspace, architecture: DenseArchitecture, count
 
 def dense_card(workspace: Workspace, architecture: DenseArchitecture, counts: dict) -> str:
     """The card of the dense export."""
-    text = MULTIPLIED_OUT.format(**_origin(workspace), architecture=architecture.model_class, settings=_settings(workspace, counts))
+    text = MULTIPLIED_OUT.format(
+        **_origin(workspace), architecture=architecture.model_class, settings=_settings(workspace, counts)
+    )
     return _front_matter(workspace) + text
 
 
@@ -98,7 +100,9 @@ def _origin(workspace: Workspace) -> dict[str, str]:
     facts = _facts(workspace)
     name = Path(facts["name"]).name
     licence = f"licence: {facts['licence'] or 'not stated, see the dense model'}"
-    where = {"hub": f"https://huggingface.co/{facts['name']}", "local": "a local folder"}.get(facts["origin"], facts["origin"])
+    where = {"hub": f"https://huggingface.co/{facts['name']}", "local": "a local folder"}.get(
+        facts["origin"], facts["origin"]
+    )
     return {"name": name, "origin": f"{name} from {where}; {licence}; digest `{facts['digest'][:16]}`,"}
 
 
@@ -116,6 +120,8 @@ def _settings(workspace: Workspace, counts: dict) -> str:
         "ranks.allocator": ranks[0]["allocator"],
         "factorize.dtype": counts["dtype"],
     }
-    kinds = Counter(record["kind"] for record in counts["layers"].values()) | Counter(dense=len(ranks) - len(counts["layers"]))
+    kinds = Counter(record["kind"] for record in counts["layers"].values()) | Counter(
+        dense=len(ranks) - len(counts["layers"])
+    )
     layers = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()) if number)
     return "\n".join([*(f"- {key}: {value}" for key, value in settings.items()), f"- layers: {layers}"])

@@ -125,7 +125,9 @@ def select_modules(layers: Sequence[LinearLayer], patterns: Sequence[str]) -> fr
     names = [layer.name for layer in layers]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise ParameterError(f"ranks.exclude: {pattern!r} matches none of the {len(names)} targeted modules, such as {names[0]!r}.")
+            raise ParameterError(
+                f"ranks.exclude: {pattern!r} matches none of the {len(names)} targeted modules, such as {names[0]!r}."
+            )
     return frozenset(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 

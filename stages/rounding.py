@@ -24,7 +24,9 @@ def round_pivoted(exact: Pivoted, dtype: torch.dtype) -> Pivoted:
     outputs = exact.side == "outputs"
     pivot, rest = (exact.pivot, exact.rest) if outputs else (exact.pivot.T, exact.rest.T)
     pivot, rest = _round_factors(pivot, rest, dtype)
-    return Pivoted(exact.side, exact.order, pivot, rest) if outputs else Pivoted(exact.side, exact.order, pivot.T, rest.T)
+    return (
+        Pivoted(exact.side, exact.order, pivot, rest) if outputs else Pivoted(exact.side, exact.order, pivot.T, rest.T)
+    )
 
 
 def nearest(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -54,7 +56,9 @@ def round_with_feedback(values: np.ndarray, gram: np.ndarray, dtype: torch.dtype
 def _feedback(gram: np.ndarray) -> np.ndarray:
     """Upper triangular [r, r]: row i says how a unit error of row i is best made up for by the rows after it, negated."""
     damped = gram + DAMPING * max(np.trace(gram) / len(gram), np.finfo(float).tiny) * np.eye(len(gram))
-    lower = cholesky(damped[::-1, ::-1], lower=True)  # of the reversed matrix, so that earlier rows are eliminated first
+    lower = cholesky(
+        damped[::-1, ::-1], lower=True
+    )  # of the reversed matrix, so that earlier rows are eliminated first
     inverse = solve_triangular(lower, np.eye(len(lower)), lower=True)[::-1, ::-1]
     return inverse / np.diag(inverse)[:, None]
 

@@ -117,9 +117,9 @@ class Scratch:
         append_line(self._manifest, json.dumps({"unit": name, "files": files}, sort_keys=True))
         self._finished[name] = files
 
-    def drop(self, name: str, part: str = "") -> None:
-        """Free the disk of a finished unit (or of one folder in it) that other finished units contain; it stays listed."""
-        shutil.rmtree(self.units / name / part, ignore_errors=True)
+    def drop(self, name: str, part: str) -> None:
+        """Free the disk of one file of a finished unit, when other finished units contain it; the unit stays listed."""
+        (self.units / name / part).unlink(missing_ok=True)
 
     def republish(self) -> bool:
         """Publish again what this very stage finished before it was interrupted, if it did."""
@@ -223,7 +223,7 @@ def replace_folder(source: Path, target: Path) -> None:
     """Make `target` a hard-linked (else copied) twin of `source`, by one rename."""
     staging = target.with_name(f"{target.name}.staging.partial")
     shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(source, staging, copy_function=_link_or_copy)
+    shutil.copytree(source, staging, copy_function=link_or_copy)
     if target.exists():
         old = empty_folder(target.with_name(f"{target.name}.old.partial"))
         target.replace(old)
@@ -235,7 +235,8 @@ def replace_folder(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def _link_or_copy(source: str, target: str) -> str:
+def link_or_copy(source: str | Path, target: str | Path) -> str | Path:
+    """Make `target` the same file as `source`, by a hard link where the file system has them."""
     try:
         os.link(source, target)
     except OSError:

@@ -18,8 +18,7 @@ from stages.layers import LinearLayer, find_layers, forward_hooks, linear_module
 from stages.models import DTYPES, load_model
 from stages.params import CaptureParams
 from stages.progress import track_lines
-from stages.scratch import empty_folder
-from stages.store import RowWriter, write_arrays
+from stages.store import GroupWriter, RowWriter, write_arrays
 from stages.tables import read_sequences, read_table
 
 HELD_BYTES = 512 * 2**20  # of sequences' gradients in memory before they are written
@@ -103,7 +102,12 @@ class NonFiniteBatch(Exception):
 
 
 def _sum_up(
-    folder: Path, model: PreTrainedModel, layers: list[LinearLayer], params: CaptureParams, ids: torch.Tensor, doing: str
+    folder: Path,
+    model: PreTrainedModel,
+    layers: list[LinearLayer],
+    params: CaptureParams,
+    ids: torch.Tensor,
+    doing: str,
 ) -> tuple[ModelSums, list[float]]:
     """Sums over sequences [S, T], and their losses; their gradients are written to `folder`.
 
@@ -139,17 +143,17 @@ class GradientWriter:
     """Writes sequences' gradients as arrays [S, ...] of one group, with at most about HELD_BYTES of them in memory.
 
     Args:
-        folder: of the group; made anew.
+        folder: the group; made anew.
         shapes: of what is kept of one sequence, by name; one number per sequence is held to the end.
         sequences: S.
         batch_size: sequences of a batch.
     """
 
     def __init__(self, folder: Path, shapes: Shapes, sequences: int, batch_size: int) -> None:
-        self.folder = empty_folder(folder)
+        self._group = GroupWriter(folder)
         self._batches_held = max(1, HELD_BYTES // (batch_size * numbers_bytes(shapes)))
         whole = {name: (sequences, *shape) for name, shape in shapes.items() if shape}
-        self._rows = RowWriter(folder, whole, min(sequences, self._batches_held * batch_size))
+        self._rows = RowWriter(self._group, whole, min(sequences, self._batches_held * batch_size))
         self._scalars: dict[str, list[torch.Tensor]] = {name: [] for name, shape in shapes.items() if not shape}
         self._batches = 0
 
@@ -162,7 +166,9 @@ class GradientWriter:
     def close(self, sums: ModelSums) -> None:
         """Write all that is left."""
         self._write(sums)
-        write_arrays(self.folder, {name: torch.cat(parts) for name, parts in self._scalars.items()})
+        for name, parts in self._scalars.items():
+            self._group.write(name, torch.cat(parts))
+        self._group.close()
 
     def _write(self, sums: ModelSums) -> None:
         for name, rows in sums.take_gradients():
@@ -225,7 +231,8 @@ def first_nonfinite(model: PreTrainedModel, ids: torch.Tensor) -> str | None:
 def _explain(table: Path, culprits: dict[int, str]) -> str:
     articles = read_table(table)["articles"].to_pylist()
     listed = "; ".join(
-        f"sequence {s} (articles {', '.join(map(repr, articles[s]))}), first in {where}" for s, where in culprits.items()
+        f"sequence {s} (articles {', '.join(map(repr, articles[s]))}), first in {where}"
+        for s, where in culprits.items()
     )
     return (
         f"Stage 'capture': not finite: {listed}. Set capture.skip_nonfinite: true to leave such sequences out, "

@@ -37,7 +37,9 @@ class Statistics:
         try:
             self.facts = json.loads((folder / FACTS_FILE).read_text())
         except (OSError, ValueError) as error:
-            raise CorruptArtifact(f"{folder / FACTS_FILE} is not readable ({error}). Run stage 'capture' again.") from None
+            raise CorruptArtifact(
+                f"{folder / FACTS_FILE} is not readable ({error}). Run stage 'capture' again."
+            ) from None
 
     @property
     def tokens(self) -> int:
@@ -116,4 +118,6 @@ class Statistics:
 
     def _require_gradients(self, what: str) -> None:
         if not self.has_gradients:
-            raise InputError(f"{self.folder} holds no {what}: capture.gradients is 'none'. Set it to 'sketch' or 'exact'.")
+            raise InputError(
+                f"{self.folder} holds no {what}: capture.gradients is 'none'. Set it to 'sketch' or 'exact'."
+            )

@@ -1,47 +1,114 @@
-"""Tensors on disk: one Zarr group a folder, whole arrays written at once, every chunk with a CRC-32C.
+"""Tensors on disk: one Zarr group a file, whole arrays written at once, every chunk with a CRC-32C.
 
-A group has one writer. A missing chunk reads as zeros without an error, so completeness is the manifest's business
-(``workspace.verify_output``); a changed bit fails the checksum here. bfloat16 is stored as uint16 with an attribute.
+A group is a Zarr 3 hierarchy in an uncompressed zip file, which zarr opens as a ``ZipStore``: thousands of small arrays are then
+one file to hash, link, check and list. Callers name it without its suffix. It has one writer and is never changed. A missing chunk reads as
+zeros without an error, so completeness is the manifest's business (``workspace.verify_output``); a changed bit fails the checksum
+here. bfloat16 is stored as uint16 with an attribute.
 """
 
 import json
-import os
 import re
-import shutil
+import zipfile
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import torch
 import zarr
+from zarr.storage import ZipStore
 
 from stages.errors import CorruptArtifact
+from stages.scratch import link_or_copy
 
+SUFFIX = ".zarr.zip"
 METADATA = "zarr.json"
 CHUNK_BYTES = 8 * 2**20
 ARRAY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the date of every entry: the same arrays are the same bytes
 
 
-def write_arrays(folder: Path, arrays: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write tensors as the arrays of one group; names may hold one or more ``/``. Pairs are taken one at a time."""
-    for name, tensor in arrays.items() if isinstance(arrays, Mapping) else arrays:
+def group_file(group: Path) -> Path:
+    """The file that holds a group."""
+    return group.with_name(group.name + SUFFIX)
+
+
+class GroupWriter:
+    """Writes one new group; use as a context manager.
+
+    Args:
+        group: path of the group, without suffix; replaced if it exists.
+    """
+
+    def __init__(self, group: Path) -> None:
+        path = group_file(group)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # a new file: whoever has the old one open, or linked, keeps it
+        self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
+        self._groups: set[str] = set()
+        self._add_group("")
+
+    def __enter__(self) -> "GroupWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write the list of entries; nothing can be read before."""
+        self._zip.close()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one array; its name may hold one or more ``/``."""
         values, attributes = _to_numpy(tensor)
-        ChunkWriter(folder, name, values.shape, values.dtype, _chunks(values), attributes).append(values)
+        ChunkWriter(self, name, values.shape, values.dtype, _chunks(values), attributes).append(values)
+
+    def add(self, key: str, content: bytes | memoryview) -> None:
+        """Write one entry of the Zarr hierarchy."""
+        self._zip.writestr(zipfile.ZipInfo(key, EPOCH), content)
+
+    def copy(self, source: Path) -> None:
+        """Take over every array of another group."""
+        with zipfile.ZipFile(group_file(source)) as other:
+            for entry in other.infolist():
+                if entry.filename not in self._groups:
+                    self.add(entry.filename, other.read(entry))
+                    if entry.filename.endswith(METADATA):
+                        self._groups.add(entry.filename)
+
+    def add_parents(self, name: str) -> None:
+        """Write the metadata of the groups that an array's name passes through."""
+        parts = name.split("/")[:-1]
+        for depth in range(1, len(parts) + 1):
+            self._add_group("/".join(parts[:depth]) + "/")
+
+    def _add_group(self, prefix: str) -> None:
+        key = prefix + METADATA
+        if key not in self._groups:
+            self._groups.add(key)
+            self.add(key, json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}).encode())
+
+
+def write_arrays(group: Path, arrays: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write tensors as the arrays of one group. Pairs are taken one at a time."""
+    with GroupWriter(group) as writer:
+        for name, tensor in arrays.items() if isinstance(arrays, Mapping) else arrays:
+            writer.write(name, tensor)
 
 
 class RowWriter:
     """Arrays [rows, ...] of one group in float32, written some rows at a time, in order.
 
     Args:
-        folder: the group's folder.
+        writer: the group.
         shapes: of whole arrays, by name.
         rows_per_chunk: rows to append at a time, fewer only at the end.
     """
 
-    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], rows_per_chunk: int) -> None:
+    def __init__(self, writer: GroupWriter, shapes: Mapping[str, tuple[int, ...]], rows_per_chunk: int) -> None:
         self._arrays = {
-            name: ChunkWriter(folder, name, shape, np.dtype(np.float32), (rows_per_chunk, *shape[1:]), {})
+            name: ChunkWriter(writer, name, shape, np.dtype(np.float32), (rows_per_chunk, *shape[1:]), {})
             for name, shape in shapes.items()
         }
 
@@ -54,33 +121,33 @@ class ChunkWriter:
     """Writes one new array in the Zarr 3 format, chunk by chunk.
 
     Reading goes through the zarr package; its writing takes about 3 ms an array, which thousands of small arrays add up.
-
-    Raises:
-        FileExistsError: the array exists.
     """
 
     def __init__(
-        self, folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ...], attributes: dict
+        self,
+        writer: GroupWriter,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        chunks: tuple[int, ...],
+        attributes: dict,
     ) -> None:
         _check_name(name)
-        self.folder, self.chunks, self._next = folder / name, chunks, 0
-        self.folder.mkdir(parents=True)
-        for group in self.folder.parents[: name.count("/") + 1]:
-            if not (group / METADATA).exists():
-                (group / METADATA).write_text(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}))
+        self.writer, self.name, self.chunks, self._next = writer, name, chunks, 0
+        writer.add_parents(name)
         metadata = {
             "zarr_format": 3,
             "node_type": "array",
             "shape": shape,
             "data_type": dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},  # fewer folders
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "fill_value": dtype.type(0).item(),
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
             "attributes": attributes,
             "storage_transformers": [],
         }
-        (self.folder / METADATA).write_text(json.dumps(metadata))
+        writer.add(f"{name}/{METADATA}", json.dumps(metadata).encode())
 
     def append(self, values: np.ndarray) -> None:
         """Write the next rows [rows, ...]; whole chunks of them, except at the end."""
@@ -93,51 +160,57 @@ class ChunkWriter:
     def _write(self, rows: np.ndarray) -> None:
         if self.chunks and len(rows) < self.chunks[0]:  # a chunk at the edge is stored in full
             rows = np.concatenate([rows, np.zeros((self.chunks[0] - len(rows), *self.chunks[1:]), rows.dtype)])
-        content = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+        content = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<")).tobytes()
         key = ["c", str(self._next), *["0"] * (len(self.chunks) - 1)] if self.chunks else ["c"]
-        with (self.folder / ".".join(key)).open("wb") as file:
-            file.write(content)
-            file.write(google_crc32c.value(content).to_bytes(4, "little"))
+        self.writer.add(f"{self.name}/{'.'.join(key)}", content + google_crc32c.value(content).to_bytes(4, "little"))
         self._next += 1
 
 
-def array_names(folder: Path) -> list[str]:
+def array_names(group: Path) -> list[str]:
     """The names of all arrays of a group, sorted."""
-    found = (path for path in folder.rglob(METADATA) if json.loads(path.read_text())["node_type"] == "array")
-    return sorted(path.parent.relative_to(folder).as_posix() for path in found)
+    with zipfile.ZipFile(group_file(group)) as file:
+        nodes = [name for name in file.namelist() if name.endswith(f"/{METADATA}")]
+        return sorted(
+            name.removesuffix(f"/{METADATA}") for name in nodes if json.loads(file.read(name))["node_type"] == "array"
+        )
 
 
-def read_array(folder: Path, name: str, where: object = ...) -> torch.Tensor:
+def read_array(group: Path, name: str, where: object = ...) -> torch.Tensor:
     """Read one array (or the part that `where` selects).
 
     Raises:
-        CorruptArtifact: there is no such array, or a chunk fails its checksum.
+        CorruptArtifact: there is no such group or array, or a chunk fails its checksum.
     """
     _check_name(name)
+    path = group_file(group)
     try:
-        array = zarr.open_array(store=str(folder), path=name, mode="r")
+        array = zarr.open_array(store=_open_group(path, path.stat().st_mtime_ns), path=name, mode="r")
         values = torch.from_numpy(np.asarray(array[where], order="C"))
     except (KeyError, FileNotFoundError):
-        raise CorruptArtifact(f"{folder} holds no array {name!r}. Write it again with `dvc repro --force`.") from None
-    except (ValueError, RuntimeError, OSError) as error:
-        raise CorruptArtifact(f"{folder}, array {name!r}: {error}. Write it again with `dvc repro --force`.") from error
+        raise CorruptArtifact(f"{path} holds no array {name!r}. Write it again with `dvc repro --force`.") from None
+    except (ValueError, RuntimeError, OSError, zipfile.BadZipFile) as error:
+        raise CorruptArtifact(
+            f"{path}, array {name!r} fails its checksum: {error}. Write it again with `dvc repro --force`."
+        ) from error
     return values.view(torch.bfloat16) if array.attrs.get("dtype") == "bfloat16" else values
 
 
+@lru_cache(maxsize=32)
+def _open_group(path: Path, modified: int) -> ZipStore:
+    """The open file of a group; its list of entries is read once."""
+    return ZipStore(path, mode="r", read_only=True)
+
+
 def gather_groups(target: Path, groups: Iterable[Path]) -> None:
-    """Make one group of several that hold different arrays, by hard links where the file system has them."""
-    for group in groups:
-        for path in sorted(group.rglob("*")):
-            if path.is_file() and not (twin := target / path.relative_to(group)).exists():
-                twin.parent.mkdir(parents=True, exist_ok=True)
-                link_or_copy(path, twin)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    """Make one group of several that hold different arrays (one alone is linked); groups of no array, no file, are passed over."""
+    found = [group for group in groups if group_file(group).exists()]
+    if len(found) == 1:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(group_file(found[0]), group_file(target))
+        return
+    with GroupWriter(target) as writer:
+        for group in found:
+            writer.copy(group)
 
 
 def _to_numpy(tensor: torch.Tensor) -> tuple[np.ndarray, dict]:

@@ -79,7 +79,9 @@ def lost_tensor_is_noticed(folder):
     load(folder / "model").save_pretrained(broken)
     tensors = load_file(broken / "model.safetensors")
     name = next(name for name in sorted(tensors) if name.endswith("down.weight"))
-    save_file({key: tensor for key, tensor in tensors.items() if key != name}, broken / "model.safetensors", {"format": "pt"})
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if key != name}, broken / "model.safetensors", {"format": "pt"}
+    )
     return name, raised(load, broken)
 
 
@@ -114,9 +116,12 @@ def saved_again(folder):
         "difference": largest_difference(model, again),
         "difference of the second": largest_difference(model, load(folder / "saved twice")),
         "info": {key: sorted(map(str, value)) for key, value in info.items()},
-        "code": (folder / "saved" / "modeling_fisherfold.py").read_text() == (folder / "model" / "modeling_fisherfold.py").read_text(),
+        "code": (folder / "saved" / "modeling_fisherfold.py").read_text()
+        == (folder / "model" / "modeling_fisherfold.py").read_text(),
         "auto_map": json.loads((folder / "saved" / "config.json").read_text())["auto_map"],
-        "dense class": raised(type(AutoModelForCausalLM.from_pretrained(folder / "dense")).from_pretrained, folder / "saved"),
+        "dense class": raised(
+            type(AutoModelForCausalLM.from_pretrained(folder / "dense")).from_pretrained, folder / "saved"
+        ),
     }
 
 
@@ -154,7 +159,9 @@ def training_step(folder):
             model.gradient_checkpointing_enable()
         torch.manual_seed(0)
         losses = [optimise(model, ids(*MANY)) for _ in range(2)]
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]))
+        gradients.append(
+            torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+        )
     return losses, float((gradients[0] - gradients[1]).abs().max()), float(gradients[0].abs().max())
 
 

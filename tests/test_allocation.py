@@ -26,7 +26,8 @@ def task(shapes, ratio, storage="pivoted", limits=UNLIMITED, seed=0, decay=0.9) 
     generator = np.random.default_rng(seed)
     layers = [layer(n, m, f"layer{i}") for i, (n, m) in enumerate(shapes)]
     spectra = [
-        np.sort(generator.exponential(size=min(n, m)) * decay ** np.arange(min(n, m)) * generator.uniform(0.5, 2))[::-1] for n, m in shapes
+        np.sort(generator.exponential(size=min(n, m)) * decay ** np.arange(min(n, m)) * generator.uniform(0.5, 2))[::-1]
+        for n, m in shapes
     ]
     return pose(layers, spectra, RanksParams(ratio=ratio, storage=storage), limits)
 
@@ -67,14 +68,26 @@ def test_budget_is_met_within_one_rank_and_never_exceeded(shapes, ratio, storage
     assert_budget_met(problem, ALLOCATORS.lookup(allocator)(problem))
 
 
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4), ratios, st.sampled_from(STORAGES), st.integers(0, 99))
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4),
+    ratios,
+    st.sampled_from(STORAGES),
+    st.integers(0, 99),
+)
 @settings(max_examples=150, deadline=None)
 def test_fisher_equals_the_brute_force_optimum(shapes, ratio, storage, seed):
     problem = task(shapes, ratio, storage, seed=seed)
     assert energy_of(problem, ALLOCATORS.lookup("fisher")(problem)) == pytest.approx(brute_force(problem), rel=1e-12)
 
 
-@given(shapes, st.sampled_from((0.3, 0.5, 0.7)), st.integers(1, 4), st.floats(0, 0.4), st.floats(0.8, 1.0), st.integers(0, 99))
+@given(
+    shapes,
+    st.sampled_from((0.3, 0.5, 0.7)),
+    st.integers(1, 4),
+    st.floats(0, 0.4),
+    st.floats(0.8, 1.0),
+    st.integers(0, 99),
+)
 @settings(max_examples=100, deadline=None)
 def test_limits_hold(shapes, ratio, round_to, floor, ceiling, seed):
     try:
@@ -109,7 +122,9 @@ def test_uniform_removes_the_same_share_of_every_layer():
 def test_a_layer_whose_factors_would_outgrow_it_stays_dense():
     """Flat, dominant spectrum in one layer: under plain factors only the dense format holds its components."""
     layers = [layer(10, 10, "flat"), layer(10, 10, "steep")]
-    problem = pose(layers, [np.full(10, 5.0), 0.1 ** np.arange(10)], RanksParams(ratio=0.4, storage="factors"), Limits())
+    problem = pose(
+        layers, [np.full(10, 5.0), 0.1 ** np.arange(10)], RanksParams(ratio=0.4, storage="factors"), Limits()
+    )
     ranks = ALLOCATORS.lookup("fisher")(problem)
     assert ranks.tolist() == [10, 1]
     assert choose_storage(layers[0], 10, "factors").storage == DENSE
@@ -138,7 +153,9 @@ def test_costs_agree_with_the_chosen_format_and_never_exceed_dense(storage):
         for rank, cost in enumerate(costs):
             choice = choose_storage(layer(n, m), rank, storage)
             assert choice.numbers == cost <= n * m
-            assert choice.numbers == (n * m if choice.storage == DENSE else FORMATS.lookup(choice.storage)(n, m, np.array(rank)))
+            assert choice.numbers == (
+                n * m if choice.storage == DENSE else FORMATS.lookup(choice.storage)(n, m, np.array(rank))
+            )
         assert (np.diff(costs) >= 0).all()
         assert costs[0] == 0
 

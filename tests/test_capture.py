@@ -1,5 +1,4 @@
 import itertools
-import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from stages.errors import CorruptArtifact, InputError, NotEnoughDisk, NumericalE
 from stages.models import load_model
 from stages.params import CaptureParams
 from stages.statistics import Statistics
-from stages.store import array_names, read_array
+from stages.store import SUFFIX, array_names, group_file, read_array
 from stages.tables import write_sequences
 from stages.workspace import Workspace, read_manifest, verify_output
 
@@ -46,8 +45,28 @@ def captured(prepared, tmp_path_factory) -> Workspace:
     return Workspace(root)
 
 
-def files(workspace: Workspace) -> dict:
-    return read_manifest(workspace.out("capture"))["files"]
+def groups(workspace: Workspace) -> list[Path]:
+    """All groups of arrays that were published."""
+    out = workspace.out("capture")
+    found = sorted(path.name.removesuffix(SUFFIX) for path in out.glob(f"gradients/*{SUFFIX}"))
+    return [out / "statistics", *(out / "gradients" / name for name in found)]
+
+
+def bits(workspace: Workspace) -> dict:
+    """Every published array and fact, whatever the order in which they were written."""
+    out = workspace.out("capture")
+    arrays = {
+        (group.name, name): read_array(group, name).numpy().tobytes()
+        for group in groups(workspace)
+        for name in array_names(group)
+    }
+    return arrays | {name: (out / name).read_text() for name in ("capture.json", "layers.json")}
+
+
+def assert_same_bits(one: Workspace, other: Workspace) -> None:
+    found, expected = bits(one), bits(other)
+    assert [name for name in expected if found.get(name) != expected[name]] == []
+    assert found.keys() == expected.keys()
 
 
 def statistics_of(workspace: Workspace, **changes) -> dict[str, torch.Tensor]:
@@ -87,7 +106,9 @@ def test_publishes_what_the_reader_reads(captured):
 def test_the_loss_is_the_models_own(captured):
     model = load_model(captured.model, torch.float32)
     losses = [model(input_ids=ids[None], labels=ids[None]).loss for ids in random_ids(SEQUENCES, 12)]
-    assert Statistics(captured.out("capture")).facts["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    assert Statistics(captured.out("capture")).facts["loss"] == pytest.approx(
+        torch.stack(losses).mean().item(), rel=1e-5
+    )
 
 
 def sums_in(workspace: Workspace) -> dict[str, torch.Tensor]:
@@ -104,7 +125,7 @@ def test_many_shards_equal_few_and_free_their_disk(workspace, captured, monkeypa
     drop = capture.Scratch.drop
 
     def watched(run, *arguments):
-        waiting.append(len(list(run.units.glob("*/statistics"))))
+        waiting.append(len(list(run.units.glob(f"*/statistics{SUFFIX}"))))
         drop(run, *arguments)
 
     monkeypatch.setattr(capture.Scratch, "drop", watched)
@@ -114,7 +135,7 @@ def test_many_shards_equal_few_and_free_their_disk(workspace, captured, monkeypa
 
 def test_layers_in_several_passes_give_the_same_bits(workspace, captured):
     statistics_of(workspace, layers_per_pass=5)
-    assert files(workspace) == files(captured)
+    assert_same_bits(workspace, captured)
 
 
 @pytest.mark.parametrize("gradients", ["none", "exact"])
@@ -140,7 +161,7 @@ def assert_formula_counts(workspace: Workspace, gradients: str) -> None:
     out = workspace.out("capture")
     of_sums, of_gradients = (
         sum(4 * read_array(folder, name).numel() for folder in folders for name in array_names(folder))
-        for folders in ([out / "statistics"], out.glob("gradients/*"))
+        for folders in (groups(workspace)[:1], groups(workspace)[1:])
     )
     params = PARAMS.model_copy(update={"gradients": gradients})
     assert capture.disk_bytes(Statistics(out).layers, params, SEQUENCES) == of_gradients + 4 * of_sums
@@ -150,7 +171,8 @@ def test_disk_formula_counts_every_number(captured):
     assert_formula_counts(captured, "sketch")
     layers = Statistics(captured.out("capture")).layers
     whole, sliced = (
-        capture.disk_bytes(layers, PARAMS.model_copy(update={"layers_per_pass": count}), SEQUENCES) for count in (None, 4)
+        capture.disk_bytes(layers, PARAMS.model_copy(update={"layers_per_pass": count}), SEQUENCES)
+        for count in (None, 4)
     )
     assert sliced < whole
 
@@ -189,7 +211,7 @@ def test_killed_anywhere_it_resumes_with_the_same_bits(workspace, captured, monk
             except Killed:
                 continue
     assert fatal > 5
-    assert files(workspace) == files(captured)
+    assert_same_bits(workspace, captured)
 
 
 KILLED = """
@@ -210,12 +232,15 @@ capture.run(Workspace(Path(sys.argv[1])), CaptureParams.model_validate_json(sys.
 
 def test_killed_by_a_signal_in_a_later_shard_it_resumes_with_the_same_bits(workspace, captured):
     arguments = [str(workspace.root), PARAMS.model_dump_json(), "400"]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=Path(__file__).parents[1], capture_output=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], cwd=Path(__file__).parents[1], capture_output=True
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     units = workspace.artifacts.glob("capture.partial/*/units/*")
     assert any(unit.suffix != ".partial" for unit in units) and not workspace.out("capture").exists()
     capture.run(workspace, PARAMS)
-    assert files(workspace) == files(captured)
+    assert_same_bits(workspace, captured)
+    assert read_manifest(workspace.out("capture")) == read_manifest(captured.out("capture"))
 
 
 def test_refuses_a_full_disk_before_it_starts(workspace, monkeypatch):
@@ -249,7 +274,9 @@ def poisoned(tmp_path) -> Workspace:
 
 def test_a_sequence_that_is_not_finite_is_named(poisoned):
     poison(poisoned, [5])
-    with pytest.raises(NumericalError, match=r"sequence 5 \(articles 'calibration-5'\).*model\.layers\.0\.self_attn.q_proj"):
+    with pytest.raises(
+        NumericalError, match=r"sequence 5 \(articles 'calibration-5'\).*model\.layers\.0\.self_attn.q_proj"
+    ):
         capture.run(poisoned, PARAMS)
 
 
@@ -281,7 +308,9 @@ def test_a_gradient_that_is_not_finite_is_found_where_it_starts(workspace, monke
         output.register_hook(lambda d: torch.where(first[:, None, None], torch.inf, d))
 
     ids_seen: list[torch.Tensor] = []
-    model.register_forward_pre_hook(lambda module, arguments, keywords: ids_seen.append(keywords["input_ids"]), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda module, arguments, keywords: ids_seen.append(keywords["input_ids"]), with_kwargs=True
+    )
     model.model.layers[1].mlp.register_forward_hook(broken)
     monkeypatch.setattr(capture, "loaded_model", shard.loaded_model)
     write_table(workspace, ids)
@@ -300,15 +329,17 @@ def test_a_flipped_byte_and_a_truncated_shard_are_found(captured, tmp_path):
     out = tmp_path / "capture"
     shutil.copytree(captured.out("capture"), out)
     layer = Statistics(out).layers[0]
-    chunk = out / "gradients" / "shard-00001" / layer.name / "left" / "c.0.0.0"
-    content = chunk.read_bytes()
-    chunk.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    shard = group_file(out / "gradients" / "shard-00001")
+    content = shard.read_bytes()
+    flipped = content.index(read_array(out / "gradients" / "shard-00001", f"{layer.name}/left").numpy().tobytes())
+    shard.unlink()
+    shard.write_bytes(content[:flipped] + bytes([content[flipped] ^ 1]) + content[flipped + 1 :])
     with pytest.raises(CorruptArtifact, match="shard-00001"):
         list(Statistics(out).gradient_shards(layer))
-    chunk.write_bytes(content[:-1])
+    shard.write_bytes(content[:-1])
     with pytest.raises(CorruptArtifact, match="bytes instead of"):
         verify_output(out)
-    os.remove(chunk)
+    shard.unlink()
     with pytest.raises(CorruptArtifact, match="is missing"):
         verify_output(out)
 
@@ -329,4 +360,5 @@ def test_finished_before_it_is_published_again(captured, tmp_path, monkeypatch):
     shutil.rmtree(workspace.out("capture"))
     monkeypatch.setattr(capture, "loaded_model", None)
     capture.run(workspace, PARAMS)
-    assert files(workspace) == files(captured)
+    assert_same_bits(workspace, captured)
+    assert read_manifest(workspace.out("capture")) == read_manifest(captured.out("capture"))

@@ -111,7 +111,12 @@ def test_trains_with_and_without_gradient_checkpointing(found):
 
 
 def test_accelerate_places_it(found):
-    assert found["device_maps"] == {"automatic": 0, "offloaded": pytest.approx(0, abs=1e-5), "on disk": True, "no split": True}
+    assert found["device_maps"] == {
+        "automatic": 0,
+        "offloaded": pytest.approx(0, abs=1e-5),
+        "on disk": True,
+        "no split": True,
+    }
 
 
 def test_shards_load(found):
@@ -171,7 +176,18 @@ def test_the_stock_lm_eval_command_runs_it(tmp_path):
     }
     (tmp_path / "tiny_questions.yaml").write_text(json.dumps(task))
     model = f"pretrained={workspace.out('factorize') / 'model'},trust_remote_code=True"
-    arguments = ["--model", "hf", "--model_args", model, "--tasks", "tiny_questions", "--include_path", str(tmp_path), "--device", "cpu"]
+    arguments = [
+        "--model",
+        "hf",
+        "--model_args",
+        model,
+        "--tasks",
+        "tiny_questions",
+        "--include_path",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
     process = subprocess.run(
         [sys.executable, "-I", "-c", LM_EVAL, *arguments],
         cwd=tmp_path,
@@ -186,7 +202,13 @@ def test_the_stock_lm_eval_command_runs_it(tmp_path):
 
 # The layers alone, against the dense product in float64
 
-KINDS = [("factors", 12, 20, 3), ("pivoted", 12, 20, 7), ("pivoted", 20, 12, 7), ("pivoted", 16, 16, 15), ("pivoted", 9, 5, 0)]
+KINDS = [
+    ("factors", 12, 20, 3),
+    ("pivoted", 12, 20, 7),
+    ("pivoted", 20, 12, 7),
+    ("pivoted", 16, 16, 15),
+    ("pivoted", 9, 5, 0),
+]
 
 
 def low_rank(storage, n, m, rank, bias):

@@ -36,7 +36,9 @@ def facts_of(workspace):
 
 
 def digests(folder):
-    return {path.relative_to(folder).as_posix(): digest_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): digest_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +186,9 @@ def test_sharded_dense_models_are_read(llama, tmp_path):
     AutoModelForCausalLM.from_pretrained(llama[0].model).save_pretrained(tmp_path, max_shard_size="5KB")
     tensors = read_tensors(tmp_path)
     expected = read_tensors(llama[0].model)
-    assert {name: tensor.shape for name, tensor in tensors.items()} == {name: tensor.shape for name, tensor in expected.items()}
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
     assert all(torch.equal(tensor.read(), expected[name].read()) for name, tensor in tensors.items())
 
 

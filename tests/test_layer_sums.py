@@ -85,7 +85,9 @@ def check(model: nn.Module, ids: torch.Tensor, sums: ModelSums) -> None:
             expected |= {f"{layer.name}/gradient": G[layer.name], f"{layer.name}/norm": squares.sum((1, 2))}
         for name, oracle in expected.items():
             scale = oracle.abs().max().item()
-            torch.testing.assert_close(found[name].double(), oracle.double(), rtol=2e-4, atol=2e-5 * scale + 1e-30, msg=name)
+            torch.testing.assert_close(
+                found[name].double(), oracle.double(), rtol=2e-4, atol=2e-5 * scale + 1e-30, msg=name
+            )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,7 +20,9 @@ def relative_error(found, wanted):
     return np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1.0)
 
 
-shapes = st.tuples(st.integers(1, 24), st.integers(1, 24)).flatmap(lambda s: st.tuples(*map(st.just, s), st.integers(1, min(s))))
+shapes = st.tuples(st.integers(1, 24), st.integers(1, 24)).flatmap(
+    lambda s: st.tuples(*map(st.just, s), st.integers(1, min(s)))
+)
 
 
 @given(shapes, st.integers(0, 999), st.sampled_from((1.0, 0.8, 0.3)))

@@ -49,7 +49,9 @@ def test_predicted_loss_is_half_the_dropped_energy(workspace):
 
 
 def test_fisher_predicts_no_more_loss_than_uniform(workspace):
-    losses = {name: run(workspace, ratio=0.5, allocator=name)[1]["predicted_loss_increase"] for name in ("uniform", "fisher")}
+    losses = {
+        name: run(workspace, ratio=0.5, allocator=name)[1]["predicted_loss_increase"] for name in ("uniform", "fisher")
+    }
     assert losses["fisher"] <= losses["uniform"]
 
 
@@ -105,7 +107,10 @@ def spectra_table(path, sigmas):
 
 def test_spectra_that_are_not_finite_or_not_whole(tmp_path):
     path = tmp_path / "spectra.parquet"
-    assert [s.tolist() for s in read_spectra(spectra_table(path, {"a.1": [2.0, 1.0], "a.2": [4.0, 3.0]}), LAYERS)] == [[2, 1], [4, 3]]
+    assert [s.tolist() for s in read_spectra(spectra_table(path, {"a.1": [2.0, 1.0], "a.2": [4.0, 3.0]}), LAYERS)] == [
+        [2, 1],
+        [4, 3],
+    ]
     with pytest.raises(NumericalError, match=r"module 'a\.2': component 1 of its spectrum is nan"):
         read_spectra(spectra_table(path, {"a.1": [2.0, 1.0], "a.2": [4.0, float("nan")]}), LAYERS)
     with pytest.raises(CorruptArtifact, match=r"module 'a\.2': expected components 0 … 1, found 0 rows"):

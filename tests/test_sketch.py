@@ -44,7 +44,9 @@ def test_kept_energy_is_right_and_near_the_best(shape, written_out):
     loss = (G - approximation).square().sum((1, 2))
     assert (loss >= best_loss * (1 - 1e-9)).all()
     assert (loss <= 1.35 * best_loss).all()
-    torch.testing.assert_close(1 - made.kept, loss / G.square().sum((1, 2)))  # a projection: what is lost is what is left
+    torch.testing.assert_close(
+        1 - made.kept, loss / G.square().sum((1, 2))
+    )  # a projection: what is lost is what is left
 
 
 @pytest.mark.parametrize("shape", [(40, 30, 50), (40, 50, 30)])

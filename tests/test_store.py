@@ -5,10 +5,11 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from zarr.storage import ZipStore
 
 from stages import store
 from stages.errors import CorruptArtifact
-from stages.store import RowWriter, array_names, gather_groups, read_array, write_arrays
+from stages.store import GroupWriter, RowWriter, array_names, gather_groups, group_file, read_array, write_arrays
 
 DTYPES = [np.float32, np.float64, np.float16, np.int64, np.int32, np.uint8, np.bool_]
 
@@ -23,7 +24,7 @@ def test_zarr_reads_what_is_written(tmp_path_factory, values, chunk_bytes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "CHUNK_BYTES", chunk_bytes)
         write_arrays(folder, {"a/b": torch.from_numpy(values)})
-    array = zarr.open_group(store=str(folder), mode="r")["a/b"]
+    array = zarr.open_group(store=ZipStore(group_file(folder), mode="r"), mode="r")["a/b"]
     np.testing.assert_array_equal(array[...], values)
     assert array.dtype == values.dtype
     assert torch.equal(torch.isfinite(read_array(folder, "a/b")), torch.isfinite(torch.from_numpy(values)))
@@ -39,27 +40,36 @@ def test_bfloat16_and_parts_of_arrays(tmp_path):
 @pytest.mark.parametrize("rows", [1, 2, 6, 7])
 def test_rows_appended_make_the_whole(tmp_path, rows):
     values = {"a/x": torch.randn(7, 3, 2), "a/y": torch.randn(7, 5)}
-    writer = RowWriter(tmp_path, {name: tuple(array.shape) for name, array in values.items()}, rows)
-    for name, array in values.items():
-        for part in array.split(rows):
-            writer.append(name, part)
+    with GroupWriter(tmp_path) as group:
+        writer = RowWriter(group, {name: tuple(array.shape) for name, array in values.items()}, rows)
+        for name, array in values.items():
+            for part in array.split(rows):
+                writer.append(name, part)
     assert array_names(tmp_path) == ["a/x", "a/y"]
     for name, array in values.items():
         assert torch.equal(read_array(tmp_path, name), array)
 
 
-def test_groups_gathered_by_links_hold_all_arrays(tmp_path):
+def test_gathered_groups_hold_all_arrays_and_one_alone_is_linked(tmp_path):
     for name in ("one", "two"):
-        write_arrays(tmp_path / name, {f"{name}/x": torch.ones(3)})
-    gather_groups(tmp_path / "both", [tmp_path / "one", tmp_path / "two"])
-    assert array_names(tmp_path / "both") == ["one/x", "two/x"]
-    assert (tmp_path / "both" / "one" / "x" / "c.0").stat().st_nlink == 2
+        write_arrays(tmp_path / name, {f"{name}/x": torch.ones(3), f"shared/{name}": torch.zeros(2)})
+    gather_groups(tmp_path / "both", [tmp_path / "one", tmp_path / "none", tmp_path / "two"])
+    assert array_names(tmp_path / "both") == ["one/x", "shared/one", "shared/two", "two/x"]
+    assert torch.equal(read_array(tmp_path / "both", "two/x"), torch.ones(3))
+    gather_groups(tmp_path / "alone", [tmp_path / "one"])
+    assert group_file(tmp_path / "alone").stat().st_nlink == 2
 
 
-def test_an_array_is_never_overwritten(tmp_path):
-    write_arrays(tmp_path, {"x": torch.ones(3)})
-    with pytest.raises(FileExistsError):
-        write_arrays(tmp_path, {"x": torch.ones(3)})
+def test_same_arrays_are_the_same_bytes_and_a_rewritten_group_is_a_new_file(tmp_path):
+    write_arrays(tmp_path / "x", {"a": torch.ones(3)})
+    first = group_file(tmp_path / "x").read_bytes()
+    gather_groups(tmp_path / "linked", [tmp_path / "x"])
+    assert torch.equal(read_array(tmp_path / "x", "a"), torch.ones(3))
+    write_arrays(tmp_path / "x", {"a": torch.zeros(3)})
+    assert torch.equal(read_array(tmp_path / "x", "a"), torch.zeros(3))
+    assert torch.equal(read_array(tmp_path / "linked", "a"), torch.ones(3))
+    write_arrays(tmp_path / "x", {"a": torch.ones(3)})
+    assert group_file(tmp_path / "x").read_bytes() == first
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a//b", "a/../b", "", ".x"])
@@ -70,13 +80,30 @@ def test_names_that_are_no_paths_are_refused(tmp_path, name):
         read_array(tmp_path, name)
 
 
-def test_a_changed_bit_a_short_chunk_and_a_missing_array_are_found(tmp_path):
-    write_arrays(tmp_path, {"x": torch.randn(100)})
-    chunk = tmp_path / "x" / "c.0"
-    content = chunk.read_bytes()
-    for damaged in (content[:50] + bytes([content[50] ^ 16]) + content[51:], content[:-1], content[:-8]):
-        chunk.write_bytes(damaged)
-        with pytest.raises(CorruptArtifact, match="array 'x'"):
-            read_array(tmp_path, "x")
+def test_a_changed_bit_a_short_file_and_a_missing_array_are_found(tmp_path):
+    values = torch.randn(100)
+    write_arrays(tmp_path / "group", {"x": values})
+    path = group_file(tmp_path / "group")
+    content = path.read_bytes()
+    inside = content.index(values.numpy().tobytes()) + 50
+    for damaged in (
+        content[:inside] + bytes([content[inside] ^ 16]) + content[inside + 1 :],
+        content[: len(content) // 2],
+    ):
+        path.unlink()
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptArtifact, match="array 'x' fails its checksum"):
+            read_array(tmp_path / "group", "x")
+    path.unlink()
+    path.write_bytes(content)
     with pytest.raises(CorruptArtifact, match="no array 'y'"):
-        read_array(tmp_path, "y")
+        read_array(tmp_path / "group", "y")
+    path.unlink()
+    with pytest.raises(CorruptArtifact, match="no array 'x'"):
+        read_array(tmp_path / "group", "x")
+
+
+def test_zarr_s_own_checksum_is_there_too(tmp_path):
+    write_arrays(tmp_path, {"x": torch.ones(3)})
+    metadata = zarr.open_array(store=ZipStore(group_file(tmp_path), mode="r"), path="x", mode="r").metadata
+    assert [type(codec).__name__ for codec in metadata.codecs] == ["BytesCodec", "Crc32cCodec"]

@@ -22,7 +22,9 @@ from stages.workspace import Workspace
 FACTS = {"name": "/somewhere/tiny", "origin": "local", "licence": None, "digest": "0" * 64}
 
 
-def subspace_workspace(root: Path, family: str = "llama", seed: int = 0, dense: dict[str, str] | None = None) -> Workspace:
+def subspace_workspace(
+    root: Path, family: str = "llama", seed: int = 0, dense: dict[str, str] | None = None
+) -> Workspace:
     """`dense` names layers that the metric says nothing about, which have no basis."""
     workspace = Workspace(root)
     with Scratch(workspace, "prepare", PrepareParams(), {"seed": str(seed)}) as scratch, scratch.publish() as out:
@@ -44,7 +46,10 @@ def publish_subspace(workspace: Workspace, layers: list[LinearLayer], dense: dic
                 continue
             left, sigma, right = torch.linalg.svd(read_weight(workspace.model, layer).double(), full_matrices=False)
             root = sigma.sqrt()
-            arrays |= {f"{layer.name}/left": (left * root).float(), f"{layer.name}/right": (root[:, None] * right).float()}
+            arrays |= {
+                f"{layer.name}/left": (left * root).float(),
+                f"{layer.name}/right": (root[:, None] * right).float(),
+            }
             rows += [{"module": layer.name, "component": i, "sigma": value} for i, value in enumerate(sigma.tolist())]
         write_arrays(out / "bases", arrays)
         schema = pa.schema([("module", pa.string()), ("component", pa.int32()), ("sigma", pa.float64())])
@@ -72,7 +77,10 @@ def publish_ranks(workspace: Workspace, ranks: dict[str, int], storage: str = "p
                 "storage": choice.storage,
             }
         )
-    with Scratch(workspace, "ranks", RanksParams(), {"ranks": json.dumps([storage, ranks])}) as scratch, scratch.publish() as out:
+    with (
+        Scratch(workspace, "ranks", RanksParams(), {"ranks": json.dumps([storage, ranks])}) as scratch,
+        scratch.publish() as out,
+    ):
         pq.write_table(pa.Table.from_pylist(rows, RANKS), out / "ranks.parquet")
         (out / "budget.json").write_text(json.dumps({"ratio": ratio}))
         write_layers(out, layers)

@@ -92,7 +92,9 @@ KINDS = {
     "zero": ZeroLinear,
 }
 MANY_TOKENS = 128
-PRODUCTS_PER_MOVE = {torch.float32: 85}  # multiplications that a CPU does while it moves one number of a token, as measured
+PRODUCTS_PER_MOVE = {
+    torch.float32: 85
+}  # multiplications that a CPU does while it moves one number of a token, as measured
 PRODUCTS_PER_MOVE_IN_HALF_PRECISION = 400
 
 
