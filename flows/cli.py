@@ -78,12 +78,15 @@ def workspace_here() -> Workspace:
 def _run(options: argparse.Namespace) -> int:
     from flows.methods import check_methods
     from flows.overrides import override_params
+    from flows.staleness import stale_reasons
 
     workspace = workspace_here()
     path = workspace.root / PARAMS_FILE
     if options.assignments:
         override_params(path, options.assignments)
-    check_methods(load_params(path))
+    params = load_params(path)
+    if stale_reasons(workspace):
+        check_methods(params)  # imports the methods, which takes seconds that a run with nothing to do need not spend
 
     from flows.pipeline import run_pipeline
 

@@ -137,23 +137,45 @@ def test_dvc_repro_alone_gives_the_same_bits(fresh, finished, tmp_path):
     assert published(folder) == published(finished)
 
 
-@pytest.mark.parametrize("seconds", [8.0, 20.0, 35.0])
-def test_killed_run_resumes_with_the_same_bits(fresh, finished, tmp_path, seconds):
+@pytest.mark.parametrize("stage", ["prepare", "capture", "evaluate"])
+def test_killed_run_resumes_with_the_same_bits(fresh, finished, tmp_path, stage):
+    """Killed with all its children as soon as the stage has begun to write."""
     folder = copy(fresh, tmp_path / "project")
-    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(folder / ".prefect")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "run"],
-        cwd=folder,
-        env=environment,
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-    )
-    time.sleep(seconds)
+    process = start(folder)
+    wait_until(lambda: list(folder.glob(f"artifacts/{stage}.partial/*/units/*")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     result = fisherfold(folder, "run")
     assert result.returncode == 0, result.stderr
     assert published(folder) == published(finished)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(fresh, tmp_path):
+    folder = copy(fresh, tmp_path / "project")
+    process = start(folder)
+    try:
+        lock = folder / "artifacts/prepare.partial/lock"
+        wait_until(lambda: lock.exists() and lock.read_text(), process)
+        second = fisherfold(folder, "stage", "prepare")
+        assert (second.returncode, second.stdout) == (1, "")
+        assert second.stderr.startswith("error: Stage 'prepare' is already running")
+        assert fisherfold(folder, "run", "--until", "prepare").returncode == 1
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def start(folder: Path) -> subprocess.Popen:
+    """`fisherfold run` in the background, in a process group of its own."""
+    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(folder / ".prefect")}
+    words = [sys.executable, "-m", "flows.cli", "run"]
+    return subprocess.Popen(words, cwd=folder, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+
+
+def wait_until(condition, process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        time.sleep(0.02)
 
 
 def test_status_tells_state_and_reason(finished, tmp_path):
