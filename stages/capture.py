@@ -101,7 +101,8 @@ def disk_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: 
         4 S Σ_layers [k (n + m) + 2]     sketches; 4 S Σ_layers [n m + 1] for exact gradients
         4 P [Σ_groups (m² + m) + Σ_layers (n² + n m + n + m)],   P = ⌊log₂ shards⌋ + 2 (1 for one shard)
 
-    n m + n + m only if gradients are captured. Of several slices of layers, P counts for the largest and 1 for the others.
+    n m + n + m only if gradients are captured. Of several slices of layers, P counts for the largest and 1 for the others
+    while they are captured, and everything is there twice when they are joined.
     """
     form = GRADIENT_FORMS.lookup(params.gradients)
     of_sequence = numbers_bytes(gradient_shapes(layers, form, params.sketch_rank)) if form else 0
@@ -110,7 +111,8 @@ def disk_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: 
         for part in layer_slices(layers, params.layers_per_pass)
     ]
     parts = parts_at_once(-(-sequences // params.sequences_per_shard))
-    return sequences * of_sequence + sum(sums) + (parts - 1) * max(sums)
+    once = sequences * of_sequence + sum(sums)
+    return once + max((parts - 1) * max(sums), once if len(sums) > 1 else 0)
 
 
 def _sum_numbers(layer: LinearLayer, gradients: bool) -> int:

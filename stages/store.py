@@ -201,6 +201,11 @@ def _open_group(path: Path, modified: int) -> ZipStore:
     return ZipStore(path, mode="r", read_only=True)
 
 
+def close_groups() -> None:
+    """Close every file that `read_array` keeps open: a removed file holds its disk until then."""
+    _open_group.cache_clear()
+
+
 def gather_groups(target: Path, groups: Iterable[Path]) -> None:
     """Make one group of several that hold different arrays (one alone is linked); groups of no array, no file, are passed over."""
     found = [group for group in groups if group_file(group).exists()]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from stages.store import array_names, read_array, write_arrays
+from stages.store import array_names, close_groups, read_array, write_arrays
 
 
 class Part(NamedTuple):
@@ -49,3 +49,4 @@ def parts_at_once(shards: int) -> int:
 def add_parts(folder: Path, left: Path, right: Path) -> None:
     """Write the sum of two groups of the same arrays into `folder`, with one array of each in memory."""
     write_arrays(folder, ((name, read_array(left, name) + read_array(right, name)) for name in array_names(left)))
+    close_groups()
