@@ -114,16 +114,10 @@ def _inputs(workspace: Workspace, params: EvaluateParams) -> dict[str, str]:
     return {
         "dense": verify_output(workspace.out("prepare"), "model/"),
         "compressed": verify_output(workspace.out("factorize")),
-        "evaluation": digest_file(_existing(workspace.table("evaluation"))),
+        "evaluation": digest_file(workspace.table("evaluation")),
         "questions": digest_file(workspace.table("questions")) if workspace.table("questions").exists() else "none",
         "task_folders": digest_json(task_folders),
     }
-
-
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise CorruptArtifact(f"{path} is missing. Write it with `dvc repro --force --single-item prepare`.")
-    return path
 
 
 def _task_folders(workspace: Workspace, params: EvaluateParams) -> tuple[Path | None, Path | None]:

@@ -87,9 +87,16 @@ def _cure(folder: Path) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file's bytes.
+
+    Raises:
+        CorruptArtifact: there is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise CorruptArtifact(f"{path} is missing. Write it with `dvc repro`.") from None
 
 
 def digest_json(value: object) -> str:

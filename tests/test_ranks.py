@@ -124,3 +124,10 @@ def test_patterns_select_modules():
     assert select_modules(LAYERS, ["a.*"]) == {"a.1", "a.2"}
     assert select_modules(LAYERS, ["a.2"]) == {"a.2"}
     assert select_modules(LAYERS, []) == frozenset()
+
+
+def test_a_missing_table_is_named(tmp_path):
+    workspace = subspace_workspace(tmp_path)
+    workspace.table("tuning").unlink()
+    with pytest.raises(CorruptArtifact, match=r"tuning\.parquet is missing"):
+        run(workspace)
