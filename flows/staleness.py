@@ -1,9 +1,12 @@
 """What DVC says of the pipeline. DVC alone decides what is stale; this asks it, in this process, without running anything."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 from stages.errors import FisherfoldError
 from stages.workspace import Workspace
@@ -18,6 +21,7 @@ def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, l
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
+    release_dead_locks(workspace)
     try:
         with Repo(str(workspace.root)) as repo:
             status = repo.status(targets=[stage] if stage else None)
@@ -27,6 +31,40 @@ def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, l
         name.rpartition(":")[2]: [text for change in changes for text in _describe(change)]
         for name, changes in status.items()
     }
+
+
+def release_dead_locks(workspace: Workspace) -> None:
+    """Take back what killed DVC processes hold of outputs and dependencies.
+
+    DVC does so itself for processes that are gone, but not for those that are dead and not yet reaped by their parent.
+    """
+    path = workspace.root / ".dvc" / "tmp" / "rwlock"
+    try:
+        locks = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return
+    alive = {target: _living_holders(holders) for target, holders in locks.items()}
+    if alive != locks:
+        partial = path.with_name("rwlock.partial")
+        partial.write_text(json.dumps({target: holders for target, holders in alive.items() if holders}))
+        partial.replace(path)
+
+
+def _living_holders(holders: dict) -> dict:
+    """The part of one path's entry, ``{"write": {pid, cmd}, "read": [{pid, cmd}, …]}``, whose processes live."""
+    kept = {}
+    for mode, held in holders.items():
+        living = [holder for holder in (held if isinstance(held, list) else [held]) if _lives(int(holder["pid"]))]
+        if living:
+            kept[mode] = living if isinstance(held, list) else living[0]
+    return kept
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _describe(change: object) -> list[str]:

@@ -5,17 +5,21 @@ that the graph of dvc.yaml is what is tested; tests/test_pipeline.py runs the re
 """
 
 import ast
+import json
 import os
 import stat
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from project import ROOT, clone, command
 from ruamel.yaml import YAML
 
 from flows.overrides import override_params
-from flows.staleness import stale_reasons
+from flows.staleness import release_dead_locks, stale_reasons
 from stages.params import STAGES, Params
 from stages.workspace import Workspace, code_modules
 
@@ -85,6 +89,19 @@ def test_stages_import_no_orchestrator(path):
 def test_nothing_runs_twice(project):
     assert reproduce(project) == []
     assert stale_reasons(Workspace(project)) == {}
+
+
+def test_locks_of_dead_processes_are_taken_back_and_others_kept(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])  # a zombie until it is waited for
+    while psutil.Process(dead.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    path = tmp_path / ".dvc" / "tmp" / "rwlock"
+    path.parent.mkdir(parents=True)
+    mine, gone = {"pid": os.getpid(), "cmd": "mine"}, {"pid": dead.pid, "cmd": "gone"}
+    path.write_text(json.dumps({"a": {"write": gone}, "b": {"write": mine}, "c": {"read": [gone, mine]}}))
+    release_dead_locks(Workspace(tmp_path))
+    assert json.loads(path.read_text()) == {"b": {"write": mine}, "c": {"read": [mine]}}
+    dead.wait()
 
 
 @pytest.mark.parametrize("stage", STAGES)
