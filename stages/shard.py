@@ -21,7 +21,7 @@ from stages.progress import track_lines
 from stages.store import GroupWriter, RowWriter, write_arrays
 from stages.tables import read_sequences, read_table
 
-HELD_BYTES = 512 * 2**20  # of sequences' gradients in memory before they are written
+HELD_BYTES = 256 * 2**20  # of sequences' gradients in memory before they are written
 FACTS_FILE = "shard.json"
 
 
