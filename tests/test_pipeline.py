@@ -16,6 +16,8 @@ from project import QUIET, clone, command
 from ruamel.yaml import YAML
 
 from stages.params import STAGES
+from stages.scratch import lock_stage
+from stages.workspace import Workspace
 
 WORDS = 40
 PARAMS = {
@@ -152,17 +154,12 @@ def test_killed_run_resumes_with_the_same_bits(fresh, finished, tmp_path, stage)
 
 def test_a_second_run_in_the_same_folder_is_refused(fresh, tmp_path):
     folder = copy(fresh, tmp_path / "project")
-    process = start(folder)
-    try:
-        lock = folder / "artifacts/prepare.partial/lock"
-        wait_until(lambda: lock.exists() and lock.read_text(), process)
+    with lock_stage(Workspace(folder), "prepare"):
         second = fisherfold(folder, "stage", "prepare")
         assert (second.returncode, second.stdout) == (1, "")
         assert second.stderr.startswith("error: Stage 'prepare' is already running")
         assert fisherfold(folder, "run", "--until", "prepare").returncode == 1
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    assert not (folder / "artifacts" / "prepare").exists()
 
 
 def start(folder: Path) -> subprocess.Popen:
