@@ -45,7 +45,7 @@ class PrepareParams(Block):
 class CaptureParams(Block):
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Count = 2
-    sequences_per_shard: Count = 24
+    sequences_per_shard: Count = 8
     gradients: Literal["none", "sketch", "exact"] = "sketch"
     sketch_rank: Count = 32
     layers_per_pass: Count | None = None
