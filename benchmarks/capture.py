@@ -1,6 +1,6 @@
 """Time of the capture against a bare activation-gradient pass, and its memory against the number of sequences.
 
-    python benchmarks/capture.py                          # random weights in the shapes of SmolLM2-135M; three minutes on two cores
+    python benchmarks/capture.py                          # random weights in the shapes of SmolLM2-135M; five minutes on two cores
     python benchmarks/capture.py --quick                  # a third of its blocks and vocabulary, under a minute
     python benchmarks/capture.py --model FOLDER           # a model of yours (--dtype bfloat16)
 
@@ -84,10 +84,11 @@ def clock(work: Callable[[torch.Tensor], object], ids: torch.Tensor) -> float:
     return time.perf_counter() - begin
 
 
-def measure_memory(sequences: int, blocks: int, length: int) -> int:
-    """Peak bytes of a new process that captures so many sequences."""
+def measure_memory(sequences: int, blocks: int, length: int, repeats: int) -> float:
+    """Median of the peak bytes of new processes that capture so many sequences; single ones differ by 5 %."""
     arguments = [sys.executable, __file__, "--stage", f"{sequences},{blocks},{length}"]
-    return int(subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+    runs = [subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True) for _ in range(repeats)]
+    return statistics.median(int(run.stdout.split()[-1]) for run in runs)
 
 
 def run_stage(sequences: int, blocks: int, length: int) -> None:
@@ -124,7 +125,7 @@ def main() -> None:
     if arguments.stage:
         run_stage(*map(int, arguments.stage.split(",")))
         return
-    few, many = (measure_memory(count, *((1, 16) if arguments.quick else (4, 64))) for count in (FEW, MANY))
+    few, many = (measure_memory(count, *((1, 16, 1) if arguments.quick else (4, 64, 3))) for count in (FEW, MANY))
     if arguments.model:
         model = load_model(arguments.model, DTYPES[arguments.dtype])
     else:

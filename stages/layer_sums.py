@@ -6,6 +6,7 @@ X [T, m] and D [T, n] those of one sequence, G = D^T X [n, m] the sequence's gra
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,8 +44,18 @@ class GradientForm(Protocol):
     def needs_gradients(self, tokens: int) -> bool:
         """Whether the gradients of sequences of T = `tokens` must be written out, all of a batch at once."""
 
-    def arrays(self, D: torch.Tensor, X: torch.Tensor, G: torch.Tensor | None, norms: torch.Tensor) -> Arrays:
-        """What is kept of a batch, from D [B, T, n], X [B, T, m], G [B, n, m] if needed and ||G||_F^2 [B]."""
+    def arrays(
+        self,
+        D: torch.Tensor,
+        X: torch.Tensor,
+        G: torch.Tensor | None,
+        norms: torch.Tensor,
+        coarse: AbstractContextManager,
+    ) -> Arrays:
+        """What is kept of a batch, from D [B, T, n], X [B, T, m], G [B, n, m] if needed and ||G||_F^2 [B].
+
+        Products inside `coarse` are as precise as the dtype that D and X come from, and as fast.
+        """
 
 
 GRADIENT_FORMS: Registry[type[GradientForm] | None] = Registry("capture.gradients")
@@ -67,9 +78,16 @@ class SketchedGradient:
     def needs_gradients(self, tokens: int) -> bool:
         return products_need_gradient(tokens, self.layer.outputs, self.layer.inputs)
 
-    def arrays(self, D: torch.Tensor, X: torch.Tensor, G: torch.Tensor | None, norms: torch.Tensor) -> Arrays:
+    def arrays(
+        self,
+        D: torch.Tensor,
+        X: torch.Tensor,
+        G: torch.Tensor | None,
+        norms: torch.Tensor,
+        coarse: AbstractContextManager,
+    ) -> Arrays:
         self.probes = self.probes.to(D)
-        return sketch(D, X, G, norms, self.probes)._asdict()
+        return sketch(D, X, G, norms, self.probes, coarse)._asdict()
 
 
 @GRADIENT_FORMS.register("exact")
@@ -86,7 +104,14 @@ class ExactGradient:
     def needs_gradients(self, tokens: int) -> bool:
         return True
 
-    def arrays(self, D: torch.Tensor, X: torch.Tensor, G: torch.Tensor | None, norms: torch.Tensor) -> Arrays:
+    def arrays(
+        self,
+        D: torch.Tensor,
+        X: torch.Tensor,
+        G: torch.Tensor | None,
+        norms: torch.Tensor,
+        coarse: AbstractContextManager,
+    ) -> Arrays:
         return {"gradient": G}
 
 
@@ -138,18 +163,19 @@ class OutputSums:
         needed = self.form.needs_gradients(D.shape[1])
         G = D.new_empty(len(D) if needed else 1, *self.gradient.shape)
         norms = D.new_empty(len(D))
+        squares = torch.empty_like(self.gradient)
         for s in range(len(D)):
             one = G[s if needed else 0]
             with exact:
                 torch.mm(D[s].T, X[s], out=one)
-            norms[s] = self._add_gradient(one)
-        arrays = self.form.arrays(D, X, G if needed else None, norms)
+            norms[s] = self._add_gradient(one, squares)
+        arrays = self.form.arrays(D, X, G if needed else None, norms, coarse=exact)
         for name, values in {**arrays, "norm": norms}.items():
             self.kept[name].append(values)
 
-    def _add_gradient(self, G: torch.Tensor) -> torch.Tensor:
-        """Add one sequence's gradient [n, m]; its norm squared."""
-        squares = G.square()
+    def _add_gradient(self, G: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        """Add one sequence's gradient [n, m]; its norm squared. `squares` [n, m] is overwritten."""
+        torch.mul(G, G, out=squares)
         by_output = squares.sum(1)
         self.gradient += G
         self.squares_by_input += squares.sum(0)

@@ -6,11 +6,14 @@ R [B, m, k], Omega [max(n, m), k].
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 
 SHIFT = 1e-14  # of the trace, added before a Cholesky factorization in float64: 50 times its rounding
+
+NO_CHANGE = nullcontext()
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -24,7 +27,12 @@ class Sketch(NamedTuple):
 
 
 def sketch(
-    D: torch.Tensor, X: torch.Tensor, G: torch.Tensor | None, norms: torch.Tensor, probes: torch.Tensor
+    D: torch.Tensor,
+    X: torch.Tensor,
+    G: torch.Tensor | None,
+    norms: torch.Tensor,
+    probes: torch.Tensor,
+    coarse: AbstractContextManager = NO_CHANGE,
 ) -> Sketch:
     """A sketch of G = D^T X with the k columns of `probes`; exact if k >= min(T, n, m).
 
@@ -37,16 +45,18 @@ def sketch(
         G: the gradients written out, where `products_need_gradient`.
         norms: ||G||_F^2 [B].
         probes: Omega, see `gaussian_probes`.
+        coarse: entered for the products that only search for the range of G, which need not be precise: whatever
+            basis they end with is orthonormal, and R and what is kept are computed for that basis.
     """
     width, outputs, inputs = probes.shape[1], D.shape[-1], X.shape[-1]
     if width in (outputs, inputs) or D.shape[1] <= width:
         return _exact_sketch(D, X, width)
     times, transposed_times = _products(D, X, G)
     if outputs <= inputs:
-        left, right = _range_finder(times, transposed_times, probes)
+        left, right = _range_finder(times, transposed_times, probes, coarse)
         energy = right.square().sum((1, 2))
     else:
-        right, left = _range_finder(transposed_times, times, probes)
+        right, left = _range_finder(transposed_times, times, probes, coarse)
         energy = left.square().sum((1, 2))
     return Sketch(left, right, torch.where(norms > 0, energy / norms, 1.0).clamp(max=1.0))
 
@@ -87,10 +97,13 @@ def _products(D: torch.Tensor, X: torch.Tensor, G: torch.Tensor | None) -> tuple
     return lambda V: G @ V, lambda U: (U.mT @ G).mT  # G^T U is half as fast on CPUs
 
 
-def _range_finder(times: Product, transposed_times: Product, probes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _range_finder(
+    times: Product, transposed_times: Product, probes: torch.Tensor, coarse: AbstractContextManager
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Q [B, p, k], an orthonormal basis of M M^T M Omega, and M^T Q [B, q, k], for M [B, p, q] given by its products."""
-    directions = orthonormal(transposed_times(times(probes)))
-    basis = orthonormal(times(directions))
+    with coarse:
+        directions = orthonormal(transposed_times(times(probes)))
+        basis = orthonormal(times(directions))
     return basis, transposed_times(basis)
 
 
