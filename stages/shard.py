@@ -151,9 +151,9 @@ class GradientWriter:
 
     def __init__(self, folder: Path, shapes: Shapes, sequences: int, batch_size: int) -> None:
         self._group = GroupWriter(folder)
-        self._batches_held = max(1, HELD_BYTES // (batch_size * numbers_bytes(shapes)))
+        self._batches_held = batches_held(shapes, sequences, batch_size)
         whole = {name: (sequences, *shape) for name, shape in shapes.items() if shape}
-        self._rows = RowWriter(self._group, whole, min(sequences, self._batches_held * batch_size))
+        self._rows = RowWriter(self._group, whole, rows_per_chunk(shapes, sequences, batch_size))
         self._scalars: dict[str, list[torch.Tensor]] = {name: [] for name, shape in shapes.items() if not shape}
         self._batches = 0
 
@@ -176,6 +176,18 @@ class GradientWriter:
                 self._scalars[name].append(rows)
             else:
                 self._rows.append(name, rows)
+
+
+def batches_held(shapes: Shapes, sequences: int, batch_size: int) -> int:
+    """Batches whose gradients are held before they are written: equal parts of a shard of at most about HELD_BYTES each."""
+    batches = -(-sequences // batch_size)
+    parts = -(-batches // max(1, HELD_BYTES // (batch_size * numbers_bytes(shapes))))
+    return -(-batches // parts)
+
+
+def rows_per_chunk(shapes: Shapes, sequences: int, batch_size: int) -> int:
+    """Sequences in one chunk of a shard's gradients; the last chunk is stored in full, however few are left for it."""
+    return min(sequences, batches_held(shapes, sequences, batch_size) * batch_size)
 
 
 def gradient_shapes(layers: Sequence[LinearLayer], form: type[GradientForm], rank: int) -> Shapes:

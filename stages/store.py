@@ -7,6 +7,7 @@ here. bfloat16 is stored as uint16 with an attribute.
 """
 
 import json
+import math
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -62,7 +63,8 @@ class GroupWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one array; its name may hold one or more ``/``."""
         values, attributes = _to_numpy(tensor)
-        ChunkWriter(self, name, values.shape, values.dtype, _chunks(values), attributes).append(values)
+        chunks = chunk_shape(values.shape, values.itemsize)
+        ChunkWriter(self, name, values.shape, values.dtype, chunks, attributes).append(values)
 
     def add(self, key: str, content: bytes | memoryview) -> None:
         """Write one entry of the Zarr hierarchy."""
@@ -166,6 +168,46 @@ class ChunkWriter:
         self._next += 1
 
 
+class GroupSize(GroupWriter):
+    """Counts the bytes of the file that a group would be, to the byte, and writes nothing.
+
+    Arrays are float32. `total` is right at any time for the arrays counted so far.
+    """
+
+    def __init__(self) -> None:
+        self._groups: set[str] = set()
+        self._entries = self._contents = self._directory = 0
+        self._add_group("")
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def add(self, key: str, content: bytes | memoryview) -> None:
+        self._count(key, len(content))
+
+    def array(self, name: str, shape: tuple[int, ...], rows_per_chunk: int | None = None) -> None:
+        """Count one array, in the chunks of `write` or, if given, in those of a `RowWriter`."""
+        chunks = chunk_shape(shape, 4) if rows_per_chunk is None else (rows_per_chunk, *shape[1:])
+        ChunkWriter(self, name, shape, np.dtype(np.float32), chunks, {})
+        number = (-(-shape[0] // chunks[0]) if math.prod(shape) else 0) if shape else 1
+        for index in range(number):
+            key = ".".join(["c", str(index), *["0"] * (len(shape) - 1)]) if shape else "c"
+            self._count(f"{name}/{key}", 4 * math.prod(chunks) + 4)
+
+    def _count(self, key: str, content: int) -> None:
+        far = self._contents > zipfile.ZIP64_LIMIT  # its offset takes an entry of its own
+        self._directory += 46 + len(key) + (12 if far else 0)
+        self._contents += 30 + len(key) + content
+        self._entries += 1
+
+    @property
+    def total(self) -> int:
+        """Bytes of the file: entries, directory, end record."""
+        limits = (self._contents > zipfile.ZIP64_LIMIT, self._directory > zipfile.ZIP64_LIMIT)
+        large = self._entries >= zipfile.ZIP_FILECOUNT_LIMIT or any(limits)
+        return self._contents + self._directory + 22 + (76 if large else 0)
+
+
 def array_names(group: Path) -> list[str]:
     """The names of all arrays of a group, sorted."""
     with zipfile.ZipFile(group_file(group)) as file:
@@ -225,14 +267,16 @@ def _to_numpy(tensor: torch.Tensor) -> tuple[np.ndarray, dict]:
     return tensor.numpy(), {}
 
 
-def _chunks(values: np.ndarray) -> tuple[int, ...]:
-    """Chunks that split the first axis only, of at most CHUNK_BYTES each."""
-    row_bytes = max(1, values[:1].nbytes) if values.ndim else 1
-    return (
-        (max(1, min(values.shape[0], CHUNK_BYTES // row_bytes)), *(max(1, size) for size in values.shape[1:]))
-        if values.ndim
-        else ()
-    )
+def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Chunks that split the first axis only, into equal parts of at most about CHUNK_BYTES.
+
+    A chunk at the edge is stored in full, so parts that are not equal would cost disk: of a Gram matrix of 9.4 MB, two chunks of 8 MiB.
+    """
+    if not shape:
+        return ()
+    row_bytes = itemsize * math.prod(shape[1:])
+    parts = max(1, -(-shape[0] * row_bytes // CHUNK_BYTES))
+    return (max(1, -(-shape[0] // parts)), *(max(1, size) for size in shape[1:]))
 
 
 def _check_name(name: str) -> None:

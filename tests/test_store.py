@@ -9,7 +9,17 @@ from zarr.storage import ZipStore
 
 from stages import store
 from stages.errors import CorruptArtifact
-from stages.store import GroupWriter, RowWriter, array_names, gather_groups, group_file, read_array, write_arrays
+from stages.store import (
+    GroupSize,
+    GroupWriter,
+    RowWriter,
+    array_names,
+    chunk_shape,
+    gather_groups,
+    group_file,
+    read_array,
+    write_arrays,
+)
 
 DTYPES = [np.float32, np.float64, np.float16, np.int64, np.int32, np.uint8, np.bool_]
 
@@ -107,3 +117,46 @@ def test_zarr_s_own_checksum_is_there_too(tmp_path):
     write_arrays(tmp_path, {"x": torch.ones(3)})
     metadata = zarr.open_array(store=ZipStore(group_file(tmp_path), mode="r"), path="x", mode="r").metadata
     assert [type(codec).__name__ for codec in metadata.codecs] == ["BytesCodec", "Crc32cCodec"]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), min_size=1, max_size=4),
+    st.sampled_from([1, 16, 100, 10**6]),
+)
+@settings(max_examples=60)
+def test_the_size_of_a_group_is_known_before_it_is_written(tmp_path_factory, shapes, chunk_bytes):
+    folder = tmp_path_factory.mktemp("group")
+    size = GroupSize()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "CHUNK_BYTES", chunk_bytes)
+        write_arrays(folder, {f"layer.{i}/x": torch.zeros(shape) for i, shape in enumerate(shapes)})
+        for i, shape in enumerate(shapes):
+            size.array(f"layer.{i}/x", shape)
+    assert group_file(folder).stat().st_size == size.total
+
+
+def test_the_size_of_a_large_group_counts_its_wide_offsets(tmp_path, monkeypatch):
+    monkeypatch.setattr(store.zipfile, "ZIP64_LIMIT", 4000)
+    size = GroupSize()
+    write_arrays(tmp_path, {f"layer.{i}/x": torch.zeros(100) for i in range(20)})
+    for i in range(20):
+        size.array(f"layer.{i}/x", (100,))
+    assert group_file(tmp_path).stat().st_size == size.total > 8000
+
+
+def test_the_size_of_rows_appended_is_known_too(tmp_path):
+    size = GroupSize()
+    size.array("a/x", (7, 3, 2), rows_per_chunk=3)
+    with GroupWriter(tmp_path) as group:
+        writer = RowWriter(group, {"a/x": (7, 3, 2)}, 3)
+        for part in torch.zeros(7, 3, 2).split(3):
+            writer.append("a/x", part)
+    assert group_file(tmp_path).stat().st_size == size.total
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_chunks_waste_less_than_a_row_each_and_stay_small(rows, columns):
+    height, width = chunk_shape((rows, columns), 4)
+    parts = -(-rows // height)
+    assert width == columns and parts * height - rows < max(parts, 2)
+    assert 4 * height * width <= store.CHUNK_BYTES + 4 * columns
