@@ -6,6 +6,7 @@ One forward and backward pass per sequence gives, for every linear layer and in 
     Σ d dᵀ                             over tokens
     Σ G, Σ rows G∘G, Σ columns G∘G     over sequences, G = Σ_t d xᵀ the sequence's gradient
     G ~ U Vᵀ of rank k, or G itself    per sequence
+    x and d                            at t positions of each sequence, drawn by capture.seed
 
 A unit is a shard of sequences (times a slice of the layers, if capture.layers_per_pass bounds the sums in memory). Its sums
 are leaves of a fixed tree of sums, added up as they come, so neither memory nor the disk for sums grows with the sequences.
@@ -20,6 +21,7 @@ from pathlib import Path
 from stages.errors import NumericalError
 from stages.layer_sums import GRADIENT_FORMS
 from stages.layers import LinearLayer, write_layers
+from stages.models import DTYPES
 from stages.params import CaptureParams
 from stages.progress import announce, track
 from stages.scratch import Scratch
@@ -30,6 +32,7 @@ from stages.shard import (
     layer_slices,
     loaded_model,
     numbers_bytes,
+    token_shapes,
     vocabulary,
 )
 from stages.store import gather_groups, group_file
@@ -99,6 +102,7 @@ def disk_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: 
     """Bytes that the stage holds at most: all gradients, and parts of the sums until they are added up.
 
         4 S Σ_layers [k (n + m) + 2]     sketches; 4 S Σ_layers [n m + 1] for exact gradients
+        S t [b (Σ_groups m + Σ_layers n) + 4]     tokens of b bytes a number, and their positions
         4 P [Σ_groups (m² + m) + Σ_layers (n² + n m + n + m)],   P = ⌊log₂ shards⌋ + 2 (1 for one shard)
 
     n m + n + m only if gradients are captured. Of several slices of layers, P counts for the largest and 1 for the others
@@ -111,8 +115,13 @@ def disk_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: 
         for part in layer_slices(layers, params.layers_per_pass)
     ]
     parts = parts_at_once(-(-sequences // params.sequences_per_shard))
-    once = sequences * of_sequence + sum(sums)
+    once = sequences * (of_sequence + _token_bytes(layers, params)) + sum(sums)
     return once + max((parts - 1) * max(sums), once if len(sums) > 1 else 0)
+
+
+def _token_bytes(layers: Sequence[LinearLayer], params: CaptureParams) -> int:
+    shapes = token_shapes(layers, params.tokens_per_sequence)
+    return numbers_bytes(shapes) * DTYPES[params.token_dtype].itemsize // 4 + 4 * params.tokens_per_sequence
 
 
 def _sum_numbers(layer: LinearLayer, gradients: bool) -> int:
@@ -155,7 +164,8 @@ def _gather_facts(
     ):
         if names:
             announce("capture", f"{len(names)} {what}: {names}")
-    kept = [part for part, shard in zip(parts, first) if shard["losses"] and params.gradients != "none"]
+    keeps = params.gradients != "none" or params.tokens_per_sequence > 0
+    kept = [part for part, shard in zip(parts, first) if shard["losses"] and keeps]
     shards = {f"shard-{part.first:05d}": part for part in kept}
     facts = {
         "sequences": len(losses),
@@ -163,6 +173,7 @@ def _gather_facts(
         "sequence_length": length,
         "gradients": params.gradients,
         "sketch_rank": params.sketch_rank,
+        "tokens_per_sequence": min(params.tokens_per_sequence, length),
         "skipped": skipped,
         "unreached": unreached,
         "shards": list(shards),

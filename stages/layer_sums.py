@@ -19,6 +19,7 @@ from stages.gram import add_gram, exact_products, mirror
 from stages.layers import LinearLayer, forward_hooks, linear_modules
 from stages.registry import Registry
 from stages.sketch import gaussian_probes, products_need_gradient, sketch, sketch_width
+from stages.token_sample import TokenSample
 
 ROWS_IN_CACHE = 256
 
@@ -212,6 +213,7 @@ class ModelSums:
         form: entry of `GRADIENT_FORMS`.
         rank: capture.sketch_rank.
         seed: capture.seed.
+        token_dtype: in which x and d of sampled tokens are kept; None keeps no tokens.
     """
 
     def __init__(
@@ -221,30 +223,45 @@ class ModelSums:
         form: type[GradientForm] | None,
         rank: int,
         seed: int,
+        token_dtype: torch.dtype | None = None,
     ) -> None:
         modules = linear_modules(model)
         self.model = model
         self.modules = {layer.name: modules[layer.name] for layer in layers}
         self.outputs: dict[str, OutputSums] = {}
         self.inputs: dict[str, InputSums] = {}
+        self.samples: dict[str, TokenSample] = {}
+        self.positions: list[torch.Tensor] = []
         for layer in layers:
             device = modules[layer.name].weight.device
             self.outputs[layer.name] = OutputSums(layer, device, form and form(layer, rank, seed))
+            if token_dtype:
+                self.samples[f"{layer.name}/d"] = TokenSample(layer.outputs, token_dtype, device)
             if layer.group == layer.name:
                 self.inputs[layer.name] = InputSums(layer.inputs, device)
+                if token_dtype:
+                    self.samples[f"{layer.name}/x"] = TokenSample(layer.inputs, token_dtype, device)
 
-    def add(self, ids: torch.Tensor) -> GradientPass:
+    def add(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> GradientPass:
         """Run token ids [B, T] forward and backward and add what the layers see.
 
+        Args:
+            positions: [B, t], of the tokens to keep, if tokens are kept.
+
         Raises:
-            InputError: gradients are kept and the tokens of a layer cannot be told apart by sequence.
+            InputError: gradients or tokens are kept and the tokens of a layer cannot be told apart by sequence.
         """
         self._shape = ids.shape
         self._calls: dict[str, list[Call]] = {name: [] for name in self.modules}
+        self._positions = positions
         with forward_hooks(self.modules, self._on_forward):
             result = gradient_pass(self.model, ids)
         for name in self.modules:  # layers with a use that no gradient came back to
             self._add_gradients(name)
+        if self.samples:
+            self.positions.append(positions.int())
+            for sample in self.samples.values():
+                sample.end_pass(positions)
         return result
 
     def finite(self) -> bool:
@@ -261,11 +278,12 @@ class ModelSums:
 
     def take_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What is kept of each sequence since the last call, [S', ...] by name: ``<layer>/left`` and so on."""
-        for name, sums in self.outputs.items():
-            for kind, values in sums.kept.items():
-                if values:
-                    yield f"{name}/{kind}", torch.cat(values)
-                    values.clear()
+        of_layers = {f"{name}/{kind}": kept for name, sums in self.outputs.items() for kind, kept in sums.kept.items()}
+        of_tokens = {name: sample.kept for name, sample in self.samples.items()}
+        for name, values in {**of_layers, **of_tokens, "positions": self.positions}.items():
+            if values:
+                yield name, torch.cat(values)
+                values.clear()
 
     def unreached(self) -> list[str]:
         """Layers that no gradient came to."""
@@ -274,12 +292,20 @@ class ModelSums:
     def _on_forward(self, name: str, x: torch.Tensor, output: torch.Tensor) -> None:
         if name in self.inputs:
             self.inputs[name].add(x.detach())
+            if self.samples:
+                self._sample(f"{name}/x", self.samples[f"{name}/x"].use(), x.detach())
+        use = self.samples[f"{name}/d"].use() if self.samples else 0
         if output.requires_grad:
             call = Call(x.detach() if self.outputs[name].form else None)
             self._calls[name].append(call)
-            output.register_hook(lambda d: self._on_gradient(name, call, d))
+            output.register_hook(lambda d: self._on_gradient(name, call, use, d))
 
-    def _on_gradient(self, name: str, call: Call, d: torch.Tensor) -> None:
+    def _sample(self, kind: str, use: int, values: torch.Tensor) -> None:
+        self.samples[kind].see(use, self._by_sequence(kind, values), self._positions)
+
+    def _on_gradient(self, name: str, call: Call, use: int, d: torch.Tensor) -> None:
+        if self.samples:
+            self._sample(f"{name}/d", use, d)
         values = self.outputs[name].add(d)
         if call.x is not None:
             call.d = values
@@ -306,7 +332,8 @@ class ModelSums:
         rows = values.flatten(0, -2)
         if sequences > 1 and len(rows) != sequences * length:
             raise InputError(
-                f"Stage 'capture': layer {name} sees {len(rows)} of a batch's {sequences * length} tokens, so their gradients "
-                "cannot be told apart by sequence. Set capture.batch_size: 1 (or capture.gradients: none)."
+                f"Stage 'capture': layer {name.partition('/')[0]} sees {len(rows)} of a batch's {sequences * length} tokens, "
+                "so they cannot be told apart by sequence. Set capture.batch_size: 1 (or capture.gradients: none and "
+                "capture.tokens_per_sequence: 0)."
             )
         return rows.view(sequences, -1, rows.shape[-1])

@@ -50,6 +50,8 @@ class CaptureParams(Block):
     sketch_rank: Count = 32
     layers_per_pass: Count | None = None
     skip_nonfinite: bool = False
+    tokens_per_sequence: Annotated[int, Field(ge=0)] = 16
+    token_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
 
 

@@ -4,7 +4,7 @@ Shapes: S sequences of T tokens in the shard, k sketch rank, n outputs and m inp
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from stages.params import CaptureParams
 from stages.progress import track_lines
 from stages.store import GroupWriter, RowWriter, write_arrays
 from stages.tables import read_sequences, read_table
+from stages.token_sample import sample_positions
 
 HELD_BYTES = 256 * 2**20  # of sequences' gradients in memory before they are written
 FACTS_FILE = "shard.json"
@@ -62,7 +63,8 @@ def layer_slices(layers: Sequence[LinearLayer], layers_per_pass: int | None) -> 
 def capture_shard(folder: Path, model_folder: Path, table: Path, params: CaptureParams, shard: int, part: int) -> None:
     """Unit of work: sums over the sequences of one shard and their gradients, for one slice of the layers.
 
-    Writes statistics/, gradients/ and shard.json: the losses, the sequences left out and the layers that no gradient came to.
+    Writes statistics/, gradients/ (with the sampled tokens) and shard.json: the losses, the sequences left out and the layers
+    that no gradient came to. The first slice writes the sampled positions, which are those of all.
 
     Raises:
         NumericalError: a sequence's loss or gradient is not finite, and capture.skip_nonfinite is off.
@@ -72,11 +74,15 @@ def capture_shard(folder: Path, model_folder: Path, table: Path, params: Capture
     layers = layer_slices(layers, params.layers_per_pass)[part]
     first = shard * params.sequences_per_shard
     ids = read_sequences(table, vocabulary(model))[first : first + params.sequences_per_shard]
+    shapes = kept_shapes(layers, params, ids.shape[1], with_positions=part == 0)
     left_out: dict[int, str] = {}
     while True:
         kept = [s for s in range(len(ids)) if s not in left_out]
+        numbered = {first + s: ids[s] for s in kept}
         try:
-            sums, losses = _sum_up(folder / "gradients", model, layers, params, ids[kept], f"shard {shard}, batch")
+            sums, losses = _sum_up(
+                folder / "gradients", model, layers, params, numbered, shapes, f"shard {shard}, batch"
+            )
             break
         except NonFiniteBatch as batch:
             found = {kept[position]: where for position, where in batch.culprits.items()}
@@ -106,24 +112,28 @@ def _sum_up(
     model: PreTrainedModel,
     layers: list[LinearLayer],
     params: CaptureParams,
-    ids: torch.Tensor,
+    sequences: Mapping[int, torch.Tensor],
+    shapes: Shapes,
     doing: str,
 ) -> tuple[ModelSums, list[float]]:
-    """Sums over sequences [S, T], and their losses; their gradients are written to `folder`.
+    """Sums over sequences [T], by their number in the table, and their losses; what is kept of each is written to `folder`.
 
     Raises:
         NonFiniteBatch: nothing of this can be used.
     """
     form = GRADIENT_FORMS.lookup(params.gradients)
-    sums = ModelSums(model, layers, form, params.sketch_rank, params.seed)
+    token_dtype = DTYPES[params.token_dtype] if params.tokens_per_sequence else None
+    sums = ModelSums(model, layers, form, params.sketch_rank, params.seed, token_dtype)
     writer = None
-    if form is not None and len(ids):
-        shapes = gradient_shapes(layers, form, params.sketch_rank)
-        writer = GradientWriter(folder, shapes, len(ids), params.batch_size)
+    if shapes and sequences:
+        writer = GradientWriter(folder, shapes, len(sequences), params.batch_size, kept_dtypes(shapes, params))
     losses: list[float] = []
-    batches = ids.split(params.batch_size) if len(ids) else ()
+    numbers = list(sequences)
+    batches = [numbers[low : low + params.batch_size] for low in range(0, len(numbers), params.batch_size)]
     for batch in track_lines("capture", doing, batches, len(batches)):
-        losses += _add_batch(sums, batch, len(losses))
+        ids = torch.stack([sequences[number] for number in batch])
+        positions = sample_positions(batch, ids.shape[1], params.tokens_per_sequence, params.seed)
+        losses += _add_batch(sums, ids, positions, len(losses))
         if writer:
             writer.after_batch(sums)
     if writer:
@@ -131,29 +141,39 @@ def _sum_up(
     return sums, losses
 
 
-def _add_batch(sums: ModelSums, ids: torch.Tensor, position: int) -> list[float]:
-    """The losses of a batch [B, T] whose first sequence has this position in the shard, after adding it."""
-    result = sums.add(ids)
+def _add_batch(sums: ModelSums, ids: torch.Tensor, positions: torch.Tensor, place: int) -> list[float]:
+    """The losses of a batch [B, T] whose first sequence has this place in the shard, after adding it."""
+    result = sums.add(ids, positions)
     if not (result.finite.all() and sums.finite()):
-        raise NonFiniteBatch({position + s: where for s, where in _culprits(sums.model, ids).items()})
+        raise NonFiniteBatch({place + s: where for s, where in _culprits(sums.model, ids).items()})
     return result.losses.tolist()
 
 
 class GradientWriter:
-    """Writes sequences' gradients as arrays [S, ...] of one group, with at most about HELD_BYTES of them in memory.
+    """Writes sequences' gradients and tokens as arrays [S, ...] of one group, at most about HELD_BYTES of them in memory.
 
     Args:
         folder: the group; made anew.
-        shapes: of what is kept of one sequence, by name; one number per sequence is held to the end.
+        shapes: of what is kept of one sequence, by name; one number per sequence is held to the end. What `ModelSums` has
+            besides is left out.
         sequences: S.
         batch_size: sequences of a batch.
+        dtypes: of what is not float32.
     """
 
-    def __init__(self, folder: Path, shapes: Shapes, sequences: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shapes: Shapes,
+        sequences: int,
+        batch_size: int,
+        dtypes: Mapping[str, torch.dtype] = {},
+    ) -> None:
         self._group = GroupWriter(folder)
         self._batches_held = batches_held(shapes, sequences, batch_size)
         whole = {name: (sequences, *shape) for name, shape in shapes.items() if shape}
-        self._rows = RowWriter(self._group, whole, rows_per_chunk(shapes, sequences, batch_size))
+        self._rows = RowWriter(self._group, whole, rows_per_chunk(shapes, sequences, batch_size), dtypes)
+        self._shapes = shapes
         self._scalars: dict[str, list[torch.Tensor]] = {name: [] for name, shape in shapes.items() if not shape}
         self._batches = 0
 
@@ -174,7 +194,7 @@ class GradientWriter:
         for name, rows in sums.take_gradients():
             if name in self._scalars:
                 self._scalars[name].append(rows)
-            else:
+            elif name in self._shapes:
                 self._rows.append(name, rows)
 
 
@@ -197,6 +217,29 @@ def gradient_shapes(layers: Sequence[LinearLayer], form: type[GradientForm], ran
         for layer in layers
         for kind, shape in {**form.shapes(layer, rank), "norm": ()}.items()
     }
+
+
+def token_shapes(layers: Sequence[LinearLayer], tokens: int) -> Shapes:
+    """Shapes of the sampled tokens of one sequence, by name, without their positions [t]."""
+    if not tokens:
+        return {}
+    inputs = {f"{layer.name}/x": (tokens, layer.inputs) for layer in layers if layer.group == layer.name}
+    return inputs | {f"{layer.name}/d": (tokens, layer.outputs) for layer in layers}
+
+
+def kept_shapes(layers: Sequence[LinearLayer], params: CaptureParams, length: int, with_positions: bool) -> Shapes:
+    """Shapes of everything that is kept of one sequence of T = `length` tokens, by name."""
+    form = GRADIENT_FORMS.lookup(params.gradients)
+    tokens = min(params.tokens_per_sequence, length)
+    shapes = gradient_shapes(layers, form, params.sketch_rank) if form else {}
+    positions = {"positions": (tokens,)} if tokens and with_positions else {}
+    return shapes | token_shapes(layers, tokens) | positions
+
+
+def kept_dtypes(shapes: Shapes, params: CaptureParams) -> dict[str, torch.dtype]:
+    """Dtypes of what is not float32, by name."""
+    tokens = {name: DTYPES[params.token_dtype] for name in shapes if name.endswith(("/x", "/d"))}
+    return tokens | {"positions": torch.int32}
 
 
 def numbers_bytes(shapes: Shapes) -> int:

@@ -1,6 +1,6 @@
 """Reading what stage `capture` published: one array at a time, so memory is that of one layer.
 
-Shapes: n outputs, m inputs, N tokens, S sequences, k sketch rank; x [m] a layer's input and d [n] its output's gradient
+Shapes: n outputs, m inputs, N tokens, S sequences, t sampled tokens of each, k sketch rank; x [m] a layer's input and d [n] its output's gradient
 at a token, G_s [n, m] its gradient for a sequence. All arrays are float32 on the CPU.
 """
 
@@ -56,6 +56,11 @@ class Statistics:
         """Whether per-sequence gradients, their mean and their squares were captured."""
         return self.facts["gradients"] != "none"
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether inputs and output gradients of sampled tokens were captured."""
+        return self.facts.get("tokens_per_sequence", 0) > 0
+
     def input_gram(self, layer: LinearLayer) -> torch.Tensor:
         """Σ_t x xᵀ [m, m]."""
         return self._read(layer.group, "input_gram")
@@ -91,21 +96,37 @@ class Statistics:
     def gradient_shards(self, layer: LinearLayer) -> Iterator[tuple[torch.Tensor, ...]]:
         """The gradients of each shard of S' sequences: (left [S', n, k], right [S', m, k]), or (gradient [S', n, m],)."""
         kinds = ("gradient",) if self.facts["gradients"] == "exact" else ("left", "right")
-        for shard in self._shards():
+        for shard in self._gradient_shards():
             yield tuple(read_array(shard, f"{layer.name}/{kind}") for kind in kinds)
+
+    def token_shards(self, layer: LinearLayer) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The sampled tokens of each shard of S' sequences: x [S', t, m], d [S', t, n] and their positions [S', t].
+
+        Positions ascend. A token that the layer did not see (of an expert) has x = 0 and d = 0.
+        """
+        if not self.has_tokens:
+            raise InputError(
+                f"{self.folder} holds no tokens: capture.tokens_per_sequence is 0. Set it to 16, say; more is more precise."
+            )
+        for shard in self._shards():
+            x, d = read_array(shard, f"{layer.group}/x"), read_array(shard, f"{layer.name}/d")
+            yield x.float(), d.float(), read_array(shard, "positions").long()
 
     def gradient_norms(self, layer: LinearLayer) -> torch.Tensor:
         """‖G_s‖² [S]."""
-        return torch.cat([read_array(shard, f"{layer.name}/norm") for shard in self._shards()])
+        return torch.cat([read_array(shard, f"{layer.name}/norm") for shard in self._gradient_shards()])
 
     def energy_kept(self, layer: LinearLayer) -> torch.Tensor:
         """The share of ‖G_s‖² [S] that the sketch of each sequence keeps; 1 where gradients are exact."""
         if self.facts["gradients"] == "exact":
             return torch.ones(self.sequences)
-        return torch.cat([read_array(shard, f"{layer.name}/kept") for shard in self._shards()])
+        return torch.cat([read_array(shard, f"{layer.name}/kept") for shard in self._gradient_shards()])
+
+    def _gradient_shards(self) -> list[Path]:
+        self._require_gradients("the gradients of each sequence")
+        return self._shards()
 
     def _shards(self) -> list[Path]:
-        self._require_gradients("the gradients of each sequence")
         shards = self.facts["shards"]
         if bad := [shard for shard in shards if not SHARD_NAME.fullmatch(shard)]:
             raise CorruptArtifact(f"{self.folder / FACTS_FILE} lists {bad[0]!r}, which is not the name of a shard.")

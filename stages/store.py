@@ -100,19 +100,27 @@ def write_arrays(group: Path, arrays: Mapping[str, torch.Tensor] | Iterable[tupl
 
 
 class RowWriter:
-    """Arrays [rows, ...] of one group in float32, written some rows at a time, in order.
+    """Arrays [rows, ...] of one group, written some rows at a time, in order.
 
     Args:
         writer: the group.
         shapes: of whole arrays, by name.
         rows_per_chunk: rows to append at a time, fewer only at the end.
+        dtypes: of arrays that are not float32.
     """
 
-    def __init__(self, writer: GroupWriter, shapes: Mapping[str, tuple[int, ...]], rows_per_chunk: int) -> None:
-        self._arrays = {
-            name: ChunkWriter(writer, name, shape, np.dtype(np.float32), (rows_per_chunk, *shape[1:]), {})
-            for name, shape in shapes.items()
-        }
+    def __init__(
+        self,
+        writer: GroupWriter,
+        shapes: Mapping[str, tuple[int, ...]],
+        rows_per_chunk: int,
+        dtypes: Mapping[str, torch.dtype] = {},
+    ) -> None:
+        self._arrays = {}
+        for name, shape in shapes.items():
+            nothing, attributes = _to_numpy(torch.empty(0, dtype=dtypes.get(name, torch.float32)))
+            chunks = (rows_per_chunk, *shape[1:])
+            self._arrays[name] = ChunkWriter(writer, name, shape, nothing.dtype, chunks, attributes)
 
     def append(self, name: str, rows: torch.Tensor) -> None:
         """Write the next rows of one array."""

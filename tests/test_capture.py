@@ -19,10 +19,11 @@ from stages.params import CaptureParams
 from stages.statistics import Statistics
 from stages.store import SUFFIX, array_names, group_file, read_array
 from stages.tables import write_sequences
+from stages.token_sample import sample_positions
 from stages.workspace import Workspace, read_manifest, verify_output
 
 SEQUENCES = 7
-PARAMS = CaptureParams(batch_size=2, sequences_per_shard=2, sketch_rank=4)
+PARAMS = CaptureParams(batch_size=2, sequences_per_shard=2, sketch_rank=4, tokens_per_sequence=3)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def bits(workspace: Workspace) -> dict:
     """Every published array and fact, whatever the order in which they were written."""
     out = workspace.out("capture")
     arrays = {
-        (group.name, name): read_array(group, name).numpy().tobytes()
+        (group.name, name): read_array(group, name).flatten().view(torch.uint8).numpy().tobytes()
         for group in groups(workspace)
         for name in array_names(group)
     }
@@ -156,7 +157,7 @@ def test_other_forms_of_gradients(workspace, captured, gradients):
     layer = reader.layers[0]
     assert_formula_counts(workspace, gradients)
     if gradients == "none":
-        assert not reader.has_gradients and not (workspace.out("capture") / "gradients").exists()
+        assert not reader.has_gradients and reader.has_tokens
         with pytest.raises(InputError, match=r"capture\.gradients is 'none'"):
             list(reader.gradient_shards(layer))
     else:
@@ -166,15 +167,79 @@ def test_other_forms_of_gradients(workspace, captured, gradients):
         assert (reader.energy_kept(layer) == 1).all()
 
 
-def assert_formula_counts(workspace: Workspace, gradients: str) -> None:
+def assert_formula_counts(workspace: Workspace, gradients: str, tokens: int = PARAMS.tokens_per_sequence) -> None:
     """The disk that was asked for is that of all stored numbers, the sums' as often as parts of them may wait."""
     out = workspace.out("capture")
     of_sums, of_gradients = (
-        sum(4 * read_array(folder, name).numel() for folder in folders for name in array_names(folder))
+        sum(read_array(folder, name).nbytes for folder in folders for name in array_names(folder))
         for folders in (groups(workspace)[:1], groups(workspace)[1:])
     )
-    params = PARAMS.model_copy(update={"gradients": gradients})
+    params = PARAMS.model_copy(update={"gradients": gradients, "tokens_per_sequence": tokens})
     assert capture.disk_bytes(Statistics(out).layers, params, SEQUENCES) == of_gradients + 4 * of_sums
+
+
+def test_without_gradients_and_tokens_nothing_is_kept_of_a_sequence(workspace):
+    statistics_of(workspace, gradients="none", tokens_per_sequence=0)
+    reader = Statistics(workspace.out("capture"))
+    assert reader.facts["shards"] == [] and not (workspace.out("capture") / "gradients").exists()
+    with pytest.raises(InputError, match=r"capture\.tokens_per_sequence is 0"):
+        list(reader.token_shards(reader.layers[0]))
+    assert_formula_counts(workspace, "none", tokens=0)
+
+
+def tokens_of(workspace: Workspace) -> dict[str, tuple[torch.Tensor, ...]]:
+    """x [S, t, m], d [S, t, n] and positions [S, t] by layer."""
+    reader = Statistics(workspace.out("capture"))
+    return {layer.name: tuple(map(torch.cat, zip(*reader.token_shards(layer)))) for layer in reader.layers}
+
+
+def test_tokens_equal_those_of_a_pass_by_hand(workspace):
+    capture.run(workspace, PARAMS.model_copy(update={"token_dtype": "float32"}))
+    model, seen = load_model(workspace.model, torch.float32), {}
+    modules = dict(model.named_modules())
+
+    def note(name):
+        def hook(module, arguments, output):
+            output.retain_grad() if output.requires_grad else output.requires_grad_()
+            seen.setdefault(name, []).append((arguments[0].detach(), output))
+
+        return hook
+
+    found = tokens_of(workspace)
+    for name in found:
+        modules[name].register_forward_hook(note(name))
+    model.get_input_embeddings().register_forward_hook(lambda module, arguments, output: output.requires_grad_())
+    for ids in random_ids(SEQUENCES, 12):
+        model(input_ids=ids[None], labels=ids[None]).loss.backward()
+    for name, (x, d, positions) in found.items():
+        assert (positions.diff() > 0).all() and positions.shape == (SEQUENCES, 3)
+        for s, (inputs, output) in enumerate(seen[name]):
+            torch.testing.assert_close(x[s], inputs[0, positions[s]], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(d[s], output.grad[0, positions[s]], rtol=1e-3, atol=1e-7)
+
+
+def test_sampled_tokens_depend_on_nothing_but_the_seed(workspace, captured):
+    statistics_of(workspace, sequences_per_shard=100, batch_size=1, layers_per_pass=4)
+    expected = tokens_of(captured)
+    for name, arrays in tokens_of(workspace).items():
+        for values, other in zip(arrays, expected[name]):
+            torch.testing.assert_close(values, other, rtol=0.02, atol=1e-4 * other.abs().max().item())
+        assert torch.equal(arrays[2], expected[name][2])
+    statistics_of(workspace, seed=1)
+    positions = next(iter(tokens_of(workspace).values()))[2]
+    assert not torch.equal(positions, next(iter(expected.values()))[2])
+
+
+def test_all_tokens_are_kept_if_that_many_are_asked_for(workspace):
+    statistics_of(workspace, tokens_per_sequence=99, token_dtype="float32")
+    reader = Statistics(workspace.out("capture"))
+    for layer in reader.layers:
+        x, d, positions = tokens_of(workspace)[layer.name]
+        assert torch.equal(positions, torch.arange(12).expand(SEQUENCES, 12))
+        sums = torch.einsum("stn,stm->nm", d, x), torch.einsum("stn,sto->no", d, d), torch.einsum("stn,sto->no", x, x)
+        expected = reader.gradient_sum(layer), reader.output_gram(layer), reader.input_gram(layer)
+        for values, total in zip(sums, expected):
+            torch.testing.assert_close(values, total, rtol=1e-4, atol=1e-6 * total.abs().max().item())
 
 
 def test_disk_formula_counts_every_number(captured):
@@ -297,6 +362,8 @@ def test_sequences_that_are_not_finite_are_left_out_entirely(poisoned):
     assert [skipped["sequence"] for skipped in facts["skipped"]] == [1, 4, 5]
     assert facts["sequences"] == 4 and facts["tokens"] == 4 * 12 and facts["loss"] < 10
     assert facts["shards"] == ["shard-00000", "shard-00001", "shard-00003"]
+    positions = next(iter(tokens_of(poisoned).values()))[2]
+    assert torch.equal(positions, sample_positions([0, 2, 3, 6], 12, 3, PARAMS.seed))
     write_table(poisoned, ids[[0, 2, 3, 6]])
     assert_near(statistics_of(poisoned), found)
 
