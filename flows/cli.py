@@ -4,9 +4,11 @@ import argparse
 import errno
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from stages.errors import FisherfoldError, ParameterError
 from stages.params import STAGES, load_params
@@ -18,6 +20,7 @@ PARAMS_FILE = "params.yaml"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; return its exit status: 0 well, 1 failed, 2 bad command line or parameters, 130 interrupted."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         return options.command(options)
     except FisherfoldError as error:
@@ -31,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: finished units are kept; run again to go on.", file=sys.stderr)
         return 130
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """A request to end is what Ctrl-C is: what was started is ended, what is finished is kept."""
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,20 +85,21 @@ def workspace_here() -> Workspace:
 
 def _run(options: argparse.Namespace) -> int:
     from flows.methods import check_methods
-    from flows.overrides import override_params
+    from flows.overrides import overridden
     from flows.staleness import stale_reasons
 
     workspace = workspace_here()
     path = workspace.root / PARAMS_FILE
     if options.assignments:
-        override_params(path, options.assignments)
-    params = load_params(path)
-    if stale_reasons(workspace):
-        check_methods(params)  # imports the methods, which takes seconds that a run with nothing to do need not spend
+        overridden(path, options.assignments)  # a mistake is found before a server starts, not after
+    else:
+        params = load_params(path)
+        if stale_reasons(workspace):
+            check_methods(params)  # imports the methods, seconds that a run with nothing to do need not spend
 
     from flows.pipeline import run_pipeline
 
-    return run_pipeline(workspace, STAGES[: STAGES.index(options.until) + 1])
+    return run_pipeline(workspace, STAGES[: STAGES.index(options.until) + 1], options.assignments)
 
 
 def _stage(options: argparse.Namespace) -> int:

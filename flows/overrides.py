@@ -10,7 +10,7 @@ from ruamel.yaml.error import YAMLError
 
 from flows.methods import check_methods
 from stages.errors import ParameterError
-from stages.params import check_params, load_params
+from stages.params import Params, check_params, load_params
 
 
 def override_params(path: Path, assignments: Sequence[str]) -> None:
@@ -21,6 +21,14 @@ def override_params(path: Path, assignments: Sequence[str]) -> None:
     Raises:
         ParameterError: an assignment is not of this form, or its key or value is not valid.
     """
+    text, _ = overridden(path, assignments)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def overridden(path: Path, assignments: Sequence[str]) -> tuple[str, Params]:
+    """The text of params.yaml with assignments, and the parameters that it gives; see `override_params`."""
     load_params(path)
     yaml = YAML()
     yaml.preserve_quotes = True
@@ -31,11 +39,10 @@ def override_params(path: Path, assignments: Sequence[str]) -> None:
         if document.get(block) is None:
             document[block] = {}
         document[block][key] = value
-    source = f"--set {' '.join(assignments)}"
-    check_methods(check_params(YAML(typ="safe").load(_dump(yaml, document)), source))
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(_dump(yaml, document))
-    os.replace(partial, path)
+    text = _dump(yaml, document)
+    params = check_params(YAML(typ="safe").load(text), f"--set {' '.join(assignments)}")
+    check_methods(params)
+    return text, params
 
 
 def _parse(assignment: str) -> tuple[str, str, object]:

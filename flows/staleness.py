@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 
+from flows.watch import Watcher, run_watched
 from stages.errors import FisherfoldError
 from stages.workspace import Workspace
 
@@ -86,16 +86,14 @@ def summary(reasons: list[str], shown: int = 3) -> str:
     return "; ".join(ordered[:shown]) + more
 
 
-def reproduce(workspace: Workspace, stage: str) -> int:
-    """Run one stage through DVC, or restore it from DVC's run-cache; return the exit status of `dvc repro`."""
-    command = [sys.executable, "-m", "dvc", "repro", "--quiet", "--single-item", stage]
-    process = subprocess.Popen(command, cwd=workspace.root, env=tool_environment())
-    try:
-        return process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
+def reproduce(workspace: Workspace, stage: str, watcher: Watcher) -> int:
+    """Run one stage through DVC, or restore it from DVC's run-cache; return the exit status of `dvc repro`.
+
+    Raises:
+        Stopped: the watcher asked for it.
+    """
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--quiet", "--single-item", stage]
+    return run_watched(command, workspace.root, tool_environment(), watcher)
 
 
 def tool_environment() -> dict[str, str]:

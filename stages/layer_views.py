@@ -15,6 +15,7 @@ import pyarrow as pa
 from stages.page import Markup, details, element, figure, join, number, percent, table
 from stages.pictures import Cell, Line, heat_map, line_chart
 
+STORED = ("stored_parameters", "dense_parameters")
 SPECTRUM_POINTS = 64
 SPECTRUM_BLOCKS = 6
 SPECTRUM_KINDS = 12
@@ -45,38 +46,43 @@ def _cells(modules: Sequence[str], cell: Callable[[str, int, list[str]], Cell]) 
     }
 
 
-def rank_views(rows: Sequence[Mapping]) -> Markup:
-    """Kept share of parameters and of rank by layer, as pictures and as a table."""
+def parameter_map(rows: Sequence[Mapping]) -> Markup:
+    """A picture: the share of each layer's parameters that is kept."""
     by_name = {row["module"]: row for row in rows}
-    modules = list(by_name)
 
-    def total(members: list[str], value: Callable[[Mapping], int]) -> int:
-        return sum(value(by_name[member]) for member in members)
-
-    def parameters(name: str, block: int, members: list[str]) -> Cell:
-        share = total(members, lambda row: row["stored_parameters"]) / total(
-            members, lambda row: row["dense_parameters"]
-        )
+    def cell(name: str, block: int, members: list[str]) -> Cell:
+        stored, full = (sum(by_name[member][key] for member in members) for key in STORED)
         dense = all(by_name[member]["storage"] == "dense" for member in members)
-        return Cell(share, f"{name}: {percent(share)} of its parameters kept{', left dense' if dense else ''}", dense)
+        kept = percent(stored / full)
+        return Cell(stored / full, f"{name}: {kept} of its parameters kept{', left dense' if dense else ''}", dense)
 
-    def ranks(name: str, block: int, members: list[str]) -> Cell:
-        kept, full = total(members, lambda row: row["rank"]), total(members, full_rank)
+    label = "Kept share of parameters by decoder block and module"
+    return heat_map(label, _cells(list(by_name), cell), ("0 %", "100 % kept"))
+
+
+def rank_map(rows: Sequence[Mapping]) -> Markup:
+    """A picture: the rank of each layer as a share of its full rank."""
+    by_name = {row["module"]: row for row in rows}
+
+    def cell(name: str, block: int, members: list[str]) -> Cell:
+        kept = sum(by_name[member]["rank"] for member in members)
+        full = sum(full_rank(by_name[member]) for member in members)
         return Cell(kept / full, f"{name}: rank {kept} of {full}")
 
+    return heat_map("Rank kept by decoder block and module", _cells(list(by_name), cell), ("rank 0", "full rank"))
+
+
+def rank_views(rows: Sequence[Mapping]) -> Markup:
+    """Kept share of parameters and of rank by layer, as pictures and as a table."""
     dense = sum(row["storage"] == "dense" for row in rows)
     return join(
         [
             figure(
-                heat_map(
-                    "Kept share of parameters by decoder block and module",
-                    _cells(modules, parameters),
-                    ("0 %", "100 % kept"),
-                ),
+                parameter_map(rows),
                 f"Share of each layer's parameters that the compressed model stores. {_outlined(dense)}",
             ),
             figure(
-                heat_map("Rank kept by decoder block and module", _cells(modules, ranks), ("rank 0", "full rank")),
+                rank_map(rows),
                 "Rank kept, as a share of the full rank min(n, m). With pivoted storage a layer of full rank costs what it "
                 "cost before.",
             ),

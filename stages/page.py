@@ -76,6 +76,13 @@ def page(title: str, *children: object) -> str:
     return f"<!doctype html>\n{element('html', head, element('body', element('main', *children)), lang='en')}\n"
 
 
+def stand_alone(picture: Markup) -> str:
+    """A picture as an SVG file of its own, as it looks in a page."""
+    width, height = (float(size) for size in picture.partition('viewBox="0 0 ')[2].partition('"')[0].split())
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}"'
+    return picture.replace("<svg", opening, 1).replace(">", f"><style>{STYLE}</style>", 1)
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A number with `digits` significant digits, thousands separated; a dash for None."""
     if value is None:

@@ -1,8 +1,15 @@
-"""Progress for people: a live bar in a terminal, one plain line at a time anywhere else."""
+"""Progress for people: a live bar in a terminal, one plain line at a time anywhere else.
 
+For a process that watches, the same counts go to the file that FISHERFOLD_PROGRESS names, one line of JSON each:
+``{"stage": "capture", "doing": "shards", "done": 3, "total": 11, "left": 41.2}``, `left` in seconds or null.
+"""
+
+import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -19,6 +26,7 @@ from rich.text import Text
 
 Item = TypeVar("Item")
 PLAIN_INTERVAL = 10.0  # seconds between plain lines
+WATCHED = "FISHERFOLD_PROGRESS"  # environment variable: the file for a process that watches
 
 _console = Console(stderr=True, highlight=False)
 
@@ -35,7 +43,7 @@ def track(stage: str, doing: str, items: Iterable[Item], total: int) -> Iterator
     `items` may be a generator that does the work as it goes: the count rises when the next item is asked for.
     """
     if _console.is_terminal:
-        yield from _track_live(stage, doing, items, total)
+        yield from _track_live(stage, doing, _recorded(stage, doing, items, total), total)
     else:
         yield from track_lines(stage, doing, items, total)
 
@@ -59,10 +67,38 @@ def _track_live(stage: str, doing: str, items: Iterable[Item], total: int) -> It
 def track_lines(stage: str, doing: str, items: Iterable[Item], total: int) -> Iterator[Item]:
     """Like `track`, always in plain lines: for work inside an item that a live bar counts already."""
     start = last = time.monotonic()
-    for done, item in enumerate(items, start=1):
+    for done, item in enumerate(_recorded(stage, doing, items, total), start=1):
         yield item
         now = time.monotonic()
         if done == total or now - last >= PLAIN_INTERVAL:
             left = timedelta(seconds=round((now - start) / done * (total - done)))
             print(f"{stage}: {doing} {done}/{total}, {left} left", file=sys.stderr, flush=True)
             last = now
+
+
+_counting = False
+
+
+def _recorded(stage: str, doing: str, items: Iterable[Item], total: int) -> Iterator[Item]:
+    """Yield `items` and record the count where a watching process reads it; a count inside another is not recorded."""
+    global _counting
+    path = os.environ.get(WATCHED)
+    if path is None or _counting:
+        yield from items
+        return
+    _counting = True
+    start, done = time.monotonic(), 0
+    try:
+        _record(path, stage, doing, 0, total, None)
+        for item in items:
+            yield item
+            done += 1
+            _record(path, stage, doing, done, total, (time.monotonic() - start) / done * (total - done))
+    finally:
+        _counting = False
+
+
+def _record(path: str, stage: str, doing: str, done: int, total: int, left: float | None) -> None:
+    entry = {"stage": stage, "doing": doing, "done": done, "total": total, "left": left}
+    with suppress(OSError), open(path, "a") as file:  # whoever watches may be gone
+        file.write(json.dumps(entry) + "\n")
