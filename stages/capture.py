@@ -3,6 +3,7 @@
 One forward and backward pass per sequence gives, for every linear layer and in float32,
 
     Σ x xᵀ, Σ |x|                      over tokens, once for layers that read the same tensor
+    Σ g gᵀ, g = Σ_c W_cᵀ d_c           over tokens, where several layers c read the same tensor (its cost: see below)
     Σ d dᵀ                             over tokens
     Σ G, Σ rows G∘G, Σ columns G∘G     over sequences, G = Σ_t d xᵀ the sequence's gradient
     G ~ U Vᵀ of rank k, or G itself    per sequence
@@ -10,6 +11,9 @@ One forward and backward pass per sequence gives, for every linear layer and in 
 
 A unit is a shard of sequences (times a slice of the layers, if capture.layers_per_pass bounds the sums in memory). Its sums
 are leaves of a fixed tree of sums, added up as they come, so neither memory nor the disk for sums grows with the sequences.
+
+Σ g gᵀ is the one quantity of FASC (METHODS: S_gg) that the others do not give: it holds the cross terms of q, k and v. As [m, m] of
+the shared input it is a quarter of those cross terms (gate with up alone are [n, n]), and the backward pass makes g anyway.
 
 Shapes: x [m] and d [n] at one token, G [n, m], U [n, k], V [m, k]; S sequences of T tokens, N tokens in all.
 """
@@ -20,7 +24,7 @@ from pathlib import Path
 
 from stages.errors import NumericalError
 from stages.layer_sums import GRADIENT_FORMS
-from stages.layers import LinearLayer, write_layers
+from stages.layers import LinearLayer, by_group, write_layers
 from stages.models import DTYPES
 from stages.params import CaptureParams
 from stages.progress import announce, track
@@ -105,13 +109,13 @@ def disk_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: 
         S t [b (Σ_groups m + Σ_layers n) + 4]     tokens of b bytes a number, and their positions
         4 P [Σ_groups (m² + m) + Σ_layers (n² + n m + n + m)],   P = ⌊log₂ shards⌋ + 2 (1 for one shard)
 
-    n m + n + m only if gradients are captured. Of several slices of layers, P counts for the largest and 1 for the others
+    m² twice for a group of several layers, n m + n + m only if gradients are captured. Of several slices of layers, P counts for the largest and 1 for the others
     while they are captured, and everything is there twice when they are joined.
     """
     form = GRADIENT_FORMS.lookup(params.gradients)
     of_sequence = numbers_bytes(gradient_shapes(layers, form, params.sketch_rank)) if form else 0
     sums = [
-        4 * sum(_sum_numbers(layer, form is not None) for layer in part)
+        4 * sum(_group_numbers(group, form is not None) for group in by_group(part).values())
         for part in layer_slices(layers, params.layers_per_pass)
     ]
     parts = parts_at_once(-(-sequences // params.sequences_per_shard))
@@ -124,10 +128,11 @@ def _token_bytes(layers: Sequence[LinearLayer], params: CaptureParams) -> int:
     return numbers_bytes(shapes) * DTYPES[params.token_dtype].itemsize // 4 + 4 * params.tokens_per_sequence
 
 
-def _sum_numbers(layer: LinearLayer, gradients: bool) -> int:
-    n, m = layer.outputs, layer.inputs
-    of_input = m * m + m if layer.group == layer.name else 0
-    return of_input + n * n + (n * m + n + m if gradients else 0)
+def _group_numbers(group: Sequence[LinearLayer], gradients: bool) -> int:
+    m = group[0].inputs
+    of_input = m * m * (2 if len(group) > 1 else 1) + m
+    outputs = [layer.outputs for layer in group]
+    return of_input + sum(n * n + (n * m + n + m if gradients else 0) for n in outputs)
 
 
 def _publish(

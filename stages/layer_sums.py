@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from stages.errors import InputError
 from stages.gradient_pass import GradientPass, gradient_pass
 from stages.gram import add_gram, exact_products, mirror
-from stages.layers import LinearLayer, forward_hooks, linear_modules
+from stages.layers import LinearLayer, by_group, forward_hooks, input_gradient_hooks, linear_modules
 from stages.registry import Registry
 from stages.sketch import gaussian_probes, products_need_gradient, sketch, sketch_width
 from stages.token_sample import TokenSample
@@ -117,11 +117,16 @@ class ExactGradient:
 
 
 class InputSums:
-    """Sums of x x^T and |x| over the tokens that a group of layers reads."""
+    """Sums of x x^T and |x| over the tokens that a group of layers reads.
 
-    def __init__(self, inputs: int, device: torch.device) -> None:
+    If several layers read them, also the sum of g g^T, where g = sum_c W_c^T d_c is what these send back; that of a single
+    layer is W^T (sum of d d^T) W.
+    """
+
+    def __init__(self, inputs: int, device: torch.device, shared: bool) -> None:
         self.gram = torch.zeros(inputs, inputs, device=device)
         self.absolute = torch.zeros(inputs, device=device)
+        self.gradient_gram = torch.zeros(inputs, inputs, device=device) if shared else None
 
     def add(self, x: torch.Tensor) -> None:
         """Add the tokens of x [..., m]."""
@@ -131,8 +136,18 @@ class InputSums:
         for some in rows.split(ROWS_IN_CACHE):
             self.absolute += some.abs().sum(0)
 
+    def add_gradient(self, g: torch.Tensor) -> None:
+        """Add the tokens of g [..., m]."""
+        with exact_products(g):
+            add_gram(self.gradient_gram, g.flatten(0, -2).to(self.gram))
+
+    def grams(self) -> list[torch.Tensor]:
+        """Those that are there."""
+        return [self.gram] if self.gradient_gram is None else [self.gram, self.gradient_gram]
+
     def arrays(self) -> Arrays:
-        return {"input_gram": mirror(self.gram), "input_abs": self.absolute}
+        names = ("input_gram", "gradient_gram")
+        return {"input_abs": self.absolute, **{name: mirror(gram) for name, gram in zip(names, self.grams())}}
 
 
 class OutputSums:
@@ -183,6 +198,9 @@ class OutputSums:
         self.squares_by_output += by_output
         return by_output.sum()
 
+    def grams(self) -> list[torch.Tensor]:
+        return [self.gram]
+
     def arrays(self) -> Arrays:
         arrays = {"output_gram": mirror(self.gram)}
         if self.form is not None:
@@ -232,13 +250,17 @@ class ModelSums:
         self.inputs: dict[str, InputSums] = {}
         self.samples: dict[str, TokenSample] = {}
         self.positions: list[torch.Tensor] = []
+        groups = by_group(layers)
+        self.shared = {
+            name: [self.modules[layer.name] for layer in group] for name, group in groups.items() if len(group) > 1
+        }
         for layer in layers:
             device = modules[layer.name].weight.device
             self.outputs[layer.name] = OutputSums(layer, device, form and form(layer, rank, seed))
             if token_dtype:
                 self.samples[f"{layer.name}/d"] = TokenSample(layer.outputs, token_dtype, device)
             if layer.group == layer.name:
-                self.inputs[layer.name] = InputSums(layer.inputs, device)
+                self.inputs[layer.name] = InputSums(layer.inputs, device, layer.name in self.shared)
                 if token_dtype:
                     self.samples[f"{layer.name}/x"] = TokenSample(layer.inputs, token_dtype, device)
 
@@ -254,7 +276,10 @@ class ModelSums:
         self._shape = ids.shape
         self._calls: dict[str, list[Call]] = {name: [] for name in self.modules}
         self._positions = positions
-        with forward_hooks(self.modules, self._on_forward):
+        with (
+            input_gradient_hooks(self.shared, lambda group, g: self.inputs[group].add_gradient(g)),
+            forward_hooks(self.modules, self._on_forward),
+        ):
             result = gradient_pass(self.model, ids)
         for name in self.modules:  # layers with a use that no gradient came back to
             self._add_gradients(name)
@@ -266,9 +291,8 @@ class ModelSums:
 
     def finite(self) -> bool:
         """Whether all sums of squares are finite, and with them everything that was ever added."""
-        return all(
-            bool(sums.gram.diagonal().isfinite().all()) for sums in (*self.inputs.values(), *self.outputs.values())
-        )
+        sums = (*self.inputs.values(), *self.outputs.values())
+        return all(bool(gram.diagonal().isfinite().all()) for each in sums for gram in each.grams())
 
     def arrays(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All sums by name, ``<group>/input_gram`` and so on; completes the Grams, so add nothing more."""

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,6 +88,52 @@ def forward_hooks(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def input_gradient_hooks(
+    groups: Mapping[str, Sequence[nn.Module]], hook: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call `hook(group, g)` with g, the sum of the gradients that the modules of a group send to the input they share.
+
+    The modules are given one view of their input, so what other readers of the tensor (a residual) send is not in g.
+    """
+    views: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def view(group: str, x: torch.Tensor) -> torch.Tensor:
+        if group not in views or views[group][0] is not x:
+            views[group] = (x, x.view_as(x))
+            if x.requires_grad:
+                views[group][1].register_hook(lambda g: hook(group, g))
+        return views[group][1]
+
+    def before(group: str) -> Callable:
+        def give_view(module: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
+            if arguments:
+                return (view(group, arguments[0]), *arguments[1:]), keywords
+            name = next(iter(keywords))
+            return arguments, {**keywords, name: view(group, keywords[name])}
+
+        return give_view
+
+    handles = [
+        module.register_forward_pre_hook(before(group), with_kwargs=True)
+        for group, modules in groups.items()
+        for module in modules
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def by_group(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
+    """Layers by the group that shares an input, in model order."""
+    groups: dict[str, list[LinearLayer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.group, []).append(layer)
+    return groups
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from stages.errors import InputError, NumericalError
 from stages.gradient_pass import gradient_pass
 from stages.layer_sums import GRADIENT_FORMS, GradientForm, ModelSums, Shapes
-from stages.layers import LinearLayer, find_layers, forward_hooks, linear_modules
+from stages.layers import LinearLayer, by_group, find_layers, forward_hooks, linear_modules
 from stages.models import DTYPES, load_model
 from stages.params import CaptureParams
 from stages.progress import track_lines
@@ -49,11 +49,8 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 def layer_slices(layers: Sequence[LinearLayer], layers_per_pass: int | None) -> list[list[LinearLayer]]:
     """Layers in slices of at most `layers_per_pass` (all in one, if None); groups stay whole, even a larger one."""
-    groups: dict[str, list[LinearLayer]] = {}
-    for layer in layers:
-        groups.setdefault(layer.group, []).append(layer)
     slices: list[list[LinearLayer]] = [[]]
-    for group in groups.values():
+    for group in by_group(layers).values():
         if slices[-1] and layers_per_pass is not None and len(slices[-1]) + len(group) > layers_per_pass:
             slices.append([])
         slices[-1] += group

@@ -73,6 +73,10 @@ class Statistics:
         """E[|x|] [m]."""
         return self._read(layer.group, "input_abs") / self.tokens
 
+    def gradient_gram(self, layer: LinearLayer) -> torch.Tensor:
+        """Σ_t g gᵀ [m, m] of a group of several layers, g = Σ_c W_cᵀ d_c over them."""
+        return self._read(layer.group, "gradient_gram")
+
     def output_gram(self, layer: LinearLayer) -> torch.Tensor:
         """Σ_t d dᵀ [n, n]."""
         return self._read(layer.name, "output_gram")

@@ -147,7 +147,12 @@ def test_a_narrow_sketch_says_what_it_keeps():
 def test_without_gradients_only_token_wise_sums_are_made():
     model, ids = tiny_model(), random_ids(SEQUENCES, LENGTH)
     alone, full = arrays_of(sums_of(model, ids, "none")), arrays_of(sums_of(model, ids))
-    assert {name.split("/")[1] for name in alone} == {"input_gram", "input_abs", "output_gram"}
+    assert {name.split("/")[1] for name in alone} == {
+        "input_gram",
+        "input_abs",
+        "gradient_gram",
+        "output_gram",
+    }
     assert all(torch.equal(values, full[name]) for name, values in alone.items())
 
 
