@@ -1,12 +1,14 @@
 """Names of methods in params.yaml, checked against their registries before anything runs."""
 
 import importlib
+from operator import attrgetter
 
 from stages.params import Params
 
 REGISTRIES = {
     ("kronecker", "estimator"): "stages.estimators:ESTIMATORS",
-    ("subspace", "metric"): "stages.metrics:METRICS",
+    ("subspace", "metric"): "stages.subspace:METRICS",
+    ("subspace", "fasc.objective"): "stages.fasc:OBJECTIVES",
     ("ranks", "allocator"): "stages.ranks:ALLOCATORS",
 }
 
@@ -19,4 +21,4 @@ def check_methods(params: Params) -> None:
     """
     for (block, key), location in REGISTRIES.items():
         module, _, name = location.partition(":")
-        getattr(importlib.import_module(module), name).lookup(getattr(getattr(params, block), key))
+        getattr(importlib.import_module(module), name).lookup(attrgetter(key)(getattr(params, block)))

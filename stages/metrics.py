@@ -11,9 +11,11 @@ Shapes: x [m] input and d [n] output gradient at one token, G [n, m] gradient of
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from stages.errors import ParameterError
 from stages.layers import LinearLayer
@@ -39,8 +41,19 @@ class MetricSources:
     params: SubspaceParams
 
 
+Decomposition = Callable[[MetricSources, Path, Sequence[LinearLayer], list[dict]], Iterator[tuple[str, torch.Tensor]]]
+"""(sources, model folder, layers of one group, rows) -> arrays of their bases; `rows` gets a dict for every rank to choose."""
+
+
+@dataclass(frozen=True)
+class OwnDecomposition:
+    """An entry that is no metric on weights: it decomposes a group of layers itself, into factors that share the right one."""
+
+    decompose: Decomposition
+
+
 MetricEntry = Callable[[MetricSources, LinearLayer], tuple[Metric, Metric]]
-METRICS: Registry[MetricEntry] = Registry("subspace.metric")
+METRICS: Registry[MetricEntry | OwnDecomposition] = Registry("subspace.metric")
 
 
 @METRICS.register("svd")

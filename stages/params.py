@@ -62,11 +62,24 @@ class KroneckerParams(Block):
     dtype: Literal["float32", "float64"] = "float32"
 
 
+class FascParams(Block):
+    """Metric `fasc`."""
+
+    objective: str = "gaussian"
+    projector: Literal["orthonormal", "oblique"] = "oblique"
+    share: Share = 0.5
+    steps: Annotated[int, Field(ge=0)] = 10
+    threshold: float | None = None
+    rho: Literal["rho_F", "rho_cca", "rho_kfac"] = "rho_kfac"
+
+
 class SubspaceParams(Block):
     metric: str = "kfac"
     input_damping: Damping = 0.01
     output_damping: Damping = 0.1
     asvd_alpha: Annotated[float, Field(ge=0)] = 0.5
+    share_inputs: bool = False
+    fasc: FascParams = FascParams()
 
 
 class FermigradParams(Block):

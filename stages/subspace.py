@@ -4,6 +4,9 @@ Reads the dense model, the statistics of stage `capture` and the factors of stag
 <layer>/left [n, r] and <layer>/right [r, m] in float32, r = min(n, m), spectra.parquet (σ of every component, long format,
 model order), diagnostics.parquet (one row a layer), subspace.json and layers.json.
 
+Layers that read one input may share the right factor (`subspace.share_inputs`, and always with metric `fasc`): then they are one site,
+named after the first of them, with one <site>/right [r, m] and one row in the tables, r = min(m, Σ n).
+
 A layer whose metric is zero (an expert that no token was routed to, an input that is always zero) cannot be compressed on
 evidence. It has no rows in the spectra and no basis; diagnostics.parquet and subspace.json give the reason under `dense`, and the layer
 stays dense.
@@ -17,16 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from stages import fasc  # noqa: F401  this enters its metric
 from stages.errors import NumericalError
-from stages.layers import LinearLayer, write_layers
-from stages.metrics import METRICS, MetricSources
+from stages.layers import LinearLayer, by_group, write_layers
+from stages.metrics import METRICS, Decomposition, MetricSources, OwnDecomposition
 from stages.models import decomposing_device, read_weight
 from stages.params import SubspaceParams
 from stages.progress import announce
 from stages.scratch import Scratch
 from stages.statistics import Statistics
 from stages.store import gather_groups, write_arrays
-from stages.weighted_svd import Metric, MetricRoot, WeightedSVD, metric_root, weighted_svd
+from stages.weighted_svd import Metric, MetricRoot, WeightedSVD, block_root, metric_root, weighted_svd
 from stages.workspace import Workspace, verify_output
 
 SPECTRA = pa.schema([("module", pa.string()), ("component", pa.int32()), ("sigma", pa.float64())])
@@ -52,16 +56,15 @@ def run(workspace: Workspace, params: SubspaceParams) -> None:
         CorruptArtifact: the output of an earlier stage is not whole.
         NotEnoughDisk: the bases would not fit.
     """
-    METRICS.lookup(params.metric)
+    shared = shares_inputs(params)
     with Scratch(workspace, "subspace", params, _inputs(workspace)) as scratch:
         if scratch.republish():
             return
         capture, kronecker = workspace.out("capture"), workspace.out("kronecker")
         layers = Statistics(capture).layers
-        scratch.require_disk(sum(_basis_bytes(layer) for layer in layers))
-        units = {
-            group: (workspace.model, capture, kronecker, members, params) for group, members in grouped(layers).items()
-        }
+        groups = by_group(layers)
+        scratch.require_disk(sum(_basis_bytes(group, shared) for group in groups.values()))
+        units = {name: (workspace.model, capture, kronecker, group, params) for name, group in groups.items()}
         folders = scratch.map("decomposing layers", decompose_group, units)
         rows = _gather_rows(folders.values(), layers)
         dense = {row["module"]: row["dense"] for row in rows if row["dense"]}
@@ -71,7 +74,8 @@ def run(workspace: Workspace, params: SubspaceParams) -> None:
             gather_groups(out / "bases", [folder / "bases" for folder in folders.values()])
             pq.write_table(_spectra(rows), out / "spectra.parquet")
             pq.write_table(pa.Table.from_pylist(rows, DIAGNOSTICS), out / "diagnostics.parquet")
-            facts = {**params.model_dump(), "dense": dense}
+            methods = {row["module"]: row["method"] for row in rows if "method" in row}
+            facts = {**params.model_dump(), "dense": dense, "shared": shared, "methods": methods}
             (out / "subspace.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
             write_layers(out, layers)
 
@@ -88,35 +92,42 @@ def _inputs(workspace: Workspace) -> dict[str, str]:
     }
 
 
-def _basis_bytes(layer: LinearLayer) -> int:
-    return 4 * min(layer.outputs, layer.inputs) * (layer.outputs + layer.inputs)
+def _basis_bytes(group: Sequence[LinearLayer], shared: bool) -> int:
+    sizes = [(layer.outputs, layer.inputs) for layer in group]
+    sizes = [(sum(n for n, _ in sizes), group[0].inputs)] if shared else sizes
+    return sum(4 * min(n, m) * (n + m) for n, m in sizes)
 
 
-def grouped(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
-    """Layers by the group that shares an input, in model order."""
-    groups: dict[str, list[LinearLayer]] = {}
-    for layer in layers:
-        groups.setdefault(layer.group, []).append(layer)
-    return groups
+def decomposition(params: SubspaceParams) -> Decomposition:
+    """How the layers of a group are decomposed: the metric's own way, or a weighted SVD of each layer or of the stacked ones."""
+    metric = METRICS.lookup(params.metric)
+    if isinstance(metric, OwnDecomposition):
+        return metric.decompose
+    return weighted_stack if params.share_inputs else weighted_layers
+
+
+def shares_inputs(params: SubspaceParams) -> bool:
+    """Whether layers that read one input share their right factor."""
+    return decomposition(params) is not weighted_layers
 
 
 def decompose_group(
     folder: Path, model: Path, capture: Path, kronecker: Path, layers: Sequence[LinearLayer], params: SubspaceParams
 ) -> None:
-    """Unit of work: the components of the layers of one group, one layer in memory at a time.
-
-    The root of the input metric is kept from one layer to the next, as most metrics share it in a group.
-    """
+    """Unit of work: the components of the layers of one group."""
     rows: list[dict] = []
     sources = MetricSources(Statistics(capture), kronecker, params)
-    write_arrays(folder / "bases", _decomposed(model, sources, layers, rows))
+    write_arrays(folder / "bases", decomposition(params)(sources, model, layers, rows))
     (folder / "rows.json").write_text(json.dumps(rows, sort_keys=True))
 
 
-def _decomposed(
-    model: Path, sources: MetricSources, layers: Sequence[LinearLayer], rows: list[dict]
+def weighted_layers(
+    sources: MetricSources, model: Path, layers: Sequence[LinearLayer], rows: list[dict]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The arrays of each layer's basis, as soon as it is found; `rows` gets the facts of each layer."""
+    """The arrays of each layer's basis, as soon as it is found; `rows` gets the facts of each layer.
+
+    One layer is in memory at a time. The root of the input metric is kept from one to the next, as most metrics share it in a group.
+    """
     params, metric, root = sources.params, None, None
     for layer in layers:
         A, B = METRICS.lookup(params.metric)(sources, layer)
@@ -131,6 +142,49 @@ def _decomposed(
         yield f"{layer.name}/left", basis.left.float()
         yield f"{layer.name}/right", basis.right.float()
         rows.append(_row(layer, basis, root, output_root))
+
+
+def weighted_stack(
+    sources: MetricSources, model: Path, layers: Sequence[LinearLayer], rows: list[dict]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weighted SVD of a group's layers stacked, [Σ n_c, m], with B_c on the diagonal of the output metric."""
+    params, site = sources.params, layers[0]
+    found = stacked_metric([METRICS.lookup(params.metric)(sources, layer) for layer in layers], layers)
+    if found is None:
+        reason = "the metrics of its layers are zero: no calibration token gave them an input or a gradient"
+        rows.append({"module": site.name, "sigma": [], "dense": reason})
+        return
+    A, blocks = found
+    input_root = _root(A, params.input_damping, site, "input")
+    roots = [_root(B, params.output_damping, layer, "output") for layer, B in zip(layers, blocks)]
+    output_root = block_root(roots, [layer.outputs for layer in layers])
+    basis = _decompose(torch.cat([read_weight(model, layer) for layer in layers]), input_root, output_root, site)
+    yield f"{site.name}/right", basis.right.float()
+    for layer, left in zip(layers, basis.left.split([layer.outputs for layer in layers])):
+        yield f"{layer.name}/left", left.float()
+    rows.append(_row(site, basis, input_root, output_root))
+
+
+def stacked_metric(
+    metrics: Sequence[tuple[Metric, Metric]], layers: Sequence[LinearLayer]
+) -> tuple[Metric, list[Metric]] | None:
+    """One A for the stacked layers and the blocks B_c of their output metric; None if no layer's metric says anything.
+
+        A = Σ_c tr(B_c) A_c / Σ_c tr(B_c),   each pair scaled before to mean diag A_c = 1
+
+    Layers that have the same A keep it; how the size of A_c ⊗ B_c is split between the two does not matter.
+    """
+    levels = [1.0 if A is None else A.diagonal().mean().item() if A.ndim == 2 else A.mean().item() for A, _ in metrics]
+    blocks = [
+        level * (torch.ones(layer.outputs) if B is None else B) for (_, B), level, layer in zip(metrics, levels, layers)
+    ]
+    weights = [(B.trace() if B.ndim == 2 else B.sum()).item() for B in blocks]
+    if sum(weights) <= 0:
+        return None
+    if all(A is None for A, _ in metrics):
+        return None, blocks
+    seen = [(A / level, weight) for (A, _), level, weight in zip(metrics, levels, weights) if level > 0]
+    return sum(A * (weight / sum(weights)) for A, weight in seen), blocks
 
 
 def _unusable(A: Metric, B: Metric) -> str | None:
@@ -180,7 +234,7 @@ def _row(layer: LinearLayer, basis: WeightedSVD, input_root: MetricRoot, output_
 def _gather_rows(folders: Iterable[Path], layers: Sequence[LinearLayer]) -> list[dict]:
     """The rows of all units in model order."""
     rows = {row["module"]: row for folder in folders for row in json.loads((folder / "rows.json").read_text())}
-    return [rows[layer.name] for layer in layers]
+    return [rows[layer.name] for layer in layers if layer.name in rows]
 
 
 def _spectra(rows: Sequence[dict]) -> pa.Table:

@@ -14,6 +14,7 @@ with σ = 0, from the plain SVD of what the others leave, so that all components
 Shapes: W [n, m], A [m, m], B [n, n], r = min(n, m). All in float64.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,25 @@ def metric_root(metric: Metric, damping: float, name: str = "the metric") -> Met
         raise NumericalError(f"{name} is not positive semi-definite: {spread}")
     damped = (1 - damping) * values.clamp(min=0) + damping * values.mean()
     return MetricRoot(vectors, damped.sqrt(), (damped.max() / damped.min()).item(), damping)
+
+
+def block_root(roots: Sequence[MetricRoot], sizes: Sequence[int]) -> MetricRoot:
+    """The root of the metric with these blocks on its diagonal, of the given sizes."""
+    scales = [torch.ones(size).double() if root.scales is None else root.scales for root, size in zip(roots, sizes)]
+    vectors = None
+    if any(root.vectors is not None for root in roots):
+        blocks = [
+            torch.eye(size).to(own) if root.vectors is None else root.vectors
+            for root, size, own in zip(roots, sizes, scales)
+        ]
+        vectors = torch.block_diag(*blocks)
+    values = torch.cat(scales).square()
+    return MetricRoot(
+        vectors,
+        torch.cat([own.to(values) for own in scales]),
+        (values.max() / values.min()).item(),
+        max(root.damping for root in roots),
+    )
 
 
 def _eigenvalues(metric: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:

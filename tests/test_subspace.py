@@ -52,7 +52,10 @@ def diagnostics(out: Path) -> dict[str, dict]:
     return {row["module"]: row for row in pq.read_table(out / "diagnostics.parquet").to_pylist()}
 
 
-@pytest.mark.parametrize("metric", METRICS)
+WEIGHT_METRICS = [name for name in METRICS if callable(METRICS.lookup(name))]
+
+
+@pytest.mark.parametrize("metric", WEIGHT_METRICS)
 def test_every_metric_predicts_its_loss(tmp_path: Path, metric: str) -> None:
     """tr(ΔWᵀ B ΔW A) under the damped metric equals the tail of σ² at every rank; all components give W."""
     tiny = make(tmp_path)
@@ -89,7 +92,7 @@ def test_outputs_and_their_order(tmp_path: Path) -> None:
     assert modules == [layer.name for layer in LAYERS for _ in range(min(layer.outputs, layer.inputs))]
     assert list(diagnostics(out)) == [layer.name for layer in LAYERS]
     facts = json.loads((out / "subspace.json").read_text())
-    assert facts == {**SubspaceParams().model_dump(), "dense": {}}
+    assert facts == {**SubspaceParams().model_dump(), "dense": {}, "methods": {}, "shared": False}
     for layer in LAYERS:
         left, right = basis(out, layer.name)
         rank = min(layer.outputs, layer.inputs)
@@ -252,3 +255,71 @@ def test_disk_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 2**26})())
     with pytest.raises(NotEnoughDisk, match="'subspace' needs"):
         run(tiny)
+
+
+def stacked(tiny: TinyCapture) -> dict[str, torch.Tensor]:
+    """W [Σ n, m] of every group."""
+    groups = {layer.group: [] for layer in LAYERS}
+    for layer in LAYERS:
+        groups[layer.group].append(tiny.weights[layer.name])
+    return {name: torch.cat(weights) for name, weights in groups.items()}
+
+
+def shared_basis(out: Path, group: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stacked left factors [Σ n, r] and the one right factor [r, m] of a group."""
+    lefts = [read_array(out / "bases", f"{layer.name}/left") for layer in LAYERS if layer.group == group]
+    return torch.cat(lefts).double(), read_array(out / "bases", f"{group}/right").double()
+
+
+@pytest.mark.parametrize("metric", WEIGHT_METRICS)
+def test_shared_factors_give_the_weights_and_predict_their_loss(tmp_path: Path, metric: str) -> None:
+    """tr(ΔWᵀ B ΔW A) of the stacked weight, B block-diagonal, equals the tail of σ² at every rank."""
+    tiny = make(tmp_path)
+    out = run(tiny, metric=metric, share_inputs=True, input_damping=0.2, output_damping=0.3)
+    facts = json.loads((out / "subspace.json").read_text())
+    assert facts["shared"] and facts["dense"] == {}
+    capture, factors = tiny.workspace.out("capture"), tiny.workspace.out("kronecker")
+    sources = subspace.MetricSources(subspace.Statistics(capture), factors, SubspaceParams(metric=metric))
+    for name, W in stacked(tiny).items():
+        group = [layer for layer in LAYERS if layer.group == name]
+        (left, right), sigma = shared_basis(out, name), spectrum(out, name)
+        assert len(right) == len(sigma) == min(W.shape)
+        torch.testing.assert_close(left @ right, W, rtol=1e-5, atol=1e-5)
+        A, blocks = subspace.stacked_metric([METRICS.lookup(metric)(sources, layer) for layer in group], group)
+        A = damped(A, 0.2, W.shape[1])
+        B = torch.block_diag(*(damped(block, 0.3, layer.outputs) for block, layer in zip(blocks, group)))
+        for rank in range(len(sigma)):
+            error = W - left[:, :rank] @ right[:rank]
+            loss = torch.trace(error.T @ B @ error @ A).item()
+            assert loss == pytest.approx(sigma[rank:].square().sum().item(), rel=1e-4)
+
+
+def test_a_group_of_one_layer_shares_nothing_new(tmp_path: Path) -> None:
+    tiny = make(tmp_path)
+    alone, shared = (run(tiny, metric="gfwsvd", share_inputs=share) for share in (False, True))
+    for name in ("block.up", "block.down"):
+        torch.testing.assert_close(spectrum(shared, name), spectrum(alone, name), rtol=1e-5, atol=0)
+
+
+def test_how_a_pair_is_scaled_does_not_matter_when_it_is_stacked() -> None:
+    generator = torch.Generator().manual_seed(0)
+    roots = [torch.randn(size, size, generator=generator).double() for size in (6, 5, 6, 3)]
+    A1, B1, A2, B2 = (root @ root.T for root in roots)
+    first = subspace.stacked_metric([(A1, B1), (A2, B2)], LAYERS[:2])
+    second = subspace.stacked_metric([(10 * A1, B1 / 10), (A2 / 7, 7 * B2)], LAYERS[:2])
+    torch.testing.assert_close(first[0], second[0])
+    for one, other in zip(first[1], second[1]):
+        torch.testing.assert_close(one, other)
+
+
+def test_stacked_layers_without_any_gradient_stay_dense(tmp_path: Path) -> None:
+    tiny = tiny_capture.random_tokens(tmp_path)
+    for name in ("block.q", "block.k"):
+        tiny.gradients[name].zero_()
+    prepare(tiny, "kfac")
+    for params in ({"share_inputs": True}, {"metric": "fasc"}):
+        out = run(tiny, **params)
+        facts = json.loads((out / "subspace.json").read_text())
+        assert list(facts["dense"]) == ["block.q"] and "gradient" in facts["dense"]["block.q"]
+        assert not spectrum(out, "block.q").numel() and spectrum(out, "block.up").numel()
+        assert "block.q/right" not in array_names(out / "bases")

@@ -53,22 +53,29 @@ def random_tokens(root: Path, sequences: int = 6, tokens: int = 7, seed: int = 0
     )
 
 
-def publish(tiny: TinyCapture, form: str = "sketch", rank: int = 8, shard: int = 2) -> Workspace:
-    """Write the published outputs; a sketch of rank 8 is exact for these layers."""
+def publish(tiny: TinyCapture, form: str = "sketch", rank: int = 8, shard: int = 2, tokens_kept: int = 0) -> Workspace:
+    """Write the published outputs; a sketch of rank 8 is exact for these layers. Of tokens the first are kept."""
     with _output(tiny.workspace, "prepare") as out:
         weights = {f"{layer.name}.weight": _stored(tiny, layer) for layer in tiny.layers}
         (out / "model").mkdir()
         save_file(weights, out / "model" / "model.safetensors")
     with _output(tiny.workspace, "capture") as out:
         sequences, tokens = next(iter(tiny.inputs.values())).shape[:2]
-        shards = _shards(sequences, shard) if form != "none" else {}
+        shards = _shards(sequences, shard) if form != "none" or tokens_kept else {}
         facts = {"sequences": sequences, "tokens": sequences * tokens, "sequence_length": tokens, "loss": 3.0}
-        facts |= {"gradients": form, "sketch_rank": rank, "skipped": [], "shards": list(shards)}
+        facts |= {
+            "tokens_per_sequence": tokens_kept,
+            "gradients": form,
+            "sketch_rank": rank,
+            "skipped": [],
+            "shards": list(shards),
+        }
         (out / "capture.json").write_text(json.dumps(facts, sort_keys=True))
         write_layers(out, tiny.layers)
         write_arrays(out / "statistics", _merged(_statistics(tiny, layer, form) for layer in tiny.layers))
         for name, rows in shards.items():
-            arrays = (_gradients(tiny.gradient(layer.name)[rows], layer, form, rank) for layer in tiny.layers)
+            arrays = [_gradients(tiny.gradient(layer.name)[rows], layer, form, rank) for layer in tiny.layers]
+            arrays += [_tokens(tiny, layer, rows, tokens_kept) for layer in tiny.layers if tokens_kept]
             write_arrays(out / "gradients" / name, _merged(arrays))
     return tiny.workspace
 
@@ -100,6 +107,8 @@ def _statistics(tiny: TinyCapture, layer: LinearLayer, form: str) -> dict[str, t
     arrays = {f"{layer.name}/output_gram": d.T @ d, f"{layer.name}/gradient_sum": G.sum(0)}
     if layer.group == layer.name:
         arrays |= {f"{layer.name}/input_gram": x.T @ x, f"{layer.name}/input_abs": x.abs().sum(0)}
+        g = input_gradients(tiny, layer.name).flatten(0, 1)
+        arrays |= {f"{layer.name}/gradient_gram": g.T @ g}
     if form != "none":
         arrays |= {
             f"{layer.name}/fisher_inputs": (G * G).sum((0, 1)),
@@ -108,8 +117,24 @@ def _statistics(tiny: TinyCapture, layer: LinearLayer, form: str) -> dict[str, t
     return {name: array.float() for name, array in arrays.items()}
 
 
+def input_gradients(tiny: TinyCapture, group: str) -> torch.Tensor:
+    """g = Σ_c W_cᵀ d_c [S, T, m] over the layers of a group."""
+    return sum(tiny.gradients[layer.name] @ tiny.weights[layer.name] for layer in tiny.layers if layer.group == group)
+
+
+def _tokens(tiny: TinyCapture, layer: LinearLayer, rows: slice, kept: int) -> dict[str, torch.Tensor]:
+    x, d = tiny.inputs[layer.name][rows, :kept].float(), tiny.gradients[layer.name][rows, :kept].float()
+    return {
+        f"{layer.group}/x": x,
+        f"{layer.name}/d": d,
+        "positions": torch.arange(kept).expand(len(x), kept).int().contiguous(),
+    }
+
+
 def _gradients(G: torch.Tensor, layer: LinearLayer, form: str, rank: int) -> dict[str, torch.Tensor]:
     norm = G.square().sum((1, 2))
+    if form == "none":
+        return {}
     if form == "exact":
         return {f"{layer.name}/gradient": G.float(), f"{layer.name}/norm": norm.float()}
     U, sigma, Vh = torch.linalg.svd(G, full_matrices=False)
