@@ -4,11 +4,15 @@ before any of them is imported; a value that the user has set stays.
 
 import os
 
-for variable, value in {
+DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # never pickle
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the stages speak for themselves; the API gets every log
-}.items():
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow each other ten times on a busy machine
+}
+
+for variable, value in DEFAULTS.items():
     os.environ.setdefault(variable, value)

@@ -3,10 +3,10 @@
 import argparse
 import errno
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         help="change params.yaml first, e.g. ranks.ratio=0.4",
     )
     run.add_argument("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage")
+    _add_engine_options(run)
     run.set_defaults(command=_run)
 
     stage = commands.add_parser("stage", help="run one stage in this process (what dvc.yaml calls)")
@@ -66,6 +67,34 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show which stages are up to date, interrupted or stale")
     status.set_defaults(command=_status)
     return parser
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Options that stand for variables of the environment; see `flows.settings`."""
+    engine = parser.add_argument_group(
+        "engine", "where work runs; the same as FISHERFOLD_ENGINE and so on; changes no result"
+    )
+    engine.add_argument("--engine", choices=("inline", "ray"), help="this process (default), or a Ray cluster")
+    engine.add_argument(
+        "--address", metavar="HOST:PORT", help="of a running Ray; without it, one of this host is started"
+    )
+    engine.add_argument("--num-cpus", metavar="N", help="cores of a unit (default: the stage's parameter `threads`)")
+    engine.add_argument("--num-gpus", metavar="N", help="GPUs of a unit (default: 0)")
+    engine.add_argument("--memory", metavar="BYTES", help="memory of a unit, such as 16GB")
+
+
+def _choose_engine(options: argparse.Namespace) -> None:
+    from flows.engines import require_engine
+    from flows.settings import read_settings, set_environment
+
+    set_environment(
+        engine=options.engine,
+        ray_address=options.address,
+        num_cpus=options.num_cpus,
+        num_gpus=options.num_gpus,
+        memory=options.memory,
+    )
+    require_engine(read_settings())
 
 
 def workspace_here() -> Workspace:
@@ -88,6 +117,7 @@ def _run(options: argparse.Namespace) -> int:
     from flows.overrides import overridden
     from flows.staleness import stale_reasons
 
+    _choose_engine(options)
     workspace = workspace_here()
     path = workspace.root / PARAMS_FILE
     if options.assignments:
@@ -105,23 +135,18 @@ def _run(options: argparse.Namespace) -> int:
 def _stage(options: argparse.Namespace) -> int:
     workspace = workspace_here()
     params = getattr(load_params(workspace.root / PARAMS_FILE), options.name)
-    _compute_deterministically()
+    from flows.engines import run_on_engine
+    from flows.settings import read_settings
+    from stages.determinism import compute_deterministically
     from stages.scratch import clear_scratch
 
+    settings = read_settings()
+    compute_deterministically()
     for earlier in STAGES[: STAGES.index(options.name)]:
         clear_scratch(workspace, earlier)  # their outputs are committed by now
-    importlib.import_module(f"stages.{options.name}").run(workspace, params)
+    stage = importlib.import_module(f"stages.{options.name}")
+    run_on_engine(options.name, partial(stage.run, workspace, params), settings, getattr(params, "threads", None))
     return 0
-
-
-def _compute_deterministically() -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
-
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def _status(_: argparse.Namespace) -> int:

@@ -1,7 +1,8 @@
 """The Prefect flow: one task a stage, each run through DVC.
 
 Prefect decides when and shows what happens; DVC decides what is stale. A stage that DVC calls up to date ends in state
-*Cached*. With no Prefect API configured, a temporary server on the loopback interface serves this run alone.
+*Cached*. With no Prefect API configured, a temporary server on the loopback interface serves this run alone. Processes of
+stages use the same API and, below this flow's run, the engine that the settings name.
 """
 
 import time
@@ -16,9 +17,12 @@ from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed
 
+from flows.api import prefect_api
 from flows.artifacts import StageProgress, announce_event, show_results
+from flows.engines import offer_cluster
 from flows.exclusive import exclusive
 from flows.overrides import override_params
+from flows.settings import read_settings, set_environment
 from flows.staleness import reproduce, stale_reasons, summary
 from flows.watch import Stopped
 from stages.errors import FisherfoldError
@@ -65,6 +69,7 @@ def run_stage(workspace: Workspace, stage: str) -> State:
         return _ended(workspace, stage, Completed(name="Cached", message=f"up to date, {_digest(workspace, stage)}"))
     _say(stage, f"runs: {summary(reasons)}")
     announce_event(workspace, stage, "started", summary(reasons))
+    offer_cluster(read_settings())
     try:
         status = reproduce(workspace, stage, StageView(stage))
     except Stopped:
@@ -104,6 +109,7 @@ def pipeline(workspace: Path, stages: list[StageName] = list(STAGES), overrides:
         ParameterError: an override is not valid.
     """
     place = Workspace(Path(workspace).resolve())
+    set_environment(flow_run=FlowRunContext.get().flow_run.id)
     with exclusive(place, lambda message: _say("fisherfold", message)):
         if overrides:
             override_params(place.root / "params.yaml", overrides)
@@ -122,7 +128,8 @@ def run_pipeline(workspace: Workspace, stages: Sequence[str], overrides: Sequenc
     Raises:
         FisherfoldError: the flow could not begin.
     """
-    state = pipeline(workspace.root, list(stages), list(overrides), return_state=True)
+    with prefect_api(read_settings().api_host):
+        state = pipeline(workspace.root, list(stages), list(overrides), return_state=True)
     if not state.is_completed():
         error = state.result(raise_on_failure=False)
         if isinstance(error, FisherfoldError):

@@ -10,7 +10,8 @@ One forward and backward pass per sequence gives, for every linear layer and in 
     x and d                            at t positions of each sequence, drawn by capture.seed
 
 A unit is a shard of sequences (times a slice of the layers, if capture.layers_per_pass bounds the sums in memory). Its sums
-are leaves of a fixed tree of sums, added up as they come, so neither memory nor the disk for sums grows with the sequences.
+are leaves of a fixed tree of sums, added up as soon as both terms are there, so neither memory nor the disk for sums grows
+with the sequences, and the bits depend neither on how many shards are in work at once nor on which of them ends first.
 
 Σ g gᵀ is the one quantity of FASC (METHODS: S_gg) that the others do not give: it holds the cross terms of q, k and v. As [m, m] of
 the shared input it is a quarter of those cross terms (gate with up alone are [n, n]), and the backward pass makes g anyway.
@@ -22,12 +23,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from stages.engine import Unit, current_engine
 from stages.errors import NumericalError
 from stages.layer_sums import GRADIENT_FORMS
 from stages.layers import LinearLayer, by_group, write_layers
 from stages.models import DTYPES
 from stages.params import CaptureParams
-from stages.progress import announce, track
+from stages.progress import announce
 from stages.scratch import Scratch
 from stages.shard import (
     FACTS_FILE,
@@ -72,24 +74,25 @@ def _capture(scratch: Scratch, model_folder: Path, table: Path, params: CaptureP
     sequences, length = read_sequences(table, vocabulary(model)).shape
     shards = -(-sequences // params.sequences_per_shard)
     slices = layer_slices(layers, params.layers_per_pass)
-    scratch.require_disk(disk_bytes(layers, params, sequences))
+    at_once = current_engine().slots
+    scratch.require_disk(disk_bytes(layers, params, sequences, at_once))
     announce("capture", f"{len(layers)} layers, {sequences} sequences of {length} tokens, {shards} shards")
-    steps = [(index, step) for index in range(len(slices)) for step in summation_tree(shards)]
-    for index, step in track("capture", "shards and their sums", steps, len(steps)):
-        _take_step(scratch, index, step, (model_folder, table, params))
+    steps = [(index, step) for index in range(len(slices)) for step in summation_tree(shards, at_once)]
+    source = (model_folder, table, params)
+    units = {_unit_name(index, step.part): _unit(scratch.units, index, step, source) for index, step in steps}
+    terms = {_unit_name(index, step.part): [_unit_name(index, term) for term in step.terms] for index, step in steps}
+    for name in scratch.run("shards and their sums", units):
+        for term in terms[name]:  # now part of this sum
+            scratch.drop(term, group_file(Path("statistics")).name)
     _publish(scratch, layers, params, length, [(index, steps[-1][1].part) for index in range(len(slices))])
 
 
-def _take_step(scratch: Scratch, index: int, step: Step, source: tuple[Path, Path, CaptureParams]) -> None:
-    """One step of the tree of one slice of layers: capture a shard, or add two parts and free them."""
-    unit = _unit_name(index, step.part)
+def _unit(folder: Path, index: int, step: Step, source: tuple[Path, Path, CaptureParams]) -> Unit:
+    """One step of the tree of one slice of layers: capture a shard, or add two parts."""
+    after = tuple(_unit_name(index, part) for part in step.after)
     if not step.terms:
-        scratch.map(None, capture_shard, {unit: (*source, step.part.first, index)})
-        return
-    terms = [_unit_name(index, part) for part in step.terms]
-    scratch.map(None, add_statistics, {unit: tuple(scratch.units / term for term in terms)})
-    for term in terms:
-        scratch.drop(term, group_file(Path("statistics")).name)
+        return Unit(capture_shard, (*source, step.part.first, index), after)
+    return Unit(add_statistics, tuple(folder / _unit_name(index, term) for term in step.terms), after)
 
 
 def _unit_name(index: int, part: Part) -> str:
@@ -102,12 +105,14 @@ def add_statistics(folder: Path, left: Path, right: Path) -> None:
     add_parts(folder / "statistics", left / "statistics", right / "statistics")
 
 
-def disk_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: int) -> int:
+def disk_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: int, at_once: int = 1) -> int:
     """Bytes that the stage holds at most: all gradients, and parts of the sums until they are added up.
+
+    W = `at_once` units are in work at a time.
 
         4 S Σ_layers [k (n + m) + 2]     sketches; 4 S Σ_layers [n m + 1] for exact gradients
         S t [b (Σ_groups m + Σ_layers n) + 4]     tokens of b bytes a number, and their positions
-        4 P [Σ_groups (m² + m) + Σ_layers (n² + n m + n + m)],   P = ⌊log₂ shards⌋ + 2 (1 for one shard)
+        4 P [Σ_groups (m² + m) + Σ_layers (n² + n m + n + m)],   P = ⌊log₂ shards⌋ + 2 W (1 for one shard)
 
     m² twice for a group of several layers, n m + n + m only if gradients are captured. Of several slices of layers, P counts for the largest and 1 for the others
     while they are captured, and everything is there twice when they are joined.
@@ -118,7 +123,7 @@ def disk_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: 
         4 * sum(_group_numbers(group, form is not None) for group in by_group(part).values())
         for part in layer_slices(layers, params.layers_per_pass)
     ]
-    parts = parts_at_once(-(-sequences // params.sequences_per_shard))
+    parts = parts_at_once(-(-sequences // params.sequences_per_shard), at_once)
     once = sequences * (of_sequence + _token_bytes(layers, params)) + sum(sums)
     return once + max((parts - 1) * max(sums), once if len(sums) > 1 else 0)
 

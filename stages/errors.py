@@ -27,3 +27,7 @@ class NotEnoughDisk(FisherfoldError):
 
 class NumericalError(FisherfoldError):
     """A quantity is not finite, or a decomposition cannot be trusted."""
+
+
+class EngineError(FisherfoldError):
+    """The engine, its cluster or the Prefect API cannot be used as asked."""

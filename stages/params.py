@@ -26,6 +26,12 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class ComputeBlock(Block):
+    """A block of a stage that adds up floats: their order, and so the last bits, depend on the number of threads."""
+
+    threads: Count = 2
+
+
 class PrepareParams(Block):
     model: str = "smollm2-135m-instruct"
     revision: str | None = None
@@ -42,7 +48,7 @@ class PrepareParams(Block):
     seed: int = 0
 
 
-class CaptureParams(Block):
+class CaptureParams(ComputeBlock):
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Count = 2
     sequences_per_shard: Count = 8
@@ -55,7 +61,7 @@ class CaptureParams(Block):
     seed: int = 0
 
 
-class KroneckerParams(Block):
+class KroneckerParams(ComputeBlock):
     estimator: str = "kfac"
     iterations: Count = 200
     tolerance: Annotated[float, Field(gt=0)] = 1e-4
@@ -73,7 +79,7 @@ class FascParams(Block):
     rho: Literal["rho_F", "rho_cca", "rho_kfac"] = "rho_kfac"
 
 
-class SubspaceParams(Block):
+class SubspaceParams(ComputeBlock):
     metric: str = "kfac"
     input_damping: Damping = 0.01
     output_damping: Damping = 0.1
@@ -104,7 +110,7 @@ class MeasuredParams(Block):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class RanksParams(Block):
+class RanksParams(ComputeBlock):
     ratio: Share = 0.2
     allocator: str = "fisher"
     storage: Literal["factors", "pivoted"] = "pivoted"
@@ -116,12 +122,12 @@ class RanksParams(Block):
     measured: MeasuredParams = MeasuredParams()
 
 
-class FactorizeParams(Block):
+class FactorizeParams(ComputeBlock):
     dtype: Dtype | None = None
     dense_export: bool = False
 
 
-class EvaluateParams(Block):
+class EvaluateParams(ComputeBlock):
     dtype: Dtype = "float32"
     batch_size: Count = 4
     tasks: list[str] = []

@@ -7,6 +7,9 @@
 
 The fingerprint covers all that determines the result: parameters, digests of the inputs, source text. `out` is kept
 until a later stage starts, because DVC deletes and hashes outputs itself and can be killed while it does.
+
+A unit is written where it is computed, perhaps on another host that shares the file system, into a folder of that attempt's
+own; it appears by a rename after its data is durable, and the process that holds the lock alone lists it.
 """
 
 import fcntl
@@ -14,20 +17,27 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 from pydantic import BaseModel
 
-from stages.errors import NotEnoughDisk, WorkspaceBusy
+from stages.determinism import computing_threads
+from stages.engine import Files, Unit, current_engine
+from stages.errors import EngineError, NotEnoughDisk, WorkspaceBusy
 from stages.progress import announce, track
 from stages.workspace import MANIFEST, Workspace, code_digest, describe_files, digest_json
 
 UNIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 SYNC_THREADS = 16
 DISK_RESERVE = 64 * 2**20  # bytes left free for everything else on the disk
+SIGHT_SECONDS = 60.0  # that a unit written on another host may take to appear here: file systems cache folders
 
 
 class Scratch:
@@ -48,6 +58,7 @@ class Scratch:
     def __init__(self, workspace: Workspace, stage: str, params: BaseModel, inputs: Mapping[str, str]) -> None:
         self.workspace = workspace
         self.stage = stage
+        self.threads = getattr(params, "threads", None)
         determined_by = {
             "stage": stage,
             "params": params.model_dump(mode="json"),
@@ -62,12 +73,17 @@ class Scratch:
 
     def __enter__(self) -> "Scratch":
         self.units.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_stage(self.workspace, self.stage)
-        self._finished = self._read_manifest()
+        with ExitStack() as stack:
+            stack.enter_context(lock_stage(self.workspace, self.stage))
+            stack.enter_context(computing_threads(self.threads))
+            for abandoned in self.units.glob(".*.partial"):
+                shutil.rmtree(abandoned, ignore_errors=True)
+            self._finished = self._read_manifest()
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._lock.close()
+        self._held.close()
 
     def require_disk(self, needed: int) -> None:
         """Refuse to start when `needed` bytes do not fit, less what finished units hold already.
@@ -83,20 +99,33 @@ class Scratch:
         )
         require_disk(self.folder, max(0, needed - held), self.stage)
 
-    def map(self, doing: str | None, work: Callable[..., None], units: Mapping[str, tuple]) -> dict[str, Path]:
+    def map(self, doing: str, work: Callable[..., None], units: Mapping[str, tuple]) -> dict[str, Path]:
         """Run `work(folder, *arguments)` for every unit that is not finished; return the folder of each unit.
 
-        `work` writes its result into the empty folder that it is given. Arguments are paths and small values. No
-        progress is shown if `doing` is None.
+        `work` writes its result into the empty folder that it is given. Arguments are paths and small values.
         """
-        pending = {name: arguments for name, arguments in units.items() if name not in self._finished}
-        if doing and len(pending) < len(units):
-            announce(self.stage, f"{doing}: {len(units) - len(pending)} of {len(units)} units are finished already")
-        items = pending.items()
-        for name, arguments in track(self.stage, doing, items, len(pending)) if doing else items:
-            with self.unit(name) as folder:
-                work(folder, *arguments)
+        for _ in self.run(doing, {name: Unit(work, arguments) for name, arguments in units.items()}):
+            pass
         return {name: self.units / name for name in units}
+
+    def run(self, doing: str, units: Mapping[str, Unit]) -> Iterator[str]:
+        """Run every unit that is not finished on the current engine; yield the name of each when it is listed.
+
+        Names of units that are finished already come first. See `Engine.run` for the order.
+
+        Raises:
+            EngineError: a unit that another host has written is not to be seen here.
+        """
+        for name in units:
+            _check_name(name)
+        pending = {name: unit for name, unit in units.items() if name not in self._finished}
+        if len(pending) < len(units):
+            announce(self.stage, f"{doing}: {len(units) - len(pending)} of {len(units)} units are finished already")
+        yield from [name for name in units if name in self._finished]
+        write = partial(write_unit, self.units, self.threads)
+        for name, files in track(self.stage, doing, current_engine().run(write, pending), len(pending)):
+            self._list(name, files)
+            yield name
 
     def done(self, name: str) -> bool:
         """Whether a unit is finished."""
@@ -105,15 +134,13 @@ class Scratch:
     @contextmanager
     def unit(self, name: str) -> Iterator[Path]:
         """An empty folder to write one unit into; it becomes durable, then listed, when the block ends well."""
-        if not UNIT_NAME.fullmatch(name):
-            raise ValueError(f"not a unit name: {name!r}")
-        partial = empty_folder(self.units / f"{name}.partial")
-        yield partial
-        files = describe_files(partial)
-        sync_tree(partial)
-        shutil.rmtree(self.units / name, ignore_errors=True)
-        partial.replace(self.units / name)
-        sync_folder(self.units)
+        _check_name(name)
+        attempt = attempt_folder(self.units, name)
+        yield attempt
+        self._list(name, finish_unit(attempt, self.units / name))
+
+    def _list(self, name: str, files: Files) -> None:
+        require_sight(self.units / name, files, self.stage)
         append_line(self._manifest, json.dumps({"unit": name, "files": files}, sort_keys=True))
         self._finished[name] = files
 
@@ -160,6 +187,65 @@ class Scratch:
                 break
             finished[entry["unit"]] = entry["files"]
         return finished
+
+
+def write_unit(units: Path, threads: int | None, name: str, unit: Unit) -> Files:
+    """Run one unit, here and now, into ``units/name``; return its files. Runs on whichever host the engine chose."""
+    attempt = attempt_folder(units, name)
+    try:
+        with computing_threads(threads):
+            unit.work(attempt, *unit.arguments)
+        return finish_unit(attempt, units / name)
+    except BaseException:
+        shutil.rmtree(attempt, ignore_errors=True)
+        raise
+
+
+def attempt_folder(units: Path, name: str) -> Path:
+    """An empty folder for one attempt at a unit: attempts on a host given up for lost may still be writing theirs."""
+    return empty_folder(units / f".{name}.{uuid4().hex}.partial")
+
+
+def finish_unit(attempt: Path, folder: Path) -> Files:
+    """Make what an attempt has written durable, then visible as `folder`; return its files."""
+    files = describe_files(attempt)
+    sync_tree(attempt)
+    try:
+        attempt.replace(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(attempt)  # an earlier attempt was faster, or was not listed before a kill: the same bits
+    sync_folder(folder.parent)
+    return files
+
+
+def require_sight(folder: Path, files: Files, stage: str) -> None:
+    """Wait until this host sees a finished unit in full.
+
+    Raises:
+        EngineError: it does not, so that the workers' file system is not this one.
+    """
+    deadline = time.monotonic() + SIGHT_SECONDS
+    while not all(_has_size(folder / name, file["bytes"]) for name, file in files.items()):
+        if time.monotonic() > deadline:
+            raise EngineError(
+                f"Stage {stage!r}: a worker has written unit {folder.name!r} and {folder} is not to be seen in full on "
+                f"{socket.gethostname()}. The project folder has to lie on a file system that all nodes share, under one path."
+            )
+        time.sleep(0.2)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except FileNotFoundError:
+        return False
+
+
+def _check_name(name: str) -> None:
+    if not UNIT_NAME.fullmatch(name):
+        raise ValueError(f"not a unit name: {name!r}")
 
 
 def scratch_folder(workspace: Workspace, stage: str) -> Path:

@@ -1,7 +1,8 @@
-"""Sums over shards along a tree that the number of shards alone determines, so that an interruption changes no bit.
+"""Sums over shards along a tree that the number of shards alone determines, so that neither an interruption nor the order in
+which shards end changes a bit.
 
-Equal subtrees are added as soon as both are there: of S shards, at most log2(S) + 1 parts wait at any time, and one more
-is being written.
+Equal subtrees are added as soon as both are there. Of S shards, one at a time, at most log2(S) + 1 parts wait, and one more
+is being written; shards in parallel run ahead of the tree by a bounded number, and so are the parts.
 """
 
 from collections.abc import Iterator
@@ -23,27 +24,40 @@ class Part(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One part to make: from its shard if `terms` is empty, else by adding them."""
+    """One part to make, when the parts of `after` have been made: from its shard if `terms` is empty, else by adding them."""
 
     part: Part
     terms: tuple[Part, ...]
+    after: tuple[Part, ...]
 
 
-def summation_tree(shards: int) -> Iterator[Step]:
-    """The steps that sum up `shards` shards, in order; the last one makes the whole."""
+def summation_tree(shards: int, at_once: int = 1) -> Iterator[Step]:
+    """The steps that sum up `shards` shards, in an order in which they can be made; the last one makes the whole.
+
+    A shard waits until all that are `shards_ahead(at_once)` or more before it are added up as far as the tree goes.
+    """
+    ahead = shards_ahead(at_once)
     waiting: list[Part] = []
+    added_up: list[tuple[Part, ...]] = []  # after each shard
     for shard in range(shards):
         waiting.append(Part(shard, shard))
-        yield Step(waiting[-1], ())
+        yield Step(waiting[-1], (), added_up[shard - ahead] if shard >= ahead else ())
         while len(waiting) > 1 and (waiting[-1].shards == waiting[-2].shards or shard == shards - 1):
             right, left = waiting.pop(), waiting.pop()
             waiting.append(Part(left.first, right.last))
-            yield Step(waiting[-1], (left, right))
+            yield Step(waiting[-1], (left, right), (left, right))
+        added_up.append(tuple(waiting))
 
 
-def parts_at_once(shards: int) -> int:
-    """The most parts that exist while the steps of `summation_tree` are done, with the one being written."""
-    return 1 if shards == 1 else shards.bit_length() + 1
+def shards_ahead(at_once: int) -> int:
+    """How many shards may be begun beyond those that are added up, so that `at_once` workers seldom wait: 2 W - 2, and at
+    least one."""
+    return max(1, 2 * at_once - 2)
+
+
+def parts_at_once(shards: int, at_once: int = 1) -> int:
+    """The most parts that exist while `at_once` steps at a time are made, with those being written: ⌊log₂ S⌋ + 2 W."""
+    return 1 if shards == 1 else shards.bit_length() - 1 + 2 * at_once
 
 
 def add_parts(folder: Path, left: Path, right: Path) -> None:

@@ -16,7 +16,7 @@ from stages.errors import CorruptArtifact
 
 MANIFEST = "manifest.json"
 CODE = Path(__file__).parent
-INFRASTRUCTURE = frozenset({"errors", "params", "progress", "registry", "scratch", "workspace"})
+INFRASTRUCTURE = frozenset({"engine", "errors", "params", "progress", "registry", "scratch", "workspace"})
 """Modules of this package that carry stages along but cannot change a number, so no result depends on their text."""
 
 

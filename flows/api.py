@@ -1,0 +1,121 @@
+"""One Prefect API for a run: the configured one, else a temporary server that ends with it."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_URL, temporary_settings
+
+from stages.errors import EngineError
+from stages.progress import announce
+
+START_SECONDS = 120.0
+DIE_WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 15); from uvicorn import main; main()"  # PR_SET_PDEATHSIG
+
+
+@contextmanager
+def prefect_api(host: str) -> Iterator[str]:
+    """The address of the Prefect API, which children of this process are told as well.
+
+    Args:
+        host: where a temporary server listens.
+
+    Raises:
+        EngineError: the configured API does not answer, or a temporary one does not start.
+    """
+    configured = PREFECT_API_URL.value()
+    if configured:
+        _require_answer(configured)
+        announce("fisherfold", f"Prefect API at {configured}")
+        yield configured
+        return
+    with _temporary_server(host) as url, temporary_settings({PREFECT_API_URL: url}), _exported("PREFECT_API_URL", url):
+        announce("fisherfold", f"Prefect API at {url}, for this run alone, on {_database()}")
+        yield url
+
+
+def _require_answer(url: str) -> None:
+    with get_client(sync_client=True) as client:
+        error = client.api_healthcheck()
+    if error is not None:
+        raise EngineError(
+            f"The Prefect API at {url} does not answer ({error}). Start it with `prefect server start`, correct PREFECT_API_URL, "
+            "or unset it to have a temporary one."
+        )
+
+
+@contextmanager
+def _temporary_server(host: str) -> Iterator[str]:
+    port = _free_port(host)
+    url = f"http://{host}:{port}/api"
+    where = ["--host", host, "--port", str(port), "--log-level", "error", "--lifespan", "on"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", DIE_WITH_PARENT, "--factory", "prefect.server.api.server:create_app", *where],
+        env={**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _await_health(process, url)
+        yield url
+        _send_what_waits()
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _send_what_waits() -> None:
+    """Prefect sends logs and events from threads of its own, in batches; what waits is sent before the server ends."""
+    for sender in (APILogWorker, EventsWorker):
+        sender.drain_all(timeout=5)
+
+
+def _await_health(process: subprocess.Popen, url: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/health").is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise EngineError(
+        f"A temporary Prefect API did not start at {url} (on {_database()}). Look at what `prefect server start` says, then "
+        "set PREFECT_API_URL to its address."
+    )
+
+
+def _free_port(host: str) -> int:
+    try:
+        with socket.create_server((host, 0)) as server:
+            return server.getsockname()[1]
+    except OSError as error:
+        raise EngineError(
+            f"FISHERFOLD_API_HOST={host}: this host cannot listen there ({error}). Give one of its addresses."
+        ) from None
+
+
+def _database() -> str:
+    url = str(PREFECT_API_DATABASE_CONNECTION_URL.value() or "")
+    return "PostgreSQL" if url.startswith("postgresql") else "SQLite"
+
+
+@contextmanager
+def _exported(variable: str, value: str) -> Iterator[None]:
+    before = os.environ.get(variable)
+    os.environ[variable] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(variable) if before is None else os.environ.update({variable: before})

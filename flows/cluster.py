@@ -1,0 +1,48 @@
+"""The Ray cluster of a run: one of this host alone, or one that is running already."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from flows import DEFAULTS
+from flows.settings import Settings
+from stages.errors import EngineError
+
+HERE = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}  # nothing of it can be reached from outside
+PASSED_ON = (*DEFAULTS, "PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "FISHERFOLD_DEVICE")
+
+
+def start_here() -> str:
+    """Start a Ray of this host alone, which ends with this process; its address."""
+    _join(**HERE)
+    return ray.get_runtime_context().gcs_address
+
+
+@contextmanager
+def joined_cluster(settings: Settings) -> Iterator[None]:
+    """Inside, this process belongs to the cluster at `settings.ray_address`, or to a Ray of this host alone.
+
+    Workers get the settings of this run and the address of its Prefect API.
+
+    Raises:
+        EngineError: the cluster does not answer or runs other versions.
+    """
+    where = {"address": settings.ray_address} if settings.ray_address else HERE
+    variables = {name: value for name, value in os.environ.items() if name in PASSED_ON}
+    try:
+        _join(**where, runtime_env={"env_vars": variables})
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        raise EngineError(
+            f"The Ray cluster at {settings.ray_address or 'this host'} cannot be used: {error}. Look at `ray status "
+            "--address HOST:PORT`, and let `fisherfold doctor` look for the cause."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join(**options: object) -> None:
+    ray.init(**options, namespace="fisherfold", log_to_driver=False, logging_level="ERROR")
