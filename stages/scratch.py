@@ -197,13 +197,13 @@ def write_unit(units: Path, threads: int | None, name: str, unit: Unit) -> Files
             unit.work(attempt, *unit.arguments)
         return finish_unit(attempt, units / name)
     except BaseException:
-        shutil.rmtree(attempt, ignore_errors=True)
+        shutil.rmtree(attempt.parent, ignore_errors=True)
         raise
 
 
 def attempt_folder(units: Path, name: str) -> Path:
-    """An empty folder for one attempt at a unit: attempts on a host given up for lost may still be writing theirs."""
-    return empty_folder(units / f".{name}.{uuid4().hex}.partial")
+    """An empty folder called `name` for one attempt at a unit: one on a host given up for lost may still write its own."""
+    return empty_folder(units / f".{uuid4().hex}.partial" / name)
 
 
 def finish_unit(attempt: Path, folder: Path) -> Files:
@@ -215,7 +215,8 @@ def finish_unit(attempt: Path, folder: Path) -> Files:
     except OSError:
         if not folder.is_dir():
             raise
-        shutil.rmtree(attempt)  # an earlier attempt was faster, or was not listed before a kill: the same bits
+        # else an earlier attempt was faster, or was not listed before a kill: the same bits
+    shutil.rmtree(attempt.parent)
     sync_folder(folder.parent)
     return files
 
