@@ -179,12 +179,19 @@ class _Batch:
 
 @task(task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False, result_serializer="json", log_prints=True)
 def run_unit(write: Callable[[str, Unit], Files], name: str, unit: Unit) -> Files:
-    """Run one unit on a worker; the process keeps what it has loaded for its next units."""
-    _prepare_worker()
+    """Run one unit on a worker."""
+    return work_on(write, name, unit)  # Prefect ships this function's text, and imports that one
+
+
+def work_on(write: Callable[[str, Unit], Files], name: str, unit: Unit) -> Files:
+    """Write one unit in this worker process, which keeps what it has loaded for its next units."""
+    _prepare_process()
     return write(name, unit)
 
 
-_prepare_worker = cache(compute_deterministically)
+@cache
+def _prepare_process() -> None:
+    compute_deterministically()
 
 
 def _tell(task_run: UUID, state: State) -> None:
