@@ -66,6 +66,17 @@ def _parser() -> argparse.ArgumentParser:
 
     status = commands.add_parser("status", help="show which stages are up to date, interrupted or stale")
     status.set_defaults(command=_status)
+    store = commands.add_parser("store", help="look after what FISHERFOLD_STORE holds of this project")
+    actions = store.add_subparsers(required=True)
+    check = actions.add_parser("check", help="is every object that artifacts/ names there in full?")
+    check.set_defaults(command=_check_store)
+    clean = actions.add_parser("gc", help="list objects that neither artifacts/ nor DVC's cache names, or delete them")
+    clean.add_argument("--delete", action="store_true", help="delete them for good")
+    clean.add_argument("--days", type=float, default=7, help="leave what is younger (default: 7)")
+    clean.add_argument(
+        "--project", type=Path, action="append", default=[], help="another project that shares the prefix"
+    )
+    clean.set_defaults(command=_clean_store)
     return parser
 
 
@@ -154,6 +165,18 @@ def _status(_: argparse.Namespace) -> int:
 
     print_status(workspace_here())
     return 0
+
+
+def _check_store(_: argparse.Namespace) -> int:
+    from flows.storage import check_store
+
+    return check_store(workspace_here())
+
+
+def _clean_store(options: argparse.Namespace) -> int:
+    from flows.storage import clean_store
+
+    return clean_store([workspace_here(), *map(Workspace, options.project)], options.days, options.delete)
 
 
 if __name__ == "__main__":

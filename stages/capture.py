@@ -28,6 +28,7 @@ from stages.errors import NumericalError
 from stages.layer_sums import GRADIENT_FORMS
 from stages.layers import LinearLayer, by_group, write_layers
 from stages.models import DTYPES
+from stages.objects import store_url
 from stages.params import CaptureParams
 from stages.progress import announce
 from stages.scratch import Scratch
@@ -114,8 +115,9 @@ def disk_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: 
         S t [b (Σ_groups m + Σ_layers n) + 4]     tokens of b bytes a number, and their positions
         4 P [Σ_groups (m² + m) + Σ_layers (n² + n m + n + m)],   P = ⌊log₂ shards⌋ + 2 W (1 for one shard)
 
-    m² twice for a group of several layers, n m + n + m only if gradients are captured. Of several slices of layers, P counts for the largest and 1 for the others
-    while they are captured, and everything is there twice when they are joined.
+    m² twice for a group of several layers, n m + n + m only if gradients are captured. Of several slices of layers, P counts for the
+    largest and 1 for the others while they are captured, and everything is there twice when they are joined. With shared storage,
+    S is that of W shards and only the sums are joined here.
     """
     form = GRADIENT_FORMS.lookup(params.gradients)
     of_sequence = numbers_bytes(gradient_shapes(layers, form, params.sketch_rank)) if form else 0
@@ -124,8 +126,10 @@ def disk_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: 
         for part in layer_slices(layers, params.layers_per_pass)
     ]
     parts = parts_at_once(-(-sequences // params.sequences_per_shard), at_once)
-    once = sequences * (of_sequence + _token_bytes(layers, params)) + sum(sums)
-    return once + max((parts - 1) * max(sums), once if len(sums) > 1 else 0)
+    here = min(sequences, at_once * params.sequences_per_shard) if store_url() else sequences
+    gradients = here * (of_sequence + _token_bytes(layers, params))
+    joined = sum(sums) + (0 if store_url() else gradients)
+    return gradients + sum(sums) + max((parts - 1) * max(sums), joined if len(sums) > 1 else 0)
 
 
 def _token_bytes(layers: Sequence[LinearLayer], params: CaptureParams) -> int:

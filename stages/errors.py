@@ -25,6 +25,10 @@ class NotEnoughDisk(FisherfoldError):
     """A stage would not fit on the disk."""
 
 
+class StoreError(FisherfoldError):
+    """Shared storage cannot be used as set, or stays unreachable."""
+
+
 class NumericalError(FisherfoldError):
     """A quantity is not finite, or a decomposition cannot be trusted."""
 

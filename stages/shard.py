@@ -18,7 +18,7 @@ from stages.layers import LinearLayer, by_group, find_layers, forward_hooks, lin
 from stages.models import DTYPES, load_model
 from stages.params import CaptureParams
 from stages.progress import track_lines
-from stages.store import GroupWriter, RowWriter, write_arrays
+from stages.store import GroupWriter, RowWriter, offload_group, write_arrays
 from stages.tables import read_sequences, read_table
 from stages.token_sample import sample_positions
 
@@ -60,10 +60,11 @@ def layer_slices(layers: Sequence[LinearLayer], layers_per_pass: int | None) -> 
 def capture_shard(folder: Path, model_folder: Path, table: Path, params: CaptureParams, shard: int, part: int) -> None:
     """Unit of work: sums over the sequences of one shard and their gradients, for one slice of the layers.
 
-    Writes statistics/, gradients/ (with the sampled tokens) and shard.json: the losses, the sequences left out and the layers
-    that no gradient came to. The first slice writes the sampled positions, which are those of all.
+    Writes statistics/, gradients/ (with the sampled tokens; to shared storage if that is set) and shard.json: the losses, the
+    sequences left out and the layers that no gradient came to. The first slice writes the sampled positions, which are those of all.
 
     Raises:
+        StoreError: shared storage is set and cannot be used.
         NumericalError: a sequence's loss or gradient is not finite, and capture.skip_nonfinite is off.
         InputError: the table does not fit the model, see `read_sequences`; or see `ModelSums.add`.
     """
@@ -87,6 +88,7 @@ def capture_shard(folder: Path, model_folder: Path, table: Path, params: Capture
         if not params.skip_nonfinite:
             raise NumericalError(_explain(table, {first + s: where for s, where in found.items()}))
     write_arrays(folder / "statistics", sums.arrays())
+    offload_group(folder / "gradients")
     skipped = [{"sequence": first + s, "where": left_out[s]} for s in sorted(left_out)]
     facts = {"losses": losses, "skipped": skipped, "unreached": sums.unreached()}
     (folder / FACTS_FILE).write_text(json.dumps(facts, sort_keys=True))

@@ -13,7 +13,7 @@ import torch
 
 from stages.errors import CorruptArtifact, InputError
 from stages.layers import LinearLayer, read_layers
-from stages.store import read_array
+from stages.store import read_array, read_in_turn
 
 FACTS_FILE = "capture.json"
 SHARD_NAME = re.compile(r"shard-\d{5,}")
@@ -100,8 +100,7 @@ class Statistics:
     def gradient_shards(self, layer: LinearLayer) -> Iterator[tuple[torch.Tensor, ...]]:
         """The gradients of each shard of S' sequences: (left [S', n, k], right [S', m, k]), or (gradient [S', n, m],)."""
         kinds = ("gradient",) if self.facts["gradients"] == "exact" else ("left", "right")
-        for shard in self._gradient_shards():
-            yield tuple(read_array(shard, f"{layer.name}/{kind}") for kind in kinds)
+        yield from read_in_turn(self._gradient_shards(), [f"{layer.name}/{kind}" for kind in kinds])
 
     def token_shards(self, layer: LinearLayer) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """The sampled tokens of each shard of S' sequences: x [S', t, m], d [S', t, n] and their positions [S', t].
@@ -112,9 +111,8 @@ class Statistics:
             raise InputError(
                 f"{self.folder} holds no tokens: capture.tokens_per_sequence is 0. Set it to 16, say; more is more precise."
             )
-        for shard in self._shards():
-            x, d = read_array(shard, f"{layer.group}/x"), read_array(shard, f"{layer.name}/d")
-            yield x.float(), d.float(), read_array(shard, "positions").long()
+        for x, d, positions in read_in_turn(self._shards(), [f"{layer.group}/x", f"{layer.name}/d", "positions"]):
+            yield x.float(), d.float(), positions.long()
 
     def gradient_norms(self, layer: LinearLayer) -> torch.Tensor:
         """‖G_s‖² [S]."""

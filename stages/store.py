@@ -4,13 +4,16 @@ A group is a Zarr 3 hierarchy in an uncompressed zip file, which zarr opens as a
 one file to hash, link, check and list. Callers name it without its suffix. It has one writer and is never changed. A missing chunk reads as
 zeros without an error, so completeness is the manifest's business (``workspace.verify_output``); a changed bit fails the checksum
 here. bfloat16 is stored as uint16 with an attribute.
+
+A finished group may move to shared storage (stages/objects.py): a pointer then lies in the place of its file, and readers see no difference.
 """
 
 import json
 import math
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,9 +21,13 @@ import google_crc32c
 import numpy as np
 import torch
 import zarr
+from zarr.abc.store import Store
 from zarr.storage import ZipStore
 
-from stages.errors import CorruptArtifact
+from stages.errors import CorruptArtifact, StoreError
+from stages.object_group import ObjectGroup
+from stages.objects import SETTING, store_url, upload
+from stages.pointers import pointer_file, read_pointer, write_pointer
 from stages.scratch import link_or_copy
 
 SUFFIX = ".zarr.zip"
@@ -218,11 +225,19 @@ class GroupSize(GroupWriter):
 
 def array_names(group: Path) -> list[str]:
     """The names of all arrays of a group, sorted."""
-    with zipfile.ZipFile(group_file(group)) as file:
-        nodes = [name for name in file.namelist() if name.endswith(f"/{METADATA}")]
-        return sorted(
-            name.removesuffix(f"/{METADATA}") for name in nodes if json.loads(file.read(name))["node_type"] == "array"
-        )
+    nodes = {name: content for name, content in _read_metadata(group) if json.loads(content)["node_type"] == "array"}
+    return sorted(nodes)
+
+
+def _read_metadata(group: Path) -> Iterator[tuple[str, bytes]]:
+    """Every node of a group but its root, with its metadata."""
+    path, end = group_file(group), f"/{METADATA}"
+    if not path.exists() and pointer_file(path).exists():
+        stored = _open_group(group)
+        yield from ((key.removesuffix(end), stored.read(key)) for key in stored.entries if key.endswith(end))
+        return
+    with zipfile.ZipFile(path) as file:
+        yield from ((key.removesuffix(end), file.read(key)) for key in file.namelist() if key.endswith(end))
 
 
 def read_array(group: Path, name: str, where: object = ...) -> torch.Tensor:
@@ -230,11 +245,12 @@ def read_array(group: Path, name: str, where: object = ...) -> torch.Tensor:
 
     Raises:
         CorruptArtifact: there is no such group or array, or a chunk fails its checksum.
+        StoreError: the group lies on shared storage that cannot be used.
     """
     _check_name(name)
     path = group_file(group)
     try:
-        array = zarr.open_array(store=_open_group(path, path.stat().st_mtime_ns), path=name, mode="r")
+        array = zarr.open_array(store=_open_group(group), path=name, mode="r")
         values = torch.from_numpy(np.asarray(array[where], order="C"))
     except (KeyError, FileNotFoundError):
         raise CorruptArtifact(f"{path} holds no array {name!r}. Write it again with `dvc repro --force`.") from None
@@ -245,20 +261,74 @@ def read_array(group: Path, name: str, where: object = ...) -> torch.Tensor:
     return values.view(torch.bfloat16) if array.attrs.get("dtype") == "bfloat16" else values
 
 
+def read_in_turn(groups: Sequence[Path], names: Sequence[str]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The arrays `names` of each group, one group in memory; of groups on shared storage, the next one is fetched meanwhile.
+
+    Raises:
+        CorruptArtifact, StoreError: see `read_array`.
+    """
+    if not any(pointer_file(group_file(group)).exists() for group in groups):
+        yield from (tuple(read_array(group, name) for name in names) for group in groups)
+        return
+    with ThreadPoolExecutor(2 * len(names)) as pool:
+        ahead: list[Future] = []
+        for group in groups:
+            waiting, ahead = ahead, [pool.submit(read_array, group, name) for name in names]
+            if waiting:
+                yield tuple(array.result() for array in waiting)
+                del waiting
+        yield tuple(array.result() for array in ahead)
+
+
+def _open_group(group: Path) -> Store:
+    path = group_file(group)
+    if path.exists():
+        return _open_file(path, path.stat().st_mtime_ns)
+    pointer = pointer_file(path)
+    return _open_objects(pointer, pointer.stat().st_mtime_ns)
+
+
 @lru_cache(maxsize=32)
-def _open_group(path: Path, modified: int) -> ZipStore:
+def _open_file(path: Path, modified: int) -> ZipStore:
     """The open file of a group; its list of entries is read once."""
     return ZipStore(path, mode="r", read_only=True)
 
 
+@lru_cache(maxsize=256)
+def _open_objects(pointer: Path, modified: int) -> ObjectGroup:
+    """A group on shared storage; its list of entries is read once. No file stays open, so more of them may be kept."""
+    return ObjectGroup(pointer)
+
+
 def close_groups() -> None:
     """Close every file that `read_array` keeps open: a removed file holds its disk until then."""
-    _open_group.cache_clear()
+    _open_file.cache_clear()
+
+
+def offload_group(group: Path) -> None:
+    """Move a finished group to shared storage if that is set: one object, and a pointer in the place of the file.
+
+    Raises:
+        StoreError: the storage refuses it or stays unreachable; the file stays where it is.
+    """
+    path = group_file(group)
+    if store_url() and path.exists():
+        write_pointer(path, [upload(path, SUFFIX)])
+        path.unlink()
 
 
 def gather_groups(target: Path, groups: Iterable[Path]) -> None:
-    """Make one group of several that hold different arrays (one alone is linked); groups of no array, no file, are passed over."""
-    found = [group for group in groups if group_file(group).exists()]
+    """Make one group of several that hold different arrays (one alone is linked); groups of no array, no file, are passed over.
+
+    If one of them lies on shared storage, all go there, and the target is a pointer to all their objects.
+
+    Raises:
+        StoreError: some lie on shared storage, others do not, and it is not set.
+    """
+    found = [group for group in groups if any(path.exists() for path in _places(group))]
+    if any(pointer_file(group_file(group)).exists() for group in found):
+        _gather_objects(target, found)
+        return
     if len(found) == 1:
         target.parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(group_file(found[0]), group_file(target))
@@ -266,6 +336,22 @@ def gather_groups(target: Path, groups: Iterable[Path]) -> None:
     with GroupWriter(target) as writer:
         for group in found:
             writer.copy(group)
+
+
+def _places(group: Path) -> tuple[Path, Path]:
+    return group_file(group), pointer_file(group_file(group))
+
+
+def _gather_objects(target: Path, groups: Iterable[Path]) -> None:
+    objects = []
+    for group in groups:
+        offload_group(group)  # a run that goes on with the setting changed has both
+        path, pointer = _places(group)
+        if not pointer.exists():
+            raise StoreError(f"{path} is not on shared storage, though other parts are. Set {SETTING} again and go on.")
+        objects += read_pointer(pointer)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_pointer(group_file(target), objects)
 
 
 def _to_numpy(tensor: torch.Tensor) -> tuple[np.ndarray, dict]:

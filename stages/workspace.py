@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from stages import pointers
 from stages.errors import CorruptArtifact
 
 MANIFEST = "manifest.json"
 CODE = Path(__file__).parent
-INFRASTRUCTURE = frozenset({"engine", "errors", "params", "progress", "registry", "scratch", "workspace"})
+INFRASTRUCTURE = frozenset(
+    {"engine", "errors", "object_group", "objects", "params", "pointers", "progress", "registry", "scratch", "workspace"}
+)
 """Modules of this package that carry stages along but cannot change a number, so no result depends on their text."""
 
 
@@ -67,19 +70,28 @@ def read_manifest(folder: Path) -> dict:
 def verify_output(folder: Path, prefix: str = "") -> str:
     """Check that every listed file below `prefix` is there in full, and return the digest of that part.
 
-    Sizes are compared, not contents: a flipped bit is caught by the checksum of the array when it is read.
+    Sizes are compared, not contents: a flipped bit is caught by the checksum of the array when it is read. A pointer must
+    name what the manifest lists; the object itself is not asked for.
 
     Raises:
-        CorruptArtifact: a file is missing or has another size.
+        CorruptArtifact: a file is missing or has another size, or a pointer names another file.
     """
     files = {name: entry for name, entry in read_manifest(folder)["files"].items() if name.startswith(prefix)}
     for name, entry in files.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != entry["bytes"]:
-            state = "is missing" if found is None else f"has {found} bytes instead of {entry['bytes']}"
-            raise CorruptArtifact(f"{path} {state}. {_cure(folder)}")
+        if state := _fault(folder / name, entry):
+            raise CorruptArtifact(f"{folder / name} {state}. {_cure(folder)}")
     return digest_json(files)
+
+
+def _fault(path: Path, entry: dict) -> str | None:
+    """What is wrong with a file that a manifest lists, by its size or its pointer; None if nothing is."""
+    pointer = pointers.pointer_file(path)
+    if path.is_file():
+        found = path.stat().st_size
+        return None if found == entry["bytes"] else f"has {found} bytes instead of {entry['bytes']}"
+    if not pointer.exists():
+        return "is missing"
+    return None if pointers.describe_pointer(pointer) == entry else f"is another one by {pointer.name}"
 
 
 def _cure(folder: Path) -> str:
@@ -105,15 +117,20 @@ def digest_json(value: object) -> str:
 
 
 def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict]:
-    """Size and SHA-256 of every file below `folder` (or of `names`), by relative path, sorted."""
+    """Size and SHA-256 of every file below `folder` (or of `names`), by relative path, sorted; a pointer is listed as its file."""
     found = (
         names
         if names is not None
         else (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     )
-    return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": digest_file(folder / name)} for name in sorted(found)
-    }
+    return dict(_describe_file(folder, name) for name in sorted(found))
+
+
+def _describe_file(folder: Path, name: str) -> tuple[str, dict]:
+    path = folder / name
+    if name.endswith(pointers.SUFFIX):
+        return name.removesuffix(pointers.SUFFIX), pointers.describe_pointer(path)
+    return name, {"bytes": path.stat().st_size, "sha256": digest_file(path)}
 
 
 @cache

@@ -1,0 +1,177 @@
+"""Reading gradient shards from shared storage against reading them from local files: MB/s, and requests a layer.
+
+    python benchmarks/store.py            # shards of 32 MB
+    python benchmarks/store.py --quick    # shards of 8 MB
+
+The storage is moto's S3 server on the loopback interface, in a process of its own. It is no measure of a real one: for each
+range request it copies the whole object. Its own speed, for the same ranges fetched by a bare HTTP client with nothing checked, is therefore
+measured beside it; the figure is the share of that speed that reading through a pointer reaches. Requests do not depend on the server;
+what they cost at a distance is shown with LATENCY added to each, as the next stage reads: a layer of one shard after another, the
+next one fetched ahead.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.request import urlopen
+
+import torch
+
+from stages import object_group, store
+from stages.store import GroupWriter, RowWriter, group_file, offload_group, read_array
+
+TARGET = 0.4
+LATENCY = 0.03  # seconds
+LAYERS, SEQUENCES, OUTPUTS, INPUTS = 24, 8, 576, 1536
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+def write_shard(group: Path, rank: int, seed: int) -> list[str]:
+    """A shard as stage `capture` writes it; the names of its arrays, in the order in which the next stage reads them."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {}
+    for layer in range(LAYERS):
+        shapes[f"layers.{layer}/left"] = (SEQUENCES, OUTPUTS, rank)
+        shapes[f"layers.{layer}/right"] = (SEQUENCES, INPUTS, rank)
+    with GroupWriter(group) as writer:
+        rows = RowWriter(writer, shapes, SEQUENCES)
+        for name, shape in shapes.items():
+            rows.append(name, torch.randn(shape, generator=generator))
+        for layer in range(LAYERS):
+            writer.write(f"layers.{layer}/norm", torch.randn(SEQUENCES, generator=generator))
+    return list(shapes)
+
+
+def watched(read: Callable, ranges: list, latency: float = 0.0) -> Callable:
+    """`read_range`, noting what it is asked for, after a delay."""
+
+    def note(url: str, start: int, stop: int) -> bytes:
+        ranges.append((url, start, stop))
+        time.sleep(latency)
+        return read(url, start, stop)
+
+    return note
+
+
+def read_all(groups: list[Path], names: list[str], ahead: bool = False) -> float:
+    """Seconds to read every array of every shard, layer by layer."""
+    store.close_groups()
+    start = time.perf_counter()
+    for left, right in zip(names[::2], names[1::2]):
+        if ahead:
+            for _ in store.read_in_turn(groups, [left, right]):
+                pass
+        else:
+            for group in groups:
+                read_array(group, left), read_array(group, right)
+    return time.perf_counter() - start
+
+
+def fetch_bare(endpoint: str, ranges: list[tuple[str, int, int]]) -> float:
+    """Seconds to fetch the same ranges over one connection, one after another, with nothing checked."""
+    connection = HTTPConnection(endpoint.removeprefix("http://"))
+    start = time.perf_counter()
+    for url, first, stop in ranges:
+        connection.request("GET", "/" + url.removeprefix("s3://"), headers={"Range": f"bytes={first}-{stop - 1}"})
+        connection.getresponse().read()
+    return time.perf_counter() - start
+
+
+def serve() -> tuple[subprocess.Popen, str]:
+    """moto's server in a process of its own, and its address."""
+    code = (
+        "import sys, time; from moto.server import ThreadedMotoServer; s = ThreadedMotoServer('127.0.0.1', 0, verbose=False);"
+        "s.start(); print(s.get_host_and_port()[1], flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    endpoint = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+    with urlopen(f"{endpoint}/moto-api/"):
+        return process, endpoint
+
+
+def measure(folder: Path, endpoint: str, rank: int, shards: int, repeats: int) -> dict[str, float]:
+    """Medians in seconds, and the requests of a layer."""
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket="bench")
+    local = [folder / "local" / f"shard-{shard:05d}" for shard in range(shards)]
+    remote = [folder / "remote" / f"shard-{shard:05d}" for shard in range(shards)]
+    for shard in range(shards):
+        for group in (local[shard], remote[shard]):
+            names = write_shard(group, rank, shard)
+    size = sum(group_file(group).stat().st_size for group in local)
+    start = time.perf_counter()
+    for group in remote:
+        offload_group(group)
+    upload = time.perf_counter() - start
+    ranges: list[tuple[str, int, int]] = []
+    read = object_group.read_range
+    object_group.read_range = watched(read, ranges)
+    read_all(remote, names)
+    of_layers = [place for place in ranges if place[2] - place[1] > object_group.READ_AHEAD]
+    object_group.read_range = read
+    times: dict[str, list[float]] = {"local": [], "remote": [], "bare": []}
+    for _ in range(repeats):
+        times["local"].append(read_all(local, names))
+        times["bare"].append(fetch_bare(endpoint, ranges))
+        times["remote"].append(read_all(remote, names))
+    object_group.read_range = watched(read, [], LATENCY)
+    times |= {"far": [read_all(remote, names)], "far, ahead": [read_all(remote, names, ahead=True)]}
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        **medians,
+        "upload": upload,
+        "MB": size / 1e6,
+        "per layer": len(of_layers) / (LAYERS * shards),
+        "to open": (len(ranges) - len(of_layers)) / shards + 1,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small shards, under a minute")
+    options = parser.parse_args()
+    process, endpoint = serve()
+    os.environ.update(ENVIRONMENT, AWS_ENDPOINT_URL=endpoint, FISHERFOLD_STORE="s3://bench/shards")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(Path(folder), endpoint, 5 if options.quick else 20, 2, 3 if options.quick else 5)
+    finally:
+        process.communicate("")
+    print(f"{'':34} seconds     MB/s")
+    for name, text in (
+        ("local", "local files"),
+        ("bare", "same ranges, bare HTTP client"),
+        ("remote", "through pointers"),
+        ("far", f"the same, {1000 * LATENCY:.0f} ms more a request"),
+        ("far, ahead", "the same, next shard ahead"),
+        ("upload", "upload (hashed, size compared)"),
+    ):
+        print(f"{text:34} {found[name]:7.3f}  {found['MB'] / found[name]:7.0f}")
+    print(
+        f"requests: {found['per layer']:.1f} a layer and shard (left and right), {found['to open']:.1f} to open a shard"
+    )
+    share = found["bare"] / found["remote"]
+    print(f"local files are {found['remote'] / found['local']:.1f} times as fast as this server")
+    figure = {"figure": "reading a shard from S3: share of the server's own speed", "value": round(share, 3)}
+    print(json.dumps({**figure, "unit": "ratio", "target": TARGET, "holds": share >= TARGET}))
+
+
+if __name__ == "__main__":
+    main()
