@@ -32,7 +32,7 @@ from stages.determinism import computing_threads
 from stages.engine import Files, Unit, current_engine
 from stages.errors import EngineError, NotEnoughDisk, WorkspaceBusy
 from stages.progress import announce, track
-from stages.workspace import MANIFEST, Workspace, code_digest, describe_files, digest_json
+from stages.workspace import MANIFEST, Workspace, code_digest, describe_files, digest_json, file_fault
 
 UNIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 SYNC_THREADS = 16
@@ -228,20 +228,13 @@ def require_sight(folder: Path, files: Files, stage: str) -> None:
         EngineError: it does not, so that the workers' file system is not this one.
     """
     deadline = time.monotonic() + SIGHT_SECONDS
-    while not all(_has_size(folder / name, file["bytes"]) for name, file in files.items()):
+    while any(file_fault(folder / name, file) for name, file in files.items()):
         if time.monotonic() > deadline:
             raise EngineError(
                 f"Stage {stage!r}: a worker has written unit {folder.name!r} and {folder} is not to be seen in full on "
                 f"{socket.gethostname()}. The project folder has to lie on a file system that all nodes share, under one path."
             )
         time.sleep(0.2)
-
-
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except FileNotFoundError:
-        return False
 
 
 def _check_name(name: str) -> None:

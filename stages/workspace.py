@@ -18,7 +18,18 @@ from stages.errors import CorruptArtifact
 MANIFEST = "manifest.json"
 CODE = Path(__file__).parent
 INFRASTRUCTURE = frozenset(
-    {"engine", "errors", "object_group", "objects", "params", "pointers", "progress", "registry", "scratch", "workspace"}
+    {
+        "engine",
+        "errors",
+        "object_group",
+        "objects",
+        "params",
+        "pointers",
+        "progress",
+        "registry",
+        "scratch",
+        "workspace",
+    }
 )
 """Modules of this package that carry stages along but cannot change a number, so no result depends on their text."""
 
@@ -78,13 +89,13 @@ def verify_output(folder: Path, prefix: str = "") -> str:
     """
     files = {name: entry for name, entry in read_manifest(folder)["files"].items() if name.startswith(prefix)}
     for name, entry in files.items():
-        if state := _fault(folder / name, entry):
+        if state := file_fault(folder / name, entry):
             raise CorruptArtifact(f"{folder / name} {state}. {_cure(folder)}")
     return digest_json(files)
 
 
-def _fault(path: Path, entry: dict) -> str | None:
-    """What is wrong with a file that a manifest lists, by its size or its pointer; None if nothing is."""
+def file_fault(path: Path, entry: dict) -> str | None:
+    """What is wrong with a file that a manifest lists as `entry`, by its size or its pointer; None if nothing is."""
     pointer = pointers.pointer_file(path)
     if path.is_file():
         found = path.stat().st_size
