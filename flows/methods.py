@@ -7,6 +7,7 @@ from stages.params import Params
 
 REGISTRIES = {
     ("kronecker", "estimator"): "stages.estimators:ESTIMATORS",
+    ("kronecker", "method"): "stages.leading_pairs:SOLVERS",
     ("subspace", "metric"): "stages.subspace:METRICS",
     ("subspace", "fasc.objective"): "stages.fasc:OBJECTIVES",
     ("ranks", "allocator"): "stages.ranks:ALLOCATORS",

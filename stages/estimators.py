@@ -1,57 +1,98 @@
 """Estimators of a layer's Kronecker factors, chosen by ``kronecker.estimator``.
 
-Shapes: n outputs, m inputs, S sequences, k sketch rank; F the per-sequence Fisher of `nearest_kronecker`.
+Shapes: n outputs, m inputs, S sequences, N tokens, k sketch rank; F the per-sequence Fisher of `nearest_kronecker`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
+from stages.gradient_samples import GradientSamples
 from stages.layers import LinearLayer
-from stages.models import decomposing_device
 from stages.nearest_kronecker import (
-    BLOCK_COLUMNS,
-    BLOCK_NUMBERS,
-    ExactGradients,
-    Gradients,
-    SketchedGradients,
+    KroneckerPair,
+    SpannedFisher,
     StreamedFisher,
     fisher_of,
     nearest_kronecker,
-    relative_residual,
 )
 from stages.params import KroneckerParams
 from stages.registry import Registry
+from stages.sampling import gram_variance
 from stages.statistics import Statistics
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Kronecker factors of one layer's Fisher, and how well they fit the per-sequence Fisher F.
+    """Kronecker factors of one layer's Fisher.
 
     Attributes:
-        factors: A [m, m] and B [n, n]; None where they are the captured E[x xᵀ] and E[d dᵀ].
-        scale: c that makes c · A ⊗ B nearest to F; None if the gradients were not captured, or are all zero.
-        norm: ‖c · A ⊗ B‖, the σ₁ of the nearest pair.
-        fisher_norm: ‖F‖.
-        iterations: power steps done.
+        A: [m, m].
+        B: [n, n].
+        further: of Kronecker rank above one, more pairs (A_r, B_r, σ_r) to add to A ⊗ B, orthogonal to it and to each other.
+        nearest_norm: ‖A ⊗ B (+ further)‖, if no other such sum is nearer to F.
+        iterations: steps done.
         converged: whether they reached the tolerance.
+        samples: rank-one terms that A and B are sums of, the nominal sample count of `shrinkage.oas`.
+        variances: E‖Â − A‖² / ‖Â‖² and the same of B, with sequences as the independent samples; None where they cannot be had.
     """
 
-    factors: tuple[torch.Tensor, torch.Tensor] | None
-    scale: float | None = None
-    norm: float | None = None
-    fisher_norm: float | None = None
+    A: torch.Tensor
+    B: torch.Tensor
+    samples: tuple[int, int]
+    variances: tuple[float, float] | None = None
     iterations: int = 0
     converged: bool = True
+    further: tuple[tuple[torch.Tensor, torch.Tensor, float], ...] = ()
+    nearest_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the estimators and diagnostics of one layer read; what two of them share is made once.
+
+    Attributes:
+        half: 0 or 1 to see every second sequence only; None for all.
+    """
+
+    statistics: Statistics
+    layer: LinearLayer
+    params: KroneckerParams
+    half: int | None = None
 
     @property
-    def residual(self) -> float | None:
-        """‖F − c · A ⊗ B‖ / ‖F‖."""
-        return None if self.norm is None else relative_residual(self.norm, self.fisher_norm)
+    def samples(self) -> GradientSamples:
+        return GradientSamples(self.statistics, self.layer, self.params, self.half)
+
+    @cached_property
+    def fisher(self) -> StreamedFisher | SpannedFisher:
+        """F of the sequences' gradients, or of their averages."""
+        return fisher_of(self.samples.blocks)
+
+    @cached_property
+    def fisher_norm(self) -> float:
+        """‖F‖."""
+        return self.fisher.norm_squared() ** 0.5
+
+    @cached_property
+    def token_fisher(self) -> StreamedFisher | SpannedFisher:
+        """The Fisher of single tokens' gradients."""
+        return fisher_of(self.samples.token_blocks)
+
+    def nearest(
+        self, fisher: StreamedFisher | SpannedFisher, start: torch.Tensor | None = None, **options: object
+    ) -> KroneckerPair:
+        """The nearest pair by the parameters' method.
+
+        A streamed F starts from E[x xᵀ]; one in the span of its gradients from the identity, since its steps cost less than
+        reading that.
+        """
+        if start is None and isinstance(fisher, StreamedFisher):
+            start = self.statistics.input_covariance(self.layer)
+        limits = self.params.iterations, self.params.tolerance, self.params.method
+        return nearest_kronecker(fisher, start, *limits, with_norm=False, **options)
 
 
 @dataclass(frozen=True)
@@ -60,77 +101,63 @@ class Estimator:
 
     Attributes:
         estimate: the function that does it, for one layer.
-        needs_gradients: whether it reads per-sequence gradients, beyond measuring its residual.
-        makes_factors: whether its estimates hold factors of their own.
+        reads: what it needs of the capture, a property of `Statistics` (has_gradients, has_tokens); None for sums alone.
+        fisher: the Fisher that it is the nearest pair of; None if it is not defined so.
     """
 
-    estimate: Callable[[Statistics, LinearLayer, KroneckerParams], Estimate]
-    needs_gradients: bool
-    makes_factors: bool
+    estimate: Callable[[Evidence], Estimate]
+    reads: str | None = None
+    fisher: Callable[[Evidence], StreamedFisher | SpannedFisher] | None = None
+
+    @property
+    def makes_factors(self) -> bool:
+        """Whether its estimates hold factors of their own."""
+        return self.fisher is not None
 
 
 ESTIMATORS: Registry[Estimator] = Registry("kronecker.estimator")
 
 
-def kfac(statistics: Statistics, layer: LinearLayer, params: KroneckerParams) -> Estimate:
-    """Token-wise factors A = E[x xᵀ], B = E[d dᵀ] (K-FAC, arXiv 1503.05671), compared with F where gradients exist."""
-    if not statistics.has_gradients:
-        return Estimate(None)
+def kfac(evidence: Evidence) -> Estimate:
+    """Token-wise factors A = E[x xᵀ], B = E[d dᵀ] (K-FAC, arXiv 1503.05671), over all tokens: neither trimmed nor clipped."""
+    statistics, layer = evidence.statistics, evidence.layer
     A, B = statistics.input_covariance(layer), statistics.output_covariance(layer)
-    fisher = StreamedFisher(lambda: gradient_blocks(statistics, layer, params))
-    size = (_norm(A) * _norm(B)).item()
-    overlap = fisher.overlap(A, B)
-    norm = overlap / size if size > 0 else 0.0
-    return Estimate(None, norm / size if size > 0 else None, norm, fisher.norm_squared() ** 0.5)
+    variances = None
+    if statistics.has_tokens:
+        tokens = evidence.samples.tokens
+        variances = tuple(gram_variance(tokens(side), M, statistics) for side, M in (("x", A), ("d", B)))
+    return Estimate(A, B, (statistics.tokens, statistics.tokens), variances)
 
 
-def sequence(statistics: Statistics, layer: LinearLayer, params: KroneckerParams) -> Estimate:
+def sequence(evidence: Evidence) -> Estimate:
     """The Kronecker product nearest to the per-sequence Fisher (GFWSVD, arXiv 2505.17974).
 
-    A streamed F starts from E[x xᵀ]; one in the span of its gradients from the identity, since its steps cost less than reading that.
+    With kronecker.sequences_per_gradient = c, to that of gradients averaged over c sequences, as the paper did (c = 32).
     """
-    fisher = fisher_of(lambda: gradient_blocks(statistics, layer, params))
-    start = statistics.input_covariance(layer) if isinstance(fisher, StreamedFisher) else None
-    pair = nearest_kronecker(fisher, start, params.iterations, params.tolerance)
-    return Estimate((pair.A, pair.B), 1.0, pair.norm, pair.fisher_norm, pair.iterations, pair.converged)
+    pair = evidence.nearest(evidence.fisher, with_variances=True, rank=evidence.params.rank)
+    facts, layer, together = evidence.statistics.facts, evidence.layer, evidence.params.sequences_per_gradient
+    of_sequence = facts["sketch_rank" if facts["gradients"] == "sketch" else "sequence_length"]
+    rank = min(together * of_sequence, layer.outputs, layer.inputs)
+    return replace(_of_pair(pair, evidence.fisher.count * rank), nearest_norm=pair.sum_norm)
 
 
-ESTIMATORS.register("kfac")(Estimator(kfac, needs_gradients=False, makes_factors=False))
-ESTIMATORS.register("sequence")(Estimator(sequence, needs_gradients=True, makes_factors=True))
+def token(evidence: Evidence) -> Estimate:
+    """The Kronecker product nearest to the Fisher of single tokens, (1/N) Σ_t vec(d_t x_tᵀ) vec(d_t x_tᵀ)ᵀ, of the sampled tokens.
+
+    Each step is two weighted Gram products, and nothing is formed for pairs of tokens of different sequences. A few tokens with
+    huge gradients rule this Fisher (their norms count to the fourth power), so they are clipped to kronecker.clip times the
+    median norm, and kronecker.trim_tokens leaves out the first tokens of every sequence.
+    """
+    pair = evidence.nearest(evidence.token_fisher, with_variances=True, rank=evidence.params.rank)
+    return _of_pair(pair, evidence.token_fisher.count)
 
 
-def gradient_blocks(statistics: Statistics, layer: LinearLayer, params: KroneckerParams) -> Iterator[Gradients]:
-    """The captured gradients of a layer in blocks of a fixed size, whatever the shards' size."""
-    device, dtype = decomposing_device(), DTYPES[params.dtype]
-    for arrays in regroup(statistics.gradient_shards(layer)):
-        kind = ExactGradients if len(arrays) == 1 else SketchedGradients
-        yield kind(*(array.to(device, dtype) for array in arrays))
+def _of_pair(pair: KroneckerPair, samples: int) -> Estimate:
+    return Estimate(
+        pair.A, pair.B, (samples, samples), pair.variances, pair.iterations, pair.converged, further=pair.further
+    )
 
 
-def regroup(shards: Iterable[tuple[torch.Tensor, ...]]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Shards of arrays [S, …], (left, right) or (gradient,), cut and joined to blocks of equal numbers of sequences."""
-    pieces, held = [], 0
-    for shard in shards:
-        size = _sequences_per_block(shard)
-        while held + len(shard[0]) >= size:
-            yield _join([*pieces, tuple(array[: size - held] for array in shard)])
-            shard = tuple(array[size - held :] for array in shard)
-            pieces, held = [], 0
-        if len(shard[0]):
-            pieces.append(shard)
-            held += len(shard[0])
-    if pieces:
-        yield _join(pieces)
-
-
-def _sequences_per_block(shard: tuple[torch.Tensor, ...]) -> int:
-    exact = len(shard) == 1
-    return max(1, BLOCK_NUMBERS // shard[0][0].numel() if exact else BLOCK_COLUMNS // shard[0].shape[2])
-
-
-def _join(pieces: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.cat(arrays) for arrays in zip(*pieces))
-
-
-def _norm(matrix: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(matrix, dtype=torch.float64)
+ESTIMATORS.register("kfac")(Estimator(kfac))
+ESTIMATORS.register("sequence")(Estimator(sequence, "has_gradients", lambda evidence: evidence.fisher))
+ESTIMATORS.register("token")(Estimator(token, "has_tokens", lambda evidence: evidence.token_fisher))

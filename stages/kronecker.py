@@ -1,7 +1,8 @@
 """Stage `kronecker`: Kronecker factors A ⊗ B of every layer's Fisher matrix, and how well they fit it.
 
-Reads the statistics and gradients of stage `capture`; writes diagnostics.parquet (one row a layer, model order), kronecker.json,
-and factors/ with <layer>/A [m, m] and <layer>/B [n, n] in float32 if the estimator computes factors of its own.
+Reads the statistics, gradients and tokens of stage `capture`; writes, in model order, diagnostics.parquet (one row a layer),
+comparison.parquet (one row a layer and estimator), kronecker.json, and, if the estimator computes factors of its own, factors/ with
+<layer>/A [m, m] and <layer>/B [n, n] in float32 (with kronecker.rank above one also <layer>/A_2, <layer>/B_2, …).
 """
 
 import json
@@ -12,10 +13,13 @@ from statistics import median
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from stages.errors import NumericalError, ParameterError
-from stages.estimators import ESTIMATORS, Estimate
+from stages.estimators import ESTIMATORS, Estimate, Evidence
+from stages.fisher_diagnostics import LEVELS, describe_estimate, describe_layer
 from stages.layers import LinearLayer
+from stages.leading_pairs import SOLVERS
 from stages.params import KroneckerParams
 from stages.progress import announce
 from stages.scratch import Scratch
@@ -26,6 +30,11 @@ from stages.workspace import Workspace, verify_output
 NOT_FINITE = (
     "Find the sequence with `dvc repro --force --single-item capture`, which names it, or set capture.skip_nonfinite."
 )
+NEEDED = {
+    "has_gradients": "the gradient of every sequence, and capture.gradients is 'none'. Set capture.gradients to 'sketch' or 'exact'",
+    "has_tokens": "single tokens, and capture.tokens_per_sequence is 0. Set it to 16, say",
+}
+FINITE = ("fisher_norm", "norm", "scale", "input_variance", "output_variance", "input_rank", "output_rank")
 DIAGNOSTICS = pa.schema(
     [
         ("module", pa.string()),
@@ -37,10 +46,38 @@ DIAGNOSTICS = pa.schema(
         ("iterations", pa.int32()),
         ("converged", pa.bool_()),
         ("sequences", pa.int32()),
+        ("sigma_ratio", pa.float64()),
+        ("effective_sequences", pa.float64()),
+        ("effective_tokens", pa.float64()),
     ]
 )
-"""scale: c that makes c · A ⊗ B nearest to the per-sequence Fisher F; norm: ‖c · A ⊗ B‖; residual: ‖F − c · A ⊗ B‖ / ‖F‖.
-Null where no gradients were captured, or where all of them are zero."""
+"""scale: c that makes c · A ⊗ B nearest to the per-sequence Fisher F; norm: ‖c · A ⊗ B‖; residual: ‖F − c · A ⊗ B‖ / ‖F‖;
+sigma_ratio: σ₁/σ₂ of the rearranged F, large if F is nearly a Kronecker product; effective_sequences, effective_tokens: how many of them
+carry Σ ‖G‖², see `sampling.effective_count`. Null where no gradients or tokens were captured, where all of them are zero, and where
+kronecker.diagnostics leaves it out."""
+COMPARISON = pa.schema(
+    [
+        ("module", pa.string()),
+        ("estimator", pa.string()),
+        ("scale", pa.float64()),
+        ("norm", pa.float64()),
+        ("residual", pa.float64()),
+        ("iterations", pa.int32()),
+        ("converged", pa.bool_()),
+        ("input_samples", pa.int64()),
+        ("output_samples", pa.int64()),
+        ("input_variance", pa.float64()),
+        ("output_variance", pa.float64()),
+        ("input_rank", pa.float64()),
+        ("output_rank", pa.float64()),
+        ("input_condition", pa.float64()),
+        ("output_condition", pa.float64()),
+        ("sampling_error", pa.float64()),
+    ]
+)
+"""Of each estimator compared: its fit to the same F, and of each side the nominal samples, the relative sampling variance
+(`sampling.relative_variance`), the effective rank tr² / ‖·‖² and the condition number before damping; sampling_error: see
+`sampling.halves_error`."""
 
 
 def run(workspace: Workspace, params: KroneckerParams) -> None:
@@ -53,64 +90,79 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
         NotEnoughDisk: the factors would not fit.
     """
     estimator = ESTIMATORS.lookup(params.estimator)
+    SOLVERS.lookup(params.method)
     capture = workspace.out("capture")
     with Scratch(workspace, "kronecker", params, {"capture": verify_output(capture)}) as scratch:
         if scratch.republish():
             return
         statistics = Statistics(capture)
-        if estimator.needs_gradients and not statistics.has_gradients:
-            raise ParameterError(
-                f"kronecker.estimator = {params.estimator!r} needs the gradient of every sequence, and capture.gradients is 'none'. "
-                "Set capture.gradients to 'sketch' or 'exact', or kronecker.estimator to 'kfac'."
-            )
+        _require(statistics, params)
         layers = statistics.layers
         if estimator.makes_factors:
-            scratch.require_disk(sum(4 * (layer.outputs**2 + layer.inputs**2) for layer in layers))
+            numbers = sum(layer.outputs**2 + layer.inputs**2 for layer in layers)
+            scratch.require_disk(4 * params.rank * numbers)
         units = {layer.name: (capture, layer, params) for layer in layers}
         folders = scratch.map("estimating Kronecker factors", estimate_layer, units)
-        rows = [json.loads((folders[layer.name] / "estimate.json").read_text()) for layer in layers]
+        found = [json.loads((folders[layer.name] / "estimate.json").read_text()) for layer in layers]
+        rows = [entry["diagnostics"] for entry in found]
+        comparison = [row for entry in found for row in entry["comparison"]]
         _describe(rows, params)
+        _warn_of_few(comparison, layers, statistics, params)
         with scratch.publish() as out:
             pq.write_table(pa.Table.from_pylist(rows, DIAGNOSTICS), out / "diagnostics.parquet")
+            pq.write_table(pa.Table.from_pylist(comparison, COMPARISON), out / "comparison.parquet")
             facts = {**params.model_dump(), "factors": estimator.makes_factors}
             (out / "kronecker.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
             if estimator.makes_factors:
                 gather_groups(out / "factors", [folders[layer.name] / "factors" for layer in layers])
 
 
+def _require(statistics: Statistics, params: KroneckerParams) -> None:
+    """Refuse an estimator that the capture holds no data for."""
+    reads = ESTIMATORS.lookup(params.estimator).reads
+    if reads is not None and not getattr(statistics, reads):
+        raise ParameterError(f"kronecker.estimator = {params.estimator!r} needs {NEEDED[reads]}, or choose 'kfac'.")
+
+
 def estimate_layer(folder: Path, capture: Path, layer: LinearLayer, params: KroneckerParams) -> None:
     """Unit of work: the factors and the diagnostics of one layer."""
-    statistics = Statistics(capture)
+    evidence = Evidence(Statistics(capture), layer, params)
+    rows = []
     try:
-        estimate = ESTIMATORS.lookup(params.estimator).estimate(statistics, layer, params)
-    except NumericalError as error:
+        for name in LEVELS.lookup(params.diagnostics).compared(evidence):
+            estimator = ESTIMATORS.lookup(name)
+            estimate = estimator.estimate(evidence)
+            rows.append({"module": layer.name, **describe_estimate(evidence, name, estimate)})
+            if name == params.estimator and estimator.makes_factors:
+                write_arrays(folder / "factors", _arrays(layer, estimate))
+        about = describe_layer(evidence)
+    except (NumericalError, torch.linalg.LinAlgError) as error:
         raise NumericalError(f"Stage 'kronecker', module {layer.name!r}: {error}. {NOT_FINITE}") from error
-    row = _row(estimate, layer, params, statistics.sequences)
-    if estimate.factors is not None:
-        A, B = estimate.factors
-        write_arrays(folder / "factors", {f"{layer.name}/A": A.float(), f"{layer.name}/B": B.float()})
-    (folder / "estimate.json").write_text(json.dumps(row, sort_keys=True))
-
-
-def _row(estimate: Estimate, layer: LinearLayer, params: KroneckerParams, sequences: int) -> dict:
-    measured = [value for value in (estimate.scale, estimate.norm, estimate.fisher_norm) if value is not None]
-    if not all(map(math.isfinite, measured)):
-        raise NumericalError(f"Stage 'kronecker', module {layer.name!r}: its Fisher matrix is not finite. {NOT_FINITE}")
-    return {
-        "module": layer.name,
-        "estimator": params.estimator,
-        "scale": estimate.scale,
-        "norm": estimate.norm,
-        "fisher_norm": estimate.fisher_norm,
-        "residual": estimate.residual,
-        "iterations": estimate.iterations,
-        "converged": estimate.converged,
-        "sequences": sequences,
+    _check_finite([about, *rows], layer)
+    chosen = next(row for row in rows if row["estimator"] == params.estimator)
+    facts = {
+        key: chosen[key] for key in ("module", "estimator", "scale", "norm", "residual", "iterations", "converged")
     }
+    diagnostics = {**facts, **about, "sequences": evidence.statistics.sequences}
+    (folder / "estimate.json").write_text(json.dumps({"diagnostics": diagnostics, "comparison": rows}, sort_keys=True))
+
+
+def _arrays(layer: LinearLayer, estimate: Estimate) -> dict[str, torch.Tensor]:
+    """The factors by the names they are stored under."""
+    arrays = {f"{layer.name}/A": estimate.A.float(), f"{layer.name}/B": estimate.B.float()}
+    for index, (A, B, _) in enumerate(estimate.further, start=2):
+        arrays |= {f"{layer.name}/A_{index}": A.float(), f"{layer.name}/B_{index}": B.float()}
+    return arrays
+
+
+def _check_finite(rows: Sequence[dict], layer: LinearLayer) -> None:
+    values = [row[key] for row in rows for key in FINITE if row.get(key) is not None]
+    if not all(map(math.isfinite, values)):
+        raise NumericalError(f"Stage 'kronecker', module {layer.name!r}: its Fisher matrix is not finite. {NOT_FINITE}")
 
 
 def _describe(rows: Sequence[dict], params: KroneckerParams) -> None:
-    """Say how well the factors fit, and which layers did not converge."""
+    """Say how well the factors fit, which layers did not converge and which have no Fisher."""
     residuals = [row["residual"] for row in rows if row["residual"] is not None]
     if residuals:
         announce("kronecker", f"median residual {median(residuals):.3f} over {len(residuals)} layers")
@@ -120,4 +172,27 @@ def _describe(rows: Sequence[dict], params: KroneckerParams) -> None:
             "kronecker",
             f"{len(unfinished)} layers did not reach kronecker.tolerance = {params.tolerance:g} in "
             f"{params.iterations} iterations, the first is {unfinished[0]!r}; raise kronecker.iterations",
+        )
+    silent = [row["module"] for row in rows if row["fisher_norm"] == 0]
+    if silent:
+        announce("kronecker", f"{len(silent)} layers have no gradient on the calibration text: {silent}")
+
+
+def _warn_of_few(
+    rows: Sequence[dict], layers: Sequence[LinearLayer], statistics: Statistics, params: KroneckerParams
+) -> None:
+    """Say which layers have factors of fewer samples than their rank, and how many sequences would do."""
+    needed = {layer.name: min(layer.outputs, layer.inputs) for layer in layers}
+    few = [
+        (row["module"], row["input_samples"], needed[row["module"]])
+        for row in rows
+        if row["estimator"] == params.estimator and row["input_samples"] < needed[row["module"]]
+    ]
+    if few:
+        module, samples, rank = max(few, key=lambda entry: entry[2] / max(1, entry[1]))
+        enough = math.ceil(statistics.sequences * rank / max(1, samples))
+        announce(
+            "kronecker",
+            f"{len(few)} layers have factors of fewer samples than their rank (the worst is {module!r}: {samples} samples, rank {rank}), "
+            f"so damping alone orders their last components; {enough} sequences instead of {statistics.sequences} would do",
         )

@@ -19,6 +19,14 @@ STORED = ("stored_parameters", "dense_parameters")
 SPECTRUM_POINTS = 64
 SPECTRUM_BLOCKS = 6
 SPECTRUM_KINDS = 12
+COMPARED = {
+    "residual": "relative residual",
+    "sampling_error": "error between halves",
+    "input_variance": "variance of A",
+    "output_variance": "variance of B",
+    "input_rank": "effective rank of A",
+    "output_rank": "effective rank of B",
+}
 
 
 def place(module: str) -> tuple[int, str]:
@@ -238,6 +246,19 @@ def diagnostic_table(caption: str, rows: Sequence[Mapping], columns: Mapping[str
         values = {key: [row[key] for row in members if row.get(key) is not None] for key in present}
         body.append((kind, *(_median_and_largest(values[key]) for key in present)))
     return table(f"{caption}: median, and largest where it differs", ("kind of module", *present.values()), body)
+
+
+def estimator_table(rows: Sequence[Mapping]) -> Markup | None:
+    """Medians over layers, one row an estimator: what each of the Kronecker estimators compared is worth on the same gradients."""
+    columns = {key: heading for key, heading in COMPARED.items() if any(row.get(key) is not None for row in rows)}
+    if not columns:
+        return None
+    body = []
+    for estimator in dict.fromkeys(row["estimator"] for row in rows):
+        members = [row for row in rows if row["estimator"] == estimator]
+        values = ([row[key] for row in members if row.get(key) is not None] for key in columns)
+        body.append((estimator, *(number(float(median(column))) if column else "–" for column in values)))
+    return table("Estimators of the Fisher, medians over layers", ("estimator", *columns.values()), body)
 
 
 def _median_and_largest(values: Sequence[float]) -> str:

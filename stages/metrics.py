@@ -88,7 +88,7 @@ def kfac(sources: MetricSources, layer: LinearLayer) -> tuple[Metric, Metric]:
 
 @METRICS.register("gfwsvd")
 def gfwsvd(sources: MetricSources, layer: LinearLayer) -> tuple[Metric, Metric]:
-    """A ⊗ B nearest to the per-sequence Fisher, from stage `kronecker` (GFWSVD, arXiv 2505.17974).
+    """A ⊗ B nearest to the Fisher of sequences or of tokens, from stage `kronecker` (GFWSVD, arXiv 2505.17974).
 
     Raises:
         ParameterError: stage `kronecker` estimated none.
@@ -97,7 +97,7 @@ def gfwsvd(sources: MetricSources, layer: LinearLayer) -> tuple[Metric, Metric]:
     if not facts["factors"]:
         raise ParameterError(
             f"subspace.metric = 'gfwsvd' needs Kronecker factors, and kronecker.estimator = {facts['estimator']!r} computes none. "
-            "Set kronecker.estimator = 'sequence', or subspace.metric = 'kfac'."
+            "Set kronecker.estimator = 'sequence' (or 'token'), or subspace.metric = 'kfac'."
         )
     factors = sources.kronecker / "factors"
     return read_array(factors, f"{layer.name}/A"), read_array(factors, f"{layer.name}/B")

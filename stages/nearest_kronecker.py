@@ -21,153 +21,19 @@ Shapes: n outputs, m inputs, S sequences of one block, N of all, k sketch rank, 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice, pairwise
-from typing import Protocol
+from itertools import islice
 
 import torch
 
 from stages.errors import NumericalError
+from stages.gradient_blocks import Gradients, SketchedGradients, block_sums, symmetric_product
+from stages.leading_pairs import SOLVERS, Vector, lanczos
 
-BLOCK_COLUMNS = 8192  # sketch columns S k of one block; a Gram matrix of them takes 256 MiB in float32
 CACHED_COLUMNS = 256  # of them whose weighted products stay in a processor's cache
-BLOCK_NUMBERS = 2**26  # numbers of one block of exact gradients
-STRIPES = 8  # of a symmetric product: 9/16 of the work; more stripes gain nothing on CPUs
-
-
-def symmetric_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """P Qᵀ [p, p] of P, Q [p, q] when the product is known to be symmetric: only its upper stripes are computed."""
-    size = left.shape[0]
-    product = left.new_empty(size, size)
-    edges = [size * i // STRIPES for i in range(STRIPES + 1)]
-    for low, high in pairwise(edges):
-        product[low:high, low:] = left[low:high] @ right[low:].T
-        product[high:, low:high] = product[low:high, high:].T
-        product[low:high, low:high] = (product[low:high, low:high] + product[low:high, low:high].T) / 2
-    return product
-
-
-class Gradients(Protocol):
-    """A block of per-sequence gradients of one layer."""
-
-    dtype: torch.dtype
-    device: torch.device
-    shape: tuple[int, int]  # n, m
-
-    def __len__(self) -> int: ...
-
-    def outputs(self, A: torch.Tensor) -> torch.Tensor:
-        """Σ_s G_s A G_sᵀ [n, n]."""
-
-    def inputs(self, B: torch.Tensor) -> torch.Tensor:
-        """Σ_s G_sᵀ B G_s [m, m]."""
-
-    def overlap(self, A: torch.Tensor, B: torch.Tensor) -> float:
-        """Σ_s ⟨G_s, B G_s A⟩."""
-
-    def products(self, other: "Gradients") -> torch.Tensor:
-        """⟨G_s, G_t⟩ [S, S'] for s of this block and t of the other, in float64."""
-
-
-class SketchedGradients:
-    """Gradients G_s = U_s V_sᵀ from left factors U [S, n, k] and right factors V [S, m, k].
-
-    Kept as stacked columns U [n, S k] and V [m, S k], so that a step is two large matrix products.
-    """
-
-    def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        self.count, self.rank = left.shape[0], left.shape[2]
-        self.dtype, self.device = left.dtype, left.device
-        self.shape = left.shape[1], right.shape[1]
-        self.left = _stack(left)
-        self.right = _stack(right)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def outputs(self, A: torch.Tensor) -> torch.Tensor:
-        return self.congruence(self.left, self.images(self.right, A))
-
-    def inputs(self, B: torch.Tensor) -> torch.Tensor:
-        return self.congruence(self.right, self.images(self.left, B))
-
-    def overlap(self, A: torch.Tensor, B: torch.Tensor) -> float:
-        return (self.images(self.left, B).double() * self.images(self.right, A)).sum().item()
-
-    def images(self, columns: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
-        """C_s = P_sᵀ M P_s [S, k, k] of stacked columns P [p, S k] and a metric M [p, p]."""
-        return self._split(columns).mT @ self._split(metric @ columns)
-
-    def congruence(self, columns: torch.Tensor, cores: torch.Tensor) -> torch.Tensor:
-        """Σ_s P_s C_s P_sᵀ [p, p] of stacked columns P [p, S k] and symmetric cores C [S, k, k]."""
-        return symmetric_product(_stack(self._split(columns) @ cores), columns)
-
-    def products(self, other: "SketchedGradients") -> torch.Tensor:
-        """⟨G_s, G_t⟩ = ⟨U_sᵀU_t, V_sᵀV_t⟩, or from the gradients written out where that takes fewer operations."""
-        outputs, inputs = self.shape
-        columns, columns_other = self.left.shape[1], other.left.shape[1]
-        by_factors = columns * columns_other * (outputs + inputs)
-        written_out = outputs * inputs * (columns + columns_other + len(self) * len(other))
-        if written_out < by_factors:
-            return self._products_written_out(other)
-        product = symmetric_product if other is self else lambda left, right: left @ right.T
-        lefts, rights = product(self.left.T, other.left.T), product(self.right.T, other.right.T)
-        return block_sums(lefts, rights, self.rank, other.rank)
-
-    def _products_written_out(self, other: "SketchedGradients") -> torch.Tensor:
-        total = torch.zeros(len(self), len(other), dtype=torch.float64, device=self.device)
-        rows = max(1, BLOCK_NUMBERS // (max(len(self), len(other)) * self.shape[1]))
-        for low in range(0, self.shape[0], rows):
-            mine = self._written_out(slice(low, low + rows))
-            total += mine @ (mine if other is self else other._written_out(slice(low, low + rows))).T
-        return total
-
-    def _written_out(self, rows: slice) -> torch.Tensor:
-        """Some rows of every G_s, flattened: [S, rows · m]."""
-        return (self._split(self.left[rows]) @ self._split(self.right).mT).flatten(1)
-
-    def _split(self, columns: torch.Tensor) -> torch.Tensor:
-        """[p, S k] as a view [S, p, k]."""
-        return columns.view(len(columns), self.count, self.rank).transpose(0, 1)
-
-
-class ExactGradients:
-    """Gradients written out, G [S, n, m]."""
-
-    def __init__(self, gradient: torch.Tensor) -> None:
-        self.dtype, self.device = gradient.dtype, gradient.device
-        self.shape = gradient.shape[1], gradient.shape[2]
-        self.gradient = gradient
-
-    def __len__(self) -> int:
-        return len(self.gradient)
-
-    def outputs(self, A: torch.Tensor) -> torch.Tensor:
-        return sum(symmetric_product(G @ A, G) for G in self.gradient)
-
-    def inputs(self, B: torch.Tensor) -> torch.Tensor:
-        return sum(symmetric_product(G.T @ B, G.T) for G in self.gradient)
-
-    def overlap(self, A: torch.Tensor, B: torch.Tensor) -> float:
-        return sum(((B @ G).double() * (G @ A)).sum().item() for G in self.gradient)
-
-    def products(self, other: "ExactGradients") -> torch.Tensor:
-        return (self.gradient.flatten(1) @ other.gradient.flatten(1).T).double()
 
 
 def _like(factor: torch.Tensor, block: Gradients) -> torch.Tensor:
     return factor.to(block.device, block.dtype)
-
-
-def _stack(split: torch.Tensor) -> torch.Tensor:
-    """[S, p, k] as stacked columns [p, S k]."""
-    return split.transpose(0, 1).reshape(split.shape[1], -1)
-
-
-def block_sums(first: torch.Tensor, second: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Sums over the blocks of an element-wise product: [S·rows, T·columns] twice to [S, T], in float64."""
-    product = first * second
-    blocks = product.view(len(product) // rows, rows, product.shape[1] // columns, columns)
-    return blocks.sum(dim=1).sum(dim=2, dtype=torch.float64)
 
 
 class StreamedFisher:
@@ -185,6 +51,12 @@ class StreamedFisher:
         self.shape = opening[0].shape
         self.single = opening[0] if len(opening) == 1 else None  # kept, not read again at every step
         self.blocks = blocks if self.single is None else lambda: opening
+        self._count: int | None = None  # known after the first step
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return sum(len(block) for block in self.blocks()) if self._count is None else self._count
 
     def first(self, start: torch.Tensor | None) -> torch.Tensor:
         """`outputs` of a matrix A [m, m], by default the identity."""
@@ -215,11 +87,25 @@ class StreamedFisher:
                 total += squares if column == row else 2 * squares
         return total / sequences**2
 
-    def input_factor(self, A: torch.Tensor) -> torch.Tensor:
-        return A
+    def variances(self, A: torch.Tensor, B: torch.Tensor, sigma: float) -> tuple[float, float] | None:
+        """Relative sampling variances of σA = (1/N) Σ Gᵀ B G and σB = (1/N) Σ G A Gᵀ, see `relative_variance`."""
+        parts = [
+            (*block.squares(_like(A, block), _like(B, block)), block.clusters, len(block)) for block in self.blocks()
+        ]
+        inputs, outputs, clusters, gradients = (sum(column) for column in zip(*parts))
+        return relative_variance(inputs, outputs, clusters, gradients * sigma)
 
-    def output_factor(self, B: torch.Tensor) -> torch.Tensor:
-        return B
+    def input_factor(self, A: torch.Tensor, scale: float) -> torch.Tensor:
+        return A * scale
+
+    def output_factor(self, B: torch.Tensor, scale: float) -> torch.Tensor:
+        return B * scale
+
+    def input_trace(self, A: torch.Tensor) -> float:
+        return A.trace().item()
+
+    def output_trace(self, B: torch.Tensor) -> float:
+        return B.trace().item()
 
     def _mean(self, term: Callable[[Gradients], torch.Tensor]) -> torch.Tensor:
         total, sequences = None, 0
@@ -227,7 +113,24 @@ class StreamedFisher:
             part = term(block)
             total = part.double() if total is None else total.add_(part)
             sequences += len(block)
+        self._count = sequences
         return total / sequences
+
+
+def relative_variance(inputs: float, outputs: float, clusters: int, size: float) -> tuple[float, float] | None:
+    """E‖M̂ − M‖² / ‖M̂‖² of a mean M̂ = (1/N) Σ_c M_c, for both factors; None for one cluster.
+
+        (Σ_c ‖M_c‖² / ‖Σ_c M_c‖² − 1 / C) · C / (C − 1)
+
+    Args:
+        inputs: Σ_c ‖A_c‖² over the clusters c of gradients that are independent of one another.
+        outputs: Σ_c ‖B_c‖².
+        clusters: C.
+        size: ‖Σ_c A_c‖ = ‖Σ_c B_c‖ = N σ.
+    """
+    if clusters < 2:
+        return None
+    return tuple((squares / size**2 - 1 / clusters) * clusters / (clusters - 1) for squares in (inputs, outputs))
 
 
 @dataclass(frozen=True)
@@ -243,8 +146,17 @@ class SpanVector:
     def norm(self) -> torch.Tensor:
         return (self.cores.double() * self.images).sum().clamp(min=0).sqrt()
 
+    def inner(self, other: "SpanVector") -> float:
+        return (self.cores.double() * other.images).sum().item()
+
     def __truediv__(self, number: torch.Tensor) -> "SpanVector":
         return SpanVector(self.cores / number, self.images / number)
+
+    def __mul__(self, number: float) -> "SpanVector":
+        return SpanVector(self.cores * number, self.images * number)
+
+    def __add__(self, other: "SpanVector") -> "SpanVector":
+        return SpanVector(self.cores + other.cores, self.images + other.images)
 
     def __sub__(self, other: "SpanVector") -> "SpanVector":
         return SpanVector(self.cores - other.cores, self.images - other.images)
@@ -255,7 +167,7 @@ class SpannedFisher:
 
     def __init__(self, block: SketchedGradients) -> None:
         self.block = block
-        self.shape = block.shape
+        self.shape, self.count = block.shape, len(block)
         self.left_gram = symmetric_product(block.left.T, block.left.T)
         self.right_gram = symmetric_product(block.right.T, block.right.T)
 
@@ -263,7 +175,7 @@ class SpannedFisher:
         """(1/N) Σ G A Gᵀ of a matrix A [m, m] that need not lie in the span, by default the identity (at no cost)."""
         if start is not None:
             return self._vector(self.left_gram, self.block.images(self.block.right, _like(start, self.block)))
-        size = len(self.block), self.block.rank
+        size = self.block.count, self.block.rank
         return self._vector(
             self.left_gram, self.right_gram.view(*size, *size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         )
@@ -279,16 +191,39 @@ class SpannedFisher:
         products = block_sums(self.left_gram, self.right_gram, self.block.rank, self.block.rank)
         return products.square().sum().item() / len(self.block) ** 2
 
-    def input_factor(self, A: SpanVector) -> torch.Tensor:
-        return self.block.congruence(self.block.right, A.cores)
+    def overlap(self, A: torch.Tensor, B: torch.Tensor) -> float:
+        """⟨F, A ⊗ B⟩ of matrices that need not lie in the span."""
+        return self.block.overlap(_like(A, self.block), _like(B, self.block)) / len(self.block)
 
-    def output_factor(self, B: SpanVector) -> torch.Tensor:
-        return self.block.congruence(self.block.left, B.cores)
+    def variances(self, A: SpanVector, B: SpanVector, sigma: float) -> tuple[float, float] | None:
+        """See `StreamedFisher.variances`; the images of the steps are enough."""
+        squares = self.block.squares_of(A.images, B.images)
+        return relative_variance(*squares, self.block.clusters, len(self.block) * sigma)
+
+    def input_factor(self, A: SpanVector, scale: float) -> torch.Tensor:
+        return self.block.congruence(self.block.right, A.cores * scale)
+
+    def output_factor(self, B: SpanVector, scale: float) -> torch.Tensor:
+        return self.block.congruence(self.block.left, B.cores * scale)
+
+    def input_trace(self, A: SpanVector) -> float:
+        return self._trace(self.right_gram, A)
+
+    def output_trace(self, B: SpanVector) -> float:
+        return self._trace(self.left_gram, B)
+
+    def _trace(self, gram: torch.Tensor, vector: SpanVector) -> float:
+        """tr Σ_s P_s D_s P_sᵀ = Σ_s ⟨P_sᵀ P_s, D_s⟩."""
+        size = self.block.count, self.block.rank
+        own = gram.view(*size, *size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        return (own.double() * vector.cores).sum().item()
 
     def _vector(self, gram: torch.Tensor, images: torch.Tensor) -> SpanVector:
         """The factor with cores D = images / N: C_t = Σ_s K_ts D_s K_st with K = PᵀP, for a few t at a time."""
-        count, rank = len(self.block), self.block.rank
-        cores = images / count
+        count, rank = self.block.count, self.block.rank
+        cores = images / len(self.block)
+        if rank == 1:
+            return SpanVector(cores, (gram.square() @ cores.flatten())[:, None, None])
         rows = gram.view(count, rank, -1)
         parts = []
         few = max(1, CACHED_COLUMNS // rank)
@@ -303,35 +238,44 @@ def fisher_of(blocks: Callable[[], Iterable[Gradients]]) -> StreamedFisher | Spa
     """The cheaper form of F for these gradients; both give the same factors up to rounding."""
     fisher = StreamedFisher(blocks)
     block = fisher.single
-    if isinstance(block, SketchedGradients) and block.left.shape[1] <= 2 * (len(block.left) + len(block.right)):
+    if isinstance(block, SketchedGradients) and block.left.shape[1] <= 2 * sum(block.shape):
         return SpannedFisher(block)
     return fisher
 
 
 @dataclass(frozen=True)
 class KroneckerPair:
-    """A ⊗ B nearest to F.
+    """A ⊗ B nearest to F, and further pairs: A ⊗ B + Σ A_r ⊗ B_r is the nearest sum of as many.
 
     Attributes:
         A: input factor [m, m], of norm √σ₁.
         B: output factor [n, n], of norm √σ₁.
         norm: σ₁ = ‖A ⊗ B‖ = ⟨F, A ⊗ B⟩ / ‖A ⊗ B‖.
-        fisher_norm: ‖F‖.
+        fisher_norm: ‖F‖; None if it was not asked for.
         iterations: iterations done, each one A step and one B step.
         converged: whether the last iteration moved the unit factor B by no more than the tolerance.
+        variances: of A and B, see `relative_variance`; None if they were not asked for, or there is one gradient.
+        further: (A_r, B_r, σ_r), symmetric but not semi-definite, σ descending; all pairs are orthogonal to one another.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     norm: float
-    fisher_norm: float
+    fisher_norm: float | None
     iterations: int
     converged: bool
+    variances: tuple[float, float] | None = None
+    further: tuple[tuple[torch.Tensor, torch.Tensor, float], ...] = ()
+
+    @property
+    def sum_norm(self) -> float:
+        """‖A ⊗ B + Σ A_r ⊗ B_r‖ = √Σ σ²."""
+        return math.hypot(self.norm, *(sigma for _, _, sigma in self.further))
 
     @property
     def residual(self) -> float | None:
-        """‖F − A ⊗ B‖ / ‖F‖, None for F = 0. In float32, values below 1e-3 are rounding."""
-        return relative_residual(self.norm, self.fisher_norm)
+        """‖F − all pairs‖ / ‖F‖, None for F = 0. In float32, values below 1e-3 are rounding."""
+        return relative_residual(self.sum_norm, self.fisher_norm)
 
 
 def relative_residual(norm: float, fisher_norm: float) -> float | None:
@@ -344,42 +288,72 @@ def nearest_kronecker(
     start: torch.Tensor | None = None,
     iterations: int = 200,
     tolerance: float = 1e-4,
+    method: str = "power",
+    rank: int = 1,
+    with_norm: bool = True,
+    with_variances: bool = False,
 ) -> KroneckerPair:
-    """The nearest Kronecker pair of F by alternating power steps.
+    """The nearest Kronecker pair of F (or sum of `rank` pairs), by one of `leading_pairs.SOLVERS`.
 
-    σ₁ is split evenly, ‖A‖_F = ‖B‖_F = √σ₁. A vanishing F gives vanishing factors.
+    Each σ is split evenly, ‖A‖_F = ‖B‖_F = √σ. The common sign of two factors is that which makes tr A + tr B positive: the leading
+    pair of a Fisher is semi-definite, and Lanczos finds it up to a sign. A vanishing F gives vanishing factors.
 
     Args:
         fisher: F, see `fisher_of`.
         start: positive semi-definite A [m, m] to start from, else the identity. The token-wise Σ x xᵀ saves steps of a streamed F.
-        iterations: at most so many.
-        tolerance: stop when an iteration changes the unit factor B by no more, in Frobenius norm. Below 1e-6 only in float64.
+        iterations: at most so many for each pair.
+        tolerance: stop when an iteration changes (or would change) the unit factor B by no more, in Frobenius norm. Below 1e-6 only
+            in float64.
+        method: power or lanczos.
+        rank: pairs wanted; fewer come if F is an exact sum of fewer.
+        with_norm: whether ‖F‖ is wanted, which streamed over many blocks costs more than the steps.
+        with_variances: whether the sampling variances of the factors are wanted, which streamed cost half a step.
 
     Raises:
         NumericalError: the gradients or the start are not finite.
+        ParameterError: the method is unknown.
     """
-    B = fisher.first(start)
-    if B.norm() == 0:  # a start that the gradients do not see, or gradients that are all zero
-        B = fisher.first(None)
-    if B.norm() == 0:
+    solve = SOLVERS.lookup(method)
+    B = _first(fisher, start)
+    if B is None:
         A, B = (torch.zeros(size, size) for size in reversed(fisher.shape))
         return KroneckerPair(A, B, 0.0, 0.0, 0, True)
+    found = solve(fisher, B, iterations, tolerance, rank)
+    fisher_norm = math.sqrt(fisher.norm_squared()) if with_norm else None
+    variances = fisher.variances(*found.pairs[0], found.sigmas[0]) if with_variances else None
+    first, *further = (
+        (*_factors(fisher, *pair, sigma), sigma) for pair, sigma in zip(found.pairs, found.sigmas, strict=True)
+    )
+    return KroneckerPair(*first, fisher_norm, found.iterations, found.converged, variances, tuple(further))
+
+
+def leading_sigmas(
+    fisher: StreamedFisher | SpannedFisher, count: int, iterations: int = 200, tolerance: float = 1e-2
+) -> tuple[float, ...]:
+    """σ₁ … of the rearranged Fisher, `count` of them or as many as are not zero; their error is the tolerance squared."""
+    B = _first(fisher, None)
+    return () if B is None else lanczos(fisher, B, iterations, tolerance, count).sigmas
+
+
+def _first(fisher: StreamedFisher | SpannedFisher, start: torch.Tensor | None) -> Vector | None:
+    """A unit left vector to start from: R(start), or R(I) if the gradients do not see the start; None for F = 0.
+
+    Raises:
+        NumericalError: it is not finite.
+    """
+    B = fisher.first(start)
+    if B.norm() == 0:
+        B = fisher.first(None)
+    if B.norm() == 0:
+        return None
     if not B.norm().isfinite():
         raise NumericalError("the gradients, or the start, are not finite or overflow float32")
-    return _alternate(fisher, B / B.norm(), iterations, tolerance)
+    return B / B.norm()
 
 
-def _alternate(
-    fisher: StreamedFisher | SpannedFisher, B: torch.Tensor | SpanVector, iterations: int, tolerance: float
-) -> KroneckerPair:
-    """Power steps from a unit factor B, until it stays."""
-    done, converged = 0, False
-    while done < iterations and not converged:
-        A = fisher.inputs(B)
-        A = A / A.norm()
-        image = fisher.outputs(A)
-        norm = image.norm()
-        before, B = B, image / norm
-        done, converged = done + 1, (B - before).norm().item() <= tolerance
-    factors = fisher.input_factor(A) * norm.sqrt(), fisher.output_factor(B) * norm.sqrt()
-    return KroneckerPair(*factors, norm.item(), math.sqrt(fisher.norm_squared()), done, converged)
+def _factors(
+    fisher: StreamedFisher | SpannedFisher, A: Vector, B: Vector, sigma: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit vectors as matrices of norm √σ, of the sign that makes their traces positive."""
+    scale = math.copysign(math.sqrt(sigma), fisher.input_trace(A) + fisher.output_trace(B))
+    return fisher.input_factor(A, scale), fisher.output_factor(B, scale)

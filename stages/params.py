@@ -63,9 +63,15 @@ class CaptureParams(ComputeBlock):
 
 class KroneckerParams(ComputeBlock):
     estimator: str = "kfac"
+    method: str = "power"
     iterations: Count = 200
     tolerance: Annotated[float, Field(gt=0)] = 1e-4
     dtype: Literal["float32", "float64"] = "float32"
+    rank: Count = 1
+    sequences_per_gradient: Count = 1
+    clip: Annotated[float, Field(gt=0)] | None = None
+    trim_tokens: Annotated[int, Field(ge=0)] = 0
+    diagnostics: Literal["none", "basic", "full"] = "basic"
 
 
 class FascParams(Block):
@@ -81,8 +87,8 @@ class FascParams(Block):
 
 class SubspaceParams(ComputeBlock):
     metric: str = "kfac"
-    input_damping: Damping = 0.01
-    output_damping: Damping = 0.1
+    input_damping: Damping | Literal["ledoit_wolf", "oas"] = 0.01
+    output_damping: Damping | Literal["ledoit_wolf", "oas"] = 0.1
     asvd_alpha: Annotated[float, Field(ge=0)] = 0.5
     share_inputs: bool = False
     fasc: FascParams = FascParams()

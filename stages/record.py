@@ -21,7 +21,7 @@ FACTS = {
     "evaluate": "evaluation.json",
 }
 TABLES = {
-    "kronecker": ("diagnostics.parquet",),
+    "kronecker": ("diagnostics.parquet", "comparison.parquet"),
     "subspace": ("diagnostics.parquet", "spectra.parquet"),
     "ranks": ("ranks.parquet",),
     "evaluate": ("metrics.json", "tasks.json", "losses.csv", "questions.parquet"),

@@ -6,7 +6,7 @@ artifacts/report/index.html      no scripts, nothing loaded from anywhere, the s
 import csv
 from collections.abc import Iterable, Iterator, Mapping
 
-from stages.layer_views import diagnostic_table, kind_table, rank_views, residual_map, spectrum_views
+from stages.layer_views import diagnostic_table, estimator_table, kind_table, rank_views, residual_map, spectrum_views
 from stages.page import Markup, details, element, figure, join, megabytes, number, page, percent, section, table
 from stages.params import ReportParams
 from stages.pictures import Line, legend, line_chart
@@ -294,8 +294,16 @@ def _measurement(record: Record) -> Markup:
         diagnostic_table(
             "Kronecker factors",
             kronecker,
-            {"residual": "relative residual", "scale": "scale", "iterations": "iterations"},
+            {
+                "residual": "relative residual",
+                "scale": "scale",
+                "iterations": "iterations",
+                "sigma_ratio": "σ₁/σ₂",
+                "effective_sequences": "effective sequences",
+                "effective_tokens": "effective tokens",
+            },
         ),
+        estimator_table(record.rows("kronecker", "comparison.parquet")),
         diagnostic_table(
             "Metrics of the weighted decomposition", record.rows("subspace", "diagnostics.parquet"), conditions
         ),

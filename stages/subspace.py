@@ -14,6 +14,7 @@ stays dense.
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,9 +29,10 @@ from stages.models import decomposing_device, read_weight
 from stages.params import SubspaceParams
 from stages.progress import announce
 from stages.scratch import Scratch
+from stages.shrinkage import SHRINKAGES, read_sampling
 from stages.statistics import Statistics
 from stages.store import gather_groups, write_arrays
-from stages.weighted_svd import Metric, MetricRoot, WeightedSVD, block_root, metric_root, weighted_svd
+from stages.weighted_svd import Damping, Metric, MetricRoot, WeightedSVD, block_root, metric_root, weighted_svd
 from stages.workspace import Workspace, verify_output
 
 SPECTRA = pa.schema([("module", pa.string()), ("component", pa.int32()), ("sigma", pa.float64())])
@@ -135,9 +137,10 @@ def weighted_layers(
         if reason:
             rows.append({"module": layer.name, "sigma": [], "dense": reason})
             continue
+        input_damping, output_damping = _dampings(sources, layer)
         if root is None or not _same(A, metric):
-            metric, root = A, _root(A, params.input_damping, layer, "input")
-        output_root = _root(B, params.output_damping, layer, "output")
+            metric, root = A, _root(A, input_damping, layer, "input")
+        output_root = _root(B, output_damping, layer, "output")
         basis = _decompose(read_weight(model, layer), root, output_root, layer)
         yield f"{layer.name}/left", basis.left.float()
         yield f"{layer.name}/right", basis.right.float()
@@ -155,8 +158,9 @@ def weighted_stack(
         rows.append({"module": site.name, "sigma": [], "dense": reason})
         return
     A, blocks = found
-    input_root = _root(A, params.input_damping, site, "input")
-    roots = [_root(B, params.output_damping, layer, "output") for layer, B in zip(layers, blocks)]
+    dampings = [_dampings(sources, layer) for layer in layers]
+    input_root = _root(A, dampings[0][0], site, "input")
+    roots = [_root(B, damping, layer, "output") for layer, B, (_, damping) in zip(layers, blocks, dampings)]
     output_root = block_root(roots, [layer.outputs for layer in layers])
     basis = _decompose(torch.cat([read_weight(model, layer) for layer in layers]), input_root, output_root, site)
     yield f"{site.name}/right", basis.right.float()
@@ -187,6 +191,21 @@ def stacked_metric(
     return sum(A * (weight / sum(weights)) for A, weight in seen), blocks
 
 
+def _dampings(sources: MetricSources, layer: LinearLayer) -> tuple[Damping, Damping]:
+    """δ of both sides, or the rule that finds it from the eigenvalues and what is known of their sampling.
+
+    An input metric that several layers share goes by the sampling of the first.
+    """
+    asked = sources.params.input_damping, sources.params.output_damping
+    if not any(isinstance(damping, str) for damping in asked):
+        return asked
+    sampling = read_sampling(sources.kronecker, sources.params.metric, layer.name)
+    return tuple(
+        partial(SHRINKAGES.lookup(damping), sampling=known) if isinstance(damping, str) else damping
+        for damping, known in zip(asked, sampling)
+    )
+
+
 def _unusable(A: Metric, B: Metric) -> str | None:
     """Why a metric says nothing about a layer, or None if it does."""
     if A is not None and not A.any():
@@ -200,7 +219,7 @@ def _same(metric: Metric, other: Metric) -> bool:
     return metric is other if metric is None or other is None else torch.equal(metric, other)
 
 
-def _root(metric: Metric, damping: float, layer: LinearLayer, side: str) -> MetricRoot:
+def _root(metric: Metric, damping: Damping, layer: LinearLayer, side: str) -> MetricRoot:
     name = f"Stage 'subspace', module {layer.name!r}: the {side} metric"
     try:
         return metric_root(None if metric is None else metric.to(decomposing_device()), damping, name)

@@ -14,7 +14,7 @@ with σ = 0, from the plain SVD of what the others leave, so that all components
 Shapes: W [n, m], A [m, m], B [n, n], r = min(n, m). All in float64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,8 @@ from stages.errors import NumericalError
 
 Metric = torch.Tensor | None
 """A full matrix [p, p], a diagonal [p], or None for the identity."""
+
+Damping = float | Callable[[torch.Tensor], float]
 
 UNSEEN = 1e-10  # relative size of a singular value that rounding alone can produce
 INDEFINITE = 1e-3  # relative size of a negative eigenvalue that rounding of a float32 sum cannot produce
@@ -50,14 +52,14 @@ class MetricRoot:
         return rotated if self.scales is None else rotated * self.scales
 
 
-def metric_root(metric: Metric, damping: float, name: str = "the metric") -> MetricRoot:
+def metric_root(metric: Metric, damping: Damping, name: str = "the metric") -> MetricRoot:
     """The root of the damped metric (1 − δ) M + δ mean(diag M) I.
 
     Damping keeps the eigenvectors, so it is applied to the eigenvalues, after negative ones that rounding left are set to 0.
 
     Args:
         metric: M.
-        damping: δ, from 0 to 1.
+        damping: δ, from 0 to 1, or what gives it for the eigenvalues of M.
         name: what errors call M.
 
     Raises:
@@ -72,7 +74,10 @@ def metric_root(metric: Metric, damping: float, name: str = "the metric") -> Met
     if values.min() < -INDEFINITE * values.max():
         spread = f"eigenvalues from {values.min():.3g} to {values.max():.3g}"
         raise NumericalError(f"{name} is not positive semi-definite: {spread}")
-    damped = (1 - damping) * values.clamp(min=0) + damping * values.mean()
+    values = values.clamp(min=0)
+    if callable(damping):
+        damping = damping(values)
+    damped = (1 - damping) * values + damping * values.mean()
     return MetricRoot(vectors, damped.sqrt(), (damped.max() / damped.min()).item(), damping)
 
 

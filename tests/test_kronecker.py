@@ -7,12 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_capture
 import torch
-from test_nearest_kronecker import dense_fisher, van_loan
+from test_nearest_kronecker import dense_fisher, symmetric_sigmas, van_loan
 from tiny_capture import LAYERS, TinyCapture
 
-from stages import estimators, kronecker
+from stages import gradient_samples, kronecker
 from stages.errors import CorruptArtifact, NotEnoughDisk, NumericalError, ParameterError
-from stages.estimators import ESTIMATORS, regroup
+from stages.estimators import ESTIMATORS, Evidence
+from stages.fisher_diagnostics import describe_estimate
+from stages.leading_pairs import SOLVERS
 from stages.params import KroneckerParams
 from stages.statistics import Statistics
 from stages.store import read_array
@@ -24,6 +26,13 @@ PRECISE = {"iterations": 500, "tolerance": 1e-10, "dtype": "float64"}
 def run(tiny: TinyCapture, **params: object) -> list[dict]:
     kronecker.run(tiny.workspace, KroneckerParams(**params))
     return pq.read_table(tiny.workspace.out("kronecker") / "diagnostics.parquet").to_pylist()
+
+
+def compared(tiny: TinyCapture, **params: object) -> dict[tuple[str, str], dict]:
+    """The rows of comparison.parquet by module and estimator."""
+    run(tiny, **params)
+    rows = pq.read_table(tiny.workspace.out("kronecker") / "comparison.parquet").to_pylist()
+    return {(row["module"], row["estimator"]): row for row in rows}
 
 
 def factors(tiny: TinyCapture, layer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +77,7 @@ def test_kfac_is_measured_against_the_dense_fisher_and_copies_nothing(tmp_path: 
         assert row["norm"] == pytest.approx(scale * product.norm().item(), rel=1e-4)
         assert row["residual"] == pytest.approx(((F - scale * product).norm() / F.norm()).item(), rel=1e-4)
     files = describe_files(tiny.workspace.out("kronecker"))
-    assert set(files) == {"diagnostics.parquet", "kronecker.json", MANIFEST}
+    assert set(files) == {"comparison.parquet", "diagnostics.parquet", "kronecker.json", MANIFEST}
 
 
 def test_no_kronecker_pair_is_nearer_than_that_of_sequence(tmp_path: Path) -> None:
@@ -97,31 +106,21 @@ def test_shards_change_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["sketch", "exact"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_streamed_over_blocks_equals_one_block(tmp_path: Path, monkeypatch, form: str, estimator: str) -> None:
-    statistics = Statistics(make(tmp_path, form).workspace.out("capture"))
-    params = KroneckerParams(estimator=estimator, **{**PRECISE, "tolerance": 1e-7})
-    estimate = ESTIMATORS.lookup(estimator).estimate
-    whole = estimate(statistics, LAYERS[0], params)
-    monkeypatch.setattr(estimators, "BLOCK_COLUMNS", 20)  # four sequences and two
-    monkeypatch.setattr(estimators, "BLOCK_NUMBERS", 120)
-    assert len(list(estimators.gradient_blocks(statistics, LAYERS[0], params))) == 2
-    streamed = estimate(statistics, LAYERS[0], params)
-    for key in ("scale", "norm", "fisher_norm", "residual"):
-        assert getattr(streamed, key) == pytest.approx(getattr(whole, key), rel=1e-9)
-    for factor, other in zip(streamed.factors or (), whole.factors or ()):
-        torch.testing.assert_close(factor, other, rtol=0, atol=1e-6 * whole.norm**0.5)
-
-
-def test_regroup_keeps_every_sequence_in_order() -> None:
-    left, right = torch.arange(23.0)[:, None, None].expand(23, 3, 1), torch.arange(23.0)[:, None, None].expand(23, 2, 1)
-    for sizes in ([23], [1] * 23, [5, 0, 9, 9], [20, 3]):
-        for columns in (1, 4, 7, 23, 40):
-            shards = zip(left.split(sizes), right.split(sizes))
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(estimators, "BLOCK_COLUMNS", columns)
-                blocks = list(regroup(shards))
-            assert [len(block[0]) for block in blocks[:-1]] == [columns] * (len(blocks) - 1)
-            assert torch.equal(torch.cat([block[0] for block in blocks]), left)
-            assert torch.equal(torch.cat([block[1] for block in blocks]), right)
+    statistics = Statistics(make(tmp_path, form, tokens_kept=7).workspace.out("capture"))
+    params = KroneckerParams(estimator=estimator, **{**PRECISE, "tolerance": 1e-7}, clip=2.0, trim_tokens=1)
+    evidence = Evidence(statistics, LAYERS[0], params)
+    estimate = ESTIMATORS.lookup(estimator).estimate(evidence)
+    whole = describe_estimate(evidence, estimator, estimate)
+    monkeypatch.setattr(gradient_samples, "BLOCK_COLUMNS", 20)  # four sequences and two; two of seven tokens
+    monkeypatch.setattr(gradient_samples, "BLOCK_NUMBERS", 120)
+    blocks = Evidence(statistics, LAYERS[0], params)
+    assert len(list(blocks.samples.blocks())) == 2 and len(list(blocks.samples.token_blocks())) == 3
+    other = ESTIMATORS.lookup(estimator).estimate(blocks)
+    streamed = describe_estimate(blocks, estimator, other)
+    for key in ("scale", "norm", "residual", "input_variance", "output_variance", "input_samples"):
+        assert streamed[key] == pytest.approx(whole[key], rel=1e-6), key
+    for found, expected in ((other.A, estimate.A), (other.B, estimate.B)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * expected.norm().item(), check_dtype=False)
 
 
 @pytest.mark.parametrize("estimator", ["sequence", "kfac"])
@@ -199,3 +198,130 @@ def test_disk_is_checked_for_the_factors_alone(tmp_path: Path, monkeypatch) -> N
 def test_unknown_estimator(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="Did you mean 'sequence'"):
         run(make(tmp_path), estimator="sequences")
+
+
+def token_fisher(tiny: TinyCapture, name: str, trim: int, clip: float | None) -> torch.Tensor:
+    """The dense per-token Fisher [n m, n m], vec stacking columns."""
+    x, d = tiny.inputs[name][:, trim:].flatten(0, 1), tiny.gradients[name][:, trim:].flatten(0, 1)
+    gradients = d[:, :, None] * x[:, None, :]
+    norms = gradients.flatten(1).norm(dim=1)
+    if clip is not None:
+        gradients = gradients * (clip * norms.median() / norms).clamp(max=1)[:, None, None]
+    return dense_fisher(gradients)
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+@pytest.mark.parametrize(("trim", "clip"), [(0, None), (2, 1.5)])
+def test_token_equals_the_dense_oracle(tmp_path: Path, method: str, trim: int, clip: float | None) -> None:
+    tiny = make(tmp_path, "none", tokens_kept=7)
+    run(tiny, estimator="token", method=method, trim_tokens=trim, clip=clip, **PRECISE)
+    for layer in LAYERS:
+        A, B, sigma = van_loan(token_fisher(tiny, layer.name, trim, clip), layer.outputs, layer.inputs)
+        for found, unit in zip(factors(tiny, layer), (A, B)):
+            torch.testing.assert_close(found.double(), sigma**0.5 * unit, rtol=1e-4, atol=1e-5 * sigma**0.5)
+
+
+def test_tokens_without_a_gradient_are_clipped_to_nothing(tmp_path: Path) -> None:
+    """The last token of a sequence has no loss: its norm is 0."""
+    tiny = tiny_capture.random_tokens(tmp_path)
+    for d in tiny.gradients.values():
+        d[:, -1] = 0
+    tiny_capture.publish(tiny, tokens_kept=7)
+    run(tiny, estimator="token", clip=1.0)
+    assert all(factor.isfinite().all() for layer in LAYERS for factor in factors(tiny, layer))
+
+
+@pytest.mark.parametrize("together", [2, 4, 9])
+@pytest.mark.parametrize("form", ["sketch", "exact"])
+def test_averaged_gradients_equal_the_dense_oracle(tmp_path: Path, form: str, together: int) -> None:
+    tiny = make(tmp_path, form)
+    rows = run(tiny, estimator="sequence", sequences_per_gradient=together, **PRECISE)
+    for layer, row in zip(LAYERS, rows):
+        F = dense_fisher(torch.stack([part.mean(0) for part in tiny.gradient(layer.name).split(together)]))
+        _, B, sigma = van_loan(F, layer.outputs, layer.inputs)
+        assert row["norm"] == pytest.approx(sigma, rel=1e-5)
+        assert row["fisher_norm"] == pytest.approx(F.norm().item(), rel=1e-5)
+        torch.testing.assert_close(factors(tiny, layer)[1].double(), sigma**0.5 * B, rtol=1e-4, atol=1e-5 * sigma**0.5)
+
+
+def test_shards_change_nothing_for_averages_tokens_and_halves(tmp_path: Path) -> None:
+    digests = []
+    for shard in (1, 4, 6):
+        tiny = make(tmp_path / str(shard), shard=shard, tokens_kept=5)
+        run(tiny, estimator="token", diagnostics="full", sequences_per_gradient=2)
+        digests.append(describe_files(tiny.workspace.out("kronecker")))
+    assert digests[0] == digests[1] == digests[2]
+
+
+def test_full_diagnostics_equal_the_dense_oracle(tmp_path: Path) -> None:
+    tiny = make(tmp_path, "exact", tokens_kept=7)
+    found = compared(tiny, estimator="token", diagnostics="full", **PRECISE)
+    assert [name for module, name in found if module == "block.q"] == list(ESTIMATORS)
+    layer, about = LAYERS[0], pq.read_table(tiny.workspace.out("kronecker") / "diagnostics.parquet").to_pylist()[0]
+    G = tiny.gradient(layer.name)
+    F = dense_fisher(G)
+    sigmas = symmetric_sigmas(F, layer.outputs, layer.inputs)
+    assert about["sigma_ratio"] == pytest.approx((sigmas[0] / sigmas[1]).item(), rel=1e-3)
+    squares = G.square().sum((1, 2))
+    assert about["effective_sequences"] == pytest.approx((squares.sum() ** 2 / squares.square().sum()).item(), rel=1e-5)
+    for name in ("sequence", "token"):
+        first, second = (half_pair(tiny, layer, name, half) for half in (0, 1))
+        error = ((first - second).norm() / (first + second).norm()).item()
+        assert found[layer.name, name]["sampling_error"] == pytest.approx(error, rel=1e-4)
+    A, B = (factor.double() for factor in factors(tiny, layer))
+    row, product = found[layer.name, "token"], torch.kron(A, B)
+    scale = ((F * product).sum() / product.square().sum()).item()
+    assert row["scale"] == pytest.approx(scale, rel=1e-4)
+    assert row["residual"] == pytest.approx(((F - scale * product).norm() / F.norm()).item(), rel=1e-4)
+    assert row["input_rank"] == pytest.approx((A.trace() ** 2 / A.square().sum()).item(), rel=1e-4)
+    assert row["input_condition"] == pytest.approx(torch.linalg.cond(A, 2).item(), rel=1e-2)
+    assert found[layer.name, "kfac"]["sampling_error"] is None
+
+
+def half_pair(tiny: TinyCapture, layer, estimator: str, half: int) -> torch.Tensor:
+    """A ⊗ B of every second sequence, dense."""
+    x, d = tiny.inputs[layer.name][half::2], tiny.gradients[layer.name][half::2]
+    tokens = d.flatten(0, 1)[:, :, None] * x.flatten(0, 1)[:, None, :]
+    F = dense_fisher(tokens if estimator == "token" else d.mT @ x)
+    A, B, sigma = van_loan(F, layer.outputs, layer.inputs)
+    return sigma * torch.kron(A, B)
+
+
+def test_the_level_of_diagnostics_says_what_is_compared(tmp_path: Path) -> None:
+    tiny = make(tmp_path, tokens_kept=3)
+    assert {name for _, name in compared(tiny, diagnostics="none")} == {"kfac"}
+    assert {name for _, name in compared(tiny, estimator="token")} == {"kfac", "token"}
+    found = compared(tiny, diagnostics="full")
+    for layer in LAYERS:
+        best = found[layer.name, "sequence"]["residual"]
+        assert all(found[layer.name, name]["residual"] >= best - 1e-6 for name in ESTIMATORS)
+    tiny_capture.publish(tiny)
+    assert {name for _, name in compared(tiny, diagnostics="full")} == {"kfac", "sequence"}
+
+
+def test_few_sequences_are_said_with_the_number_that_would_do(tmp_path: Path, capsys) -> None:
+    tiny = tiny_capture.random_tokens(tmp_path, sequences=2, tokens=7)
+    tiny_capture.publish(tiny, rank=1)
+    run(tiny, estimator="sequence")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "(the worst is 'block.q': 2 samples, rank 5)" in said and "5 sequences instead of 2 would do" in said
+
+
+def test_what_the_capture_lacks_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match=r"capture\.tokens_per_sequence is 0"):
+        run(make(tmp_path), estimator="token")
+    with pytest.raises(ParameterError, match=r"trim_tokens = 7 leaves no token"):
+        run(make(tmp_path, tokens_kept=7), estimator="token", trim_tokens=7)
+    with pytest.raises(ParameterError, match="Did you mean 'lanczos'"):
+        run(make(tmp_path), method="lanczoss")
+
+
+def test_layers_without_gradients_are_named(tmp_path: Path, capsys) -> None:
+    tiny = tiny_capture.random_tokens(tmp_path)
+    tiny.gradients["block.up"].zero_()
+    tiny.inputs["block.down"].zero_()
+    tiny_capture.publish(tiny, tokens_kept=3)
+    for estimator in ESTIMATORS:
+        run(tiny, estimator=estimator, diagnostics="full")
+        said = " ".join(capsys.readouterr().err.split())
+        assert "2 layers have no gradient on the calibration text: ['block.up', 'block.down']" in said

@@ -5,16 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.gradient_blocks import ExactGradients, SketchedGradients, TokenGradients, symmetric_product
 from stages.nearest_kronecker import (
-    ExactGradients,
     KroneckerPair,
-    SketchedGradients,
     SpannedFisher,
     StreamedFisher,
     fisher_of,
+    leading_sigmas,
     nearest_kronecker,
     relative_residual,
-    symmetric_product,
 )
 
 N, M = 5, 4  # outputs, inputs
@@ -45,6 +44,14 @@ def van_loan(F: torch.Tensor, outputs: int, inputs: int) -> tuple[torch.Tensor, 
     A, B = U[:, 0].view(inputs, inputs), Vh[0].view(outputs, outputs)
     sign = A.trace().sign()
     return A * sign, B * sign, sigma[0].item()
+
+
+def symmetric_sigmas(F: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+    """The singular values of the rearrangement R(F) on symmetric matrices (it maps these to such, and skew ones to skew ones)."""
+    rearranged = F.view(inputs, outputs, inputs, outputs).permute(1, 3, 0, 2)  # (b, b', a, a')
+    even = (rearranged + rearranged.transpose(0, 1)) / 2
+    even = (even + even.transpose(2, 3)) / 2
+    return torch.linalg.svdvals(even.reshape(outputs**2, inputs**2))
 
 
 def forms(left: torch.Tensor, right: torch.Tensor) -> dict[str, StreamedFisher | SpannedFisher]:
@@ -220,3 +227,106 @@ def test_the_cheaper_form_is_taken() -> None:
 def test_relative_residual_of_nothing() -> None:
     assert relative_residual(0.0, 0.0) is None
     assert relative_residual(1.0, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("form", forms(*random_sketch(2, 2)))
+@pytest.mark.parametrize("rank", [1, 4])
+def test_power_and_lanczos_agree(form: str, rank: int) -> None:
+    """Converged to 1e-10 in float64, both give the same positive pair to 1e-6."""
+    fisher = forms(*random_sketch(8, rank))[form]
+    start = torch.eye(M, dtype=torch.float64)
+    power, lanczos = (nearest_kronecker(fisher, start, 500, 1e-10, method) for method in ("power", "lanczos"))
+    assert power.converged and lanczos.converged
+    assert lanczos.norm == pytest.approx(power.norm, rel=1e-9)
+    torch.testing.assert_close(lanczos.A, power.A, rtol=1e-6, atol=1e-6 * power.norm**0.5)
+    torch.testing.assert_close(lanczos.B, power.B, rtol=1e-6, atol=1e-6 * power.norm**0.5)
+
+
+@pytest.mark.parametrize("method", ["power", "lanczos"])
+@pytest.mark.parametrize("form", forms(*random_sketch(2, 2)))
+def test_sums_of_pairs_equal_the_dense_svd(form: str, method: str) -> None:
+    left, right = random_sketch(8, 3)
+    F = dense_fisher(left @ right.mT)
+    sigmas = symmetric_sigmas(F, N, M)
+    pair = nearest_kronecker(forms(left, right)[form], torch.eye(M, dtype=torch.float64), 2000, 1e-9, method, rank=3)
+    assert pair.converged
+    assert [pair.norm, *(sigma for _, _, sigma in pair.further)] == pytest.approx(sigmas[:3].tolist(), rel=1e-7)
+    total = torch.kron(pair.A, pair.B) + sum(torch.kron(A, B) for A, B, _ in pair.further)
+    left_over = (F.square().sum() - sigmas[:3].square().sum()).sqrt().item()
+    assert (F - total).norm().item() == pytest.approx(left_over, rel=1e-6)
+    assert pair.residual == pytest.approx(((F - total).norm() / F.norm()).item(), rel=1e-6)
+    assert all(A.trace() + B.trace() >= 0 for A, B, _ in pair.further)
+
+
+def test_lanczos_needs_fewer_steps_where_two_pairs_nearly_tie() -> None:
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(size, 2, generator=generator, dtype=torch.float64))[0] for size in (20, 30))
+    left, right = (U * torch.tensor([1.0, 0.98])).T[:, :, None], V.T[:, :, None].contiguous()
+    fisher = SpannedFisher(SketchedGradients(left, right))
+    power, lanczos = (nearest_kronecker(fisher, None, 2000, 1e-6, method) for method in ("power", "lanczos"))
+    assert lanczos.iterations <= 5 < 100 < power.iterations
+    torch.testing.assert_close(lanczos.A, power.A, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["power", "lanczos"])
+def test_a_fisher_of_one_pair_has_no_second(method: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(1, size, 1, generator=generator, dtype=torch.float64) for size in (N, M))
+    pair = nearest_kronecker(SpannedFisher(SketchedGradients(left, right)), None, 50, 1e-8, method, rank=3)
+    assert pair.further == () and pair.converged and pair.residual == pytest.approx(0, abs=1e-6)
+
+
+def test_restarted_lanczos_finds_the_leading_pairs_of_many() -> None:
+    left, right = random_sketch(40, 2, 20, 16)
+    F = dense_fisher(left @ right.mT)
+    sigmas = symmetric_sigmas(F, 20, 16)
+    fisher = StreamedFisher(lambda: [SketchedGradients(left, right)])
+    pair = nearest_kronecker(fisher, torch.eye(16, dtype=torch.float64), 100, 1e-9, "lanczos", rank=2)
+    assert pair.converged and pair.iterations > 10  # so it was restarted
+    assert [pair.norm, pair.further[0][2]] == pytest.approx(sigmas[:2].tolist(), rel=1e-8)
+    assert leading_sigmas(fisher, 2) == pytest.approx(sigmas[:2].tolist(), rel=1e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sequences=st.integers(1, 4),
+    tokens=st.integers(1, 4),
+    outputs=st.integers(1, 6),
+    inputs=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_tokens_are_gradients_of_rank_one(sequences: int, tokens: int, outputs: int, inputs: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sequences, tokens, inputs, generator=generator, dtype=torch.float64)
+    d = torch.randn(sequences, tokens, outputs, generator=generator, dtype=torch.float64)
+    block = TokenGradients(x, d)
+    plain = SketchedGradients(d.flatten(0, 1)[:, :, None], x.flatten(0, 1)[:, :, None])
+    start = torch.eye(inputs, dtype=torch.float64)
+    expected = nearest_kronecker(StreamedFisher(lambda: [plain]), start, 20, 1e-14)
+    for fisher in (SpannedFisher(block), StreamedFisher(lambda: [block])):
+        found = nearest_kronecker(fisher, start, 20, 1e-14, with_variances=True)
+        torch.testing.assert_close(found.A, expected.A, atol=1e-9, rtol=1e-7)
+        torch.testing.assert_close(found.B, expected.B, atol=1e-9, rtol=1e-7)
+        assert found.fisher_norm == pytest.approx(expected.fisher_norm, rel=1e-10)
+        if sequences > 1:  # of the output side, since the last step gave B from this A
+            A = found.A / found.A.norm()
+            parts = [torch.einsum("ta,tb,ti,ij,tj->ab", d[s], d[s], x[s], A, x[s]) for s in range(sequences)]
+            assert found.variances[1] == pytest.approx(variance_of_mean(parts), rel=1e-6, abs=1e-9)
+        else:
+            assert found.variances is None
+
+
+def variance_of_mean(parts: list[torch.Tensor]) -> float:
+    """Squared standard error of the mean of matrices over its squared norm."""
+    stack = torch.stack(list(parts))
+    spread = (stack - stack.mean(0)).square().sum() / (len(stack) - 1) / len(stack)
+    return (spread / stack.mean(0).square().sum()).item()
+
+
+@pytest.mark.parametrize("form", forms(*random_sketch(2, 2)))
+def test_variances_of_the_factors_are_those_of_means(form: str) -> None:
+    left, right = random_sketch(8, 3)
+    pair = nearest_kronecker(forms(left, right)[form], None, 500, 1e-12, with_variances=True)
+    G = left @ right.mT
+    assert pair.variances[0] == pytest.approx(variance_of_mean(G.mT @ (pair.B / pair.B.norm()) @ G), rel=1e-6)
+    assert pair.variances[1] == pytest.approx(variance_of_mean(G @ (pair.A / pair.A.norm()) @ G.mT), rel=1e-6)

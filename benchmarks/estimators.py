@@ -1,0 +1,216 @@
+"""Perplexity of gfwsvd's estimators against svd_llm with the same ranks, from one capture, damping chosen on the tuning split.
+
+    python benchmarks/estimators.py --project P                          # all settings; minutes each
+    python benchmarks/estimators.py --project P --settings svd_llm,token,sequence
+    python benchmarks/estimators.py --project P --quick                  # svd_llm and kfac at one damping, a few sequences
+
+The project has run stages prepare and capture (for the published figure: 256 calibration sequences, capture.sketch_rank 16,
+capture.tokens_per_sequence 16); its params.yaml is not read. Each setting's Kronecker factors are kept in the project's
+estimators.partial. Ranks are uniform (the same share of every layer, pivoted storage). Weights are replaced by their truncations in
+place, in float32, which gives the same perplexity as stages factorize and evaluate. `best` is the damping of least perplexity on the
+tuning sequences; the figures are of the evaluation sequences.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from stages import kronecker
+from stages.cost import rank_costs
+from stages.layers import LinearLayer, linear_modules
+from stages.metrics import METRICS, MetricSources
+from stages.models import load_model
+from stages.params import KroneckerParams, SubspaceParams
+from stages.shrinkage import SHRINKAGES, read_sampling
+from stages.statistics import Statistics
+from stages.tables import read_sequences
+from stages.workspace import Workspace
+
+RATIOS = (0.2, 0.4)
+DAMPINGS = ((0.01, 0.1), (0.1, 0.3), (0.3, 0.6), ("ledoit_wolf", "ledoit_wolf"))
+TUNING = 8  # tuning sequences that a damping is chosen on
+SETTINGS = {
+    "svd_llm": ("svd_llm", KroneckerParams()),
+    "kfac": ("kfac", KroneckerParams()),
+    "sequence": ("gfwsvd", KroneckerParams(estimator="sequence")),
+    "token": ("gfwsvd", KroneckerParams(estimator="token")),
+    "token, clip 1": ("gfwsvd", KroneckerParams(estimator="token", clip=1.0)),
+    "token, clip 3, trim 1": ("gfwsvd", KroneckerParams(estimator="token", clip=3.0, trim_tokens=1)),
+}
+BATCH = 4
+Eigen = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The project, its model with dense weights, and token ids by split."""
+
+    project: Path
+    model: torch.nn.Module
+    weights: dict[str, torch.Tensor]
+    ids: dict[str, torch.Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--project", type=Path, default=Path())
+    parser.add_argument("--settings", default=";".join(SETTINGS), help="names, between semicolons")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    names = ["svd_llm", "kfac"] if options.quick else options.settings.split(";")
+    bench = open_bench(options.project.resolve(), 4 if options.quick else None)
+    dense = perplexity(bench, "evaluation")
+    print(
+        f"dense {dense:.2f}; ratios {RATIOS}\n{'setting':24} {'damping':26} {'tuning':>18} {'evaluation':>18}",
+        flush=True,
+    )
+    best = {name: compare_dampings(bench, name, DAMPINGS[1:2] if options.quick else DAMPINGS) for name in names}
+    report(best)
+
+
+def open_bench(project: Path, sequences: int | None) -> Bench:
+    workspace = Workspace(project)
+    model = load_model(workspace.model, torch.float32)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    counts = {"tuning": sequences or TUNING, "evaluation": sequences}
+    ids = {split: read_sequences(workspace.table(split), vocabulary)[:count] for split, count in counts.items()}
+    weights = {name: module.weight.detach().clone() for name, module in linear_modules(model).items()}
+    return Bench(project, model, weights, ids)
+
+
+@torch.no_grad()
+def perplexity(
+    bench: Bench, split: str, layers: Sequence[LinearLayer] = (), weights: Sequence[torch.Tensor] = ()
+) -> float:
+    """exp of the mean next-token loss, with the weights of some layers replaced."""
+    for layer, weight in zip(layers, weights):
+        bench.model.get_submodule(layer.name).weight.data.copy_(weight)
+    losses = []
+    for ids in bench.ids[split].split(BATCH):
+        logits = bench.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"))
+    return math.exp(torch.cat(losses).mean().item())
+
+
+def compare_dampings(bench: Bench, name: str, dampings: tuple) -> dict[float, tuple[float, tuple]]:
+    """For each ratio, (evaluation perplexity, damping) of the damping that is best on the tuning split."""
+    metric, params = SETTINGS[name]
+    sources = MetricSources(
+        Statistics(bench.project / "artifacts" / "capture"), factors_of(bench, params), SubspaceParams()
+    )
+    layers = sources.statistics.layers
+    eigen = {layer.name: decomposed(*METRICS.lookup(metric)(sources, layer)) for layer in layers}
+    found: dict[float, tuple] = {ratio: (math.inf, None, None) for ratio in RATIOS}
+    for damping in dampings:
+        chosen = {layer.name: resolved(sources, metric, layer, damping, eigen[layer.name]) for layer in layers}
+        cuts = [
+            truncations(bench.weights[layer.name], layer, eigen[layer.name], chosen[layer.name]) for layer in layers
+        ]
+        for index, ratio in enumerate(RATIOS):
+            cut = [parts[index] for parts in cuts]
+            tuning = perplexity(bench, "tuning", layers, cut)
+            found[ratio] = min(found[ratio], (tuning, damping, cut), key=lambda row: row[0])
+            medians = [float(np.median([pair[side] for pair in chosen.values()])) for side in (0, 1)]
+            used = f"{medians[0]:.2g}, {medians[1]:.2g}"
+            print(f"{name:24} {ratio:5.2f} {damping!s:30} {used:14} {tuning:10.2f}", flush=True)
+    best = {ratio: (perplexity(bench, "evaluation", layers, row[2]), row[1]) for ratio, row in found.items()}
+    print(f"{name:24} on evaluation: {best}", flush=True)
+    return best
+
+
+def factors_of(bench: Bench, params: KroneckerParams) -> Path:
+    """The output of stage `kronecker` with these parameters, computed once."""
+    described = "-".join(f"{key}={value}" for key, value in params.model_dump(exclude_defaults=True).items()) or "kfac"
+    workspace = Workspace(bench.project / "estimators.partial" / described)
+    if not workspace.out("capture").exists():
+        shutil.copytree(bench.project / "artifacts" / "capture", workspace.out("capture"), copy_function=os.link)
+    kronecker.run(
+        workspace, params.model_copy(update={"diagnostics": "none"})
+    )  # the fit to the gradients takes longer than the factors
+    table = pq.read_table(workspace.out("kronecker") / "comparison.parquet").to_pandas()
+    print(table.groupby("estimator", sort=False).median(numeric_only=True).dropna(axis=1).T.to_string(), flush=True)
+    return workspace.out("kronecker")
+
+
+def decomposed(*factors: torch.Tensor | None) -> list[Eigen | None]:
+    """Eigenvalues and vectors of both factors, float32; None for the identity."""
+    return [None if factor is None else torch.linalg.eigh(factor) for factor in factors]
+
+
+def resolved(sources: MetricSources, metric: str, layer: LinearLayer, damping: tuple, eigen: list) -> tuple[float, ...]:
+    """δ of both sides as numbers."""
+    rules = [isinstance(rule, str) and side is not None for rule, side in zip(damping, eigen)]
+    if not any(rules):
+        return tuple(0.0 if side is None else delta for delta, side in zip(damping, eigen))
+    sampling = read_sampling(sources.kronecker, metric, layer.name)
+    return tuple(
+        0.0 if side is None else SHRINKAGES.lookup(rule)(side[0].double().clamp(min=0), known)
+        for rule, side, known in zip(damping, eigen, sampling)
+    )
+
+
+def truncations(weight: torch.Tensor, layer: LinearLayer, eigen: list, damping: tuple) -> list[torch.Tensor]:
+    """W_k = R_B⁻ᵀ U_k U_kᵀ R_Bᵀ W (or its mirror image on the shorter side) for the rank of each ratio, as in `weighted_svd`."""
+    (A, A_inverse), (B, B_inverse) = (roots(*pair) for pair in zip(eigen, damping))
+    M = times(times(weight, A).T, B).T
+    short = weight.shape[0] <= weight.shape[1]
+    gram = M @ M.T if short else M.T @ M
+    vectors = torch.linalg.eigh(gram)[1].flip(1)
+    cuts = []
+    for ratio in RATIOS:
+        top = vectors[:, : uniform_rank(layer, ratio)]
+        if short:
+            cuts.append(times(top.T, B_inverse, after=True).T @ (top.T @ times(weight.T, B).T))
+        else:
+            cuts.append((times(weight, A) @ top) @ times(top.T, A_inverse, after=True))
+    return cuts
+
+
+def roots(eigen: Eigen | None, damping: float) -> tuple[tuple | None, tuple | None]:
+    """R = Q √λ and what undoes it on the right, R⁻¹ = √λ⁻¹ Qᵀ, of the damped metric."""
+    if eigen is None:
+        return None, None
+    values, vectors = eigen
+    values = values.clamp(min=0)
+    scales = ((1 - damping) * values + damping * values.mean()).sqrt()
+    return (vectors, scales), (vectors, 1 / scales)
+
+
+def times(matrix: torch.Tensor, root: tuple | None, after: bool = False) -> torch.Tensor:
+    """X Q s, or X s Qᵀ if `after`."""
+    if root is None:
+        return matrix
+    vectors, scales = root
+    return (matrix * scales) @ vectors.T if after else (matrix @ vectors) * scales
+
+
+def uniform_rank(layer: LinearLayer, ratio: float) -> int:
+    """The largest rank that stores no more than 1 − ratio of the layer."""
+    costs = rank_costs(layer, "pivoted")
+    return int(np.flatnonzero(costs <= (1 - ratio) * layer.outputs * layer.inputs)[-1])
+
+
+def report(best: dict[str, dict[float, tuple[float, tuple]]]) -> None:
+    """One line of JSON for each ratio: the best estimator of gfwsvd against svd_llm."""
+    for ratio in RATIOS:
+        for name, rows in best.items():
+            print(f"ratio {ratio}: {name:24} {rows[ratio][0]:8.2f}  damping {rows[ratio][1]}")
+    ours = {name: rows for name, rows in best.items() if SETTINGS[name][0] == "gfwsvd"}
+    for ratio in RATIOS if ours and "svd_llm" in best else ():
+        name = min(ours, key=lambda key: ours[key][ratio][0])
+        value, target = ours[name][ratio][0], best["svd_llm"][ratio][0]
+        figure = f"perplexity of gfwsvd ({name}), uniform ranks, ratio {ratio}"
+        print(json.dumps({"figure": figure, "value": value, "unit": "", "target": target, "holds": value < target}))
+
+
+if __name__ == "__main__":
+    main()
