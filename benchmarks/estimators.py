@@ -36,7 +36,7 @@ from stages.tables import read_sequences
 from stages.workspace import Workspace
 
 RATIOS = (0.2, 0.4)
-DAMPINGS = ((0.01, 0.1), (0.1, 0.3), (0.3, 0.6), ("ledoit_wolf", "ledoit_wolf"))
+DAMPINGS = ((0.01, 0.1), (0.1, 0.3), ("ledoit_wolf", "ledoit_wolf"))
 TUNING = 8  # tuning sequences that a damping is chosen on
 SETTINGS = {
     "svd_llm": ("svd_llm", KroneckerParams()),
@@ -108,7 +108,7 @@ def compare_dampings(bench: Bench, name: str, dampings: tuple) -> dict[float, tu
         Statistics(bench.project / "artifacts" / "capture"), factors_of(bench, params), SubspaceParams()
     )
     layers = sources.statistics.layers
-    eigen = {layer.name: decomposed(*METRICS.lookup(metric)(sources, layer)) for layer in layers}
+    eigen = decompose_factors(sources, metric, layers)
     found: dict[float, tuple] = {ratio: (math.inf, None, None) for ratio in RATIOS}
     for damping in dampings:
         chosen = {layer.name: resolved(sources, metric, layer, damping, eigen[layer.name]) for layer in layers}
@@ -133,17 +133,24 @@ def factors_of(bench: Bench, params: KroneckerParams) -> Path:
     workspace = Workspace(bench.project / "estimators.partial" / described)
     if not workspace.out("capture").exists():
         shutil.copytree(bench.project / "artifacts" / "capture", workspace.out("capture"), copy_function=os.link)
-    kronecker.run(
-        workspace, params.model_copy(update={"diagnostics": "none"})
-    )  # the fit to the gradients takes longer than the factors
+    quick = params.model_copy(update={"diagnostics": "none"})  # the fit to the gradients takes longer than the factors
+    kronecker.run(workspace, quick)
     table = pq.read_table(workspace.out("kronecker") / "comparison.parquet").to_pandas()
     print(table.groupby("estimator", sort=False).median(numeric_only=True).dropna(axis=1).T.to_string(), flush=True)
     return workspace.out("kronecker")
 
 
-def decomposed(*factors: torch.Tensor | None) -> list[Eigen | None]:
-    """Eigenvalues and vectors of both factors, float32; None for the identity."""
-    return [None if factor is None else torch.linalg.eigh(factor) for factor in factors]
+def decompose_factors(
+    sources: MetricSources, metric: str, layers: Sequence[LinearLayer]
+) -> dict[str, list[Eigen | None]]:
+    """Eigenvalues and vectors of both factors of every layer, float32; None for the identity. Equal factors of a group once."""
+    found, last, shared = {}, None, None
+    for layer in layers:
+        A, B = METRICS.lookup(metric)(sources, layer)
+        if last is None or not torch.equal(A, last):
+            last, shared = A, torch.linalg.eigh(A)
+        found[layer.name] = [shared, None if B is None else torch.linalg.eigh(B)]
+    return found
 
 
 def resolved(sources: MetricSources, metric: str, layer: LinearLayer, damping: tuple, eigen: list) -> tuple[float, ...]:

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from stages.gram import mirror
+
 BLOCK_COLUMNS = 8192  # sketch columns S k of one block; a Gram matrix of them takes 256 MiB in float32
 BLOCK_NUMBERS = 2**26  # numbers of one block of exact gradients
 STRIPES = 8  # of a symmetric product: 9/16 of the work; more stripes gain nothing on CPUs
@@ -19,10 +21,8 @@ def symmetric_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     product = left.new_empty(size, size)
     edges = [size * i // STRIPES for i in range(STRIPES + 1)]
     for low, high in pairwise(edges):
-        product[low:high, low:] = left[low:high] @ right[low:].T
-        product[high:, low:high] = product[low:high, high:].T
-        product[low:high, low:high] = (product[low:high, low:high] + product[low:high, low:high].T) / 2
-    return product
+        torch.mm(left[low:high], right[low:].T, out=product[low:high, low:])
+    return mirror(product)
 
 
 class Gradients(Protocol):
