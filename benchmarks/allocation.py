@@ -11,9 +11,10 @@ import time
 
 import numpy as np
 
-from stages.allocation import ALLOCATORS, Limits, pose
+from stages.allocation import ALLOCATORS, pose
 from stages.layers import LinearLayer
 from stages.params import RanksParams
+from stages.sites import find_sites
 
 BLOCK = {
     "q": (576, 576),
@@ -36,7 +37,7 @@ def draw_task(ratio: float, storage: str):
     spectra = [
         generator.lognormal() * np.arange(1, min(n, m) + 1) ** -generator.uniform(0.2, 1.0) for _, n, m in shapes
     ]
-    return pose(layers, spectra, RanksParams(ratio=ratio, storage=storage), Limits())
+    return pose(find_sites(layers, shared=False), spectra, RanksParams(ratio=ratio, storage=storage))
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from stages.cost import rank_costs
 from stages.layers import LinearLayer
 from stages.pivoted import pivot_factors
 from stages.rounding import nearest, round_pivoted
+from stages.sites import Site
 
 BLOCK = {
     "q": (576, 576),
@@ -38,7 +39,9 @@ def draw_factors(n: int, m: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rank = (
         int(
             np.searchsorted(
-                rank_costs(LinearLayer("x", n, m, False, False, "x"), "pivoted"), KEPT * n * m, side="right"
+                rank_costs(Site("x", (LinearLayer("x", n, m, False, False, "x"),)), "pivoted"),
+                KEPT * n * m,
+                side="right",
             )
         )
         - 1

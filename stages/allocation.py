@@ -1,47 +1,22 @@
-"""Rank allocation: one budget of stored numbers, shared out over the layers. METHODS of allocation are entries of ALLOCATORS."""
+"""Rank allocation: one budget, shared out over the sites (see ``stages.sites``). Methods of allocation are entries of ALLOCATORS."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
 
 from stages import knapsack
+from stages.budget import Budget, parameters
 from stages.cost import rank_costs
 from stages.errors import ParameterError
 from stages.knapsack import Knapsack
-from stages.layers import LinearLayer
+from stages.limits import Limits
 from stages.params import RanksParams
 from stages.registry import Registry
 from stages.scratch import Scratch
+from stages.sites import Site
 from stages.workspace import Workspace
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Which ranks a layer may have; k = min(n, m).
-
-    Attributes:
-        round_to: a rank below k is a multiple of this.
-        floor, ceiling: least and largest rank as a share of k; a ceiling below 1 also rules out staying dense.
-        exclude: names of layers that stay dense; they count, so the others give up more.
-    """
-
-    round_to: int = 1
-    floor: float = 0.0
-    ceiling: float = 1.0
-    exclude: frozenset[str] = frozenset()
-
-    def allowed(self, layer: LinearLayer) -> np.ndarray:
-        """Whether each rank 0 … k is allowed, bool [k + 1]. Rank k is the dense layer."""
-        full = min(layer.outputs, layer.inputs)
-        ranks = np.arange(full + 1)
-        if layer.name in self.exclude:
-            return ranks == full
-        multiples = (ranks % self.round_to == 0) | (ranks == full)
-        return multiples & (ranks >= self.floor * full) & (ranks <= self.ceiling * full)
 
 
 @dataclass(frozen=True)
@@ -49,33 +24,35 @@ class Allocation:
     """The task of an allocator.
 
     Attributes:
-        layers: L layers in model order.
-        spectra: σ of every layer, float64 [k_l], descending.
-        costs: stored numbers at each rank, int64 [L, R], R = 1 + the largest k.
-        allowed: which ranks each layer may have, bool [L, R]; none that costs as much as the dense layer and keeps less.
-        budget: stored numbers that all layers together may use; the ranks of least cost fit.
+        sites: L sites in model order.
+        spectra: σ of every site, float64 [k_l], descending.
+        costs: the cost at each rank, int64 [L, R], R = 1 + the largest k.
+        allowed: which ranks each site may have, bool [L, R]; none that costs as much as the dense site and keeps less.
+        budget: what all sites together may cost; the ranks of least cost fit.
         params: the stage's parameters.
+        settled: ranks of the sites that have no choice, by name.
         workspace, scratch: the project folder, and the stage's restartable units, for allocators that measure the model.
         tables: what an allocator leaves beside the ranks, published as <name>.parquet.
     """
 
-    layers: Sequence[LinearLayer]
+    sites: Sequence[Site]
     spectra: Sequence[np.ndarray]
     costs: np.ndarray
     allowed: np.ndarray
     budget: int
     params: RanksParams = field(default_factory=RanksParams)
+    settled: Mapping[str, int] = field(default_factory=dict)
     workspace: Workspace | None = None
     scratch: Scratch | None = None
     tables: dict[str, pa.Table] = field(default_factory=dict)
 
     @property
-    def dense_numbers(self) -> np.ndarray:
-        """nm of every layer, int64 [L]."""
-        return np.array([layer.outputs * layer.inputs for layer in self.layers])
+    def dense_costs(self) -> np.ndarray:
+        """The cost of every site left dense, int64 [L]."""
+        return self.costs.max(axis=1)
 
     def energies(self) -> np.ndarray:
-        """Σ_{i<r} σ_i² of every layer at every rank, float64 [L, R]."""
+        """Σ_{i<r} σ_i² of every site at every rank, float64 [L, R]."""
         energies = np.zeros(self.costs.shape)
         for row, sigma in zip(energies, self.spectra):
             row[1 : len(sigma) + 1] = np.cumsum(np.square(sigma))
@@ -93,90 +70,108 @@ class Allocation:
 
 Allocator = Callable[[Allocation], np.ndarray]
 ALLOCATORS: Registry[Allocator] = Registry("ranks.allocator")
-"""Allocation -> ranks, int64 [L], each allowed, their cost within the budget and less than one rank of one layer below it."""
+"""Allocation -> ranks, int64 [L], each allowed, their cost within the budget and less than one rank of one site below it."""
 
 
 @ALLOCATORS.register("fisher")
 def fisher(allocation: Allocation) -> np.ndarray:
-    """Most kept σ² for the budget: r_l(λ) = argmax_r Σ_{i<r} σ_i² − λ cost_l(r), with one λ for all layers.
+    """Most kept σ² for the budget: r_l(λ) = argmax_r Σ_{i<r} σ_i² − λ cost_l(r), with one λ for all sites.
 
-    σ² must be comparable across layers, as it is under a metric that carries the scale of the loss (kfac, gfwsvd).
+    σ² must be comparable across sites, as it is under a metric that carries the scale of the loss (kfac, gfwsvd).
     """
     return allocation.spend(allocation.energies())
 
 
 @ALLOCATORS.register("uniform")
 def uniform(allocation: Allocation) -> np.ndarray:
-    """The same share removed from every layer, to within a rank; spectra are not looked at.
+    """The same share removed from every site, to within a rank; spectra are not looked at.
 
-    With s the kept share of nm, the worth nm (s − s²/2) has the same marginal, 1 − s, in every layer, so its Lagrangian
-    optimum has one s for all: the budget, floors, ceilings and the last few ranks are then settled as for `fisher`.
+    With s the kept share of the dense cost, the worth dense (s − s²/2) has the same marginal, 1 − s, in every site, so its
+    Lagrangian optimum has one s for all: the budget, floors, ceilings and the last few ranks are then settled as for `fisher`.
     """
-    dense = allocation.dense_numbers[:, None]
+    dense = allocation.dense_costs[:, None]
     share = allocation.costs / dense
     return allocation.spend(dense * (share - share**2 / 2))
 
 
 def pose(
-    layers: Sequence[LinearLayer], spectra: Sequence[np.ndarray], params: RanksParams, limits: Limits
+    sites: Sequence[Site],
+    spectra: Sequence[np.ndarray],
+    params: RanksParams,
+    limits: Limits | None = None,
+    budget: Budget | None = None,
 ) -> Allocation:
-    """The task of removing ``params.ratio`` of the stored numbers of `layers`.
+    """The task of removing ``params.ratio`` of the stored numbers of `sites`, or of what `budget` counts.
 
     Raises:
-        ParameterError: no allowed allocation meets the ratio (the message has the nearest that one does).
+        ParameterError: no allowed allocation meets the ratio (the message has the nearest that one does), or a pattern of the
+            limits matches nothing.
     """
-    shape = len(layers), max(min(layer.outputs, layer.inputs) for layer in layers) + 1
+    limits = limits or Limits()
+    limits.check_patterns(sites)
+    budget = budget or parameters(sites)
+    shape = len(sites), max(site.full_rank for site in sites) + 1
     costs, allowed = np.zeros(shape, np.int64), np.zeros(shape, bool)
-    for row, layer in enumerate(layers):
-        cost = rank_costs(layer, params.storage)
+    for row, site in enumerate(sites):
+        cost = rank_costs(site, params.storage, budget.unit)
         useful = cost < cost[-1]
         useful[-1] = True
         costs[row, : len(cost)] = cost
-        allowed[row, : len(cost)] = useful & limits.allowed(layer)
-    dense = sum(layer.outputs * layer.inputs for layer in layers)
-    task = Allocation(layers, spectra, costs, allowed, budget_of(dense, params.ratio), params)
-    _check_ratio(task, dense, params.ratio)
+        allowed[row, : len(cost)] = useful & limits.allowed(site)
+        if not allowed[row].any():
+            raise _no_rank(site, limits.allowed(site))
+    task = Allocation(sites, spectra, costs, allowed, budget.left(params.ratio), params)
+    _check_ratio(task, budget)
     return task
 
 
 def allocate(task: Allocation, allocator: Allocator) -> np.ndarray:
-    """Ranks [L] by `allocator`, which sees only the layers that have a choice; the others take their one allowed rank."""
+    """Ranks [L] by `allocator`, which sees only the sites that have a choice; the others take their one allowed rank."""
     free = task.allowed.sum(1) > 1
     ranks = np.argmax(task.allowed, axis=1)
-    settled = int(np.take_along_axis(task.costs, ranks[:, None], 1)[~free].sum())
+    spent = int(knapsack.pick(task.costs, ranks)[~free].sum())
     chosen = np.flatnonzero(free)
     part = replace(
         task,
-        layers=[task.layers[index] for index in chosen],
+        sites=[task.sites[index] for index in chosen],
         spectra=[task.spectra[index] for index in chosen],
         costs=task.costs[free],
         allowed=task.allowed[free],
-        budget=task.budget - settled,
+        budget=task.budget - spent,
+        settled={task.sites[index].name: int(ranks[index]) for index in np.flatnonzero(~free)},
     )
     ranks[free] = allocator(part)
     return ranks
 
 
-def budget_of(dense: int, ratio: float) -> int:
-    """Stored numbers that may remain of `dense` after removing `ratio`: ⌊(1 − ratio) dense⌋, in exact decimal arithmetic."""
-    return math.floor((1 - Fraction(str(ratio))) * dense)
+def _no_rank(site: Site, wanted: np.ndarray) -> ParameterError:
+    """The error of a site that no rank is left for: the limits rule out all, or all but some that would outgrow the matrix."""
+    outgrown = np.flatnonzero(wanted)
+    if len(outgrown):
+        reason = (
+            f"rank {outgrown[0]} would store more than the {site.outputs} × {site.inputs} matrix itself. Use a lower rank, or the "
+            f"full rank {site.full_rank} (dense)"
+        )
+    else:
+        reason = (
+            f"no rank from 0 to {site.full_rank} is left by ranks.floor, ranks.ceiling, ranks.round_to, ranks.fixed and "
+            "ranks.exclude. Widen them"
+        )
+    return ParameterError(f"Stage 'ranks', module {site.name!r}: {reason}.")
 
 
-def _check_ratio(task: Allocation, dense: int, ratio: float) -> None:
-    for layer, allowed in zip(task.layers, task.allowed):
-        if not allowed.any():
-            raise ParameterError(
-                f"Stage 'ranks', module {layer.name!r}: no rank is left by ranks.floor, ranks.ceiling and ranks.round_to. Widen them."
-            )
+def _check_ratio(task: Allocation, budget: Budget) -> None:
+    ratio = task.params.ratio
     least = int(np.where(task.allowed, task.costs, np.iinfo(np.int64).max).min(axis=1).sum())
     most = int(np.where(task.allowed, task.costs, -1).max(axis=1).sum())
     if least > task.budget:
         raise ParameterError(
-            f"Stage 'ranks': ranks.ratio = {ratio} leaves {task.budget} of {dense} stored numbers, but the smallest possible "
-            f"allocation needs {least} (ratio {1 - least / dense:.6f}). Lower ranks.ratio or ranks.floor, or exclude fewer modules."
+            f"Stage 'ranks': ranks.ratio = {ratio} leaves {task.budget + budget.untargeted} of {budget.whole} {budget.what}, but the "
+            f"smallest possible allocation needs {least + budget.untargeted} (ratio {budget.ratio(least):.6f}). Lower ranks.ratio, "
+            "ranks.floor or ranks.fixed, or exclude fewer modules."
         )
     if most <= task.budget:
         raise ParameterError(
-            f"Stage 'ranks': ranks.ratio = {ratio} is met already: the largest allowed allocation stores {most} of {dense} numbers "
-            f"(ratio {1 - most / dense:.6f}). Raise ranks.ratio or ranks.ceiling."
+            f"Stage 'ranks': ranks.ratio = {ratio} is met already: the largest allowed allocation stores {most + budget.untargeted} "
+            f"of {budget.whole} {budget.what} (ratio {budget.ratio(most):.6f}). Raise ranks.ratio, ranks.ceiling or ranks.fixed."
         )

@@ -1,6 +1,7 @@
-"""What a linear layer costs in stored numbers: the one model that allocation plans with and the checkpoint is counted against.
+"""What a site costs: the one model that allocation plans with and the checkpoint is counted against.
 
-n outputs, m inputs, k = min(n, m), rank r. Weights and index arrays count, biases do not (no method changes them).
+n outputs (of all layers of the site), m inputs, k = min(n, m), rank r. Weights and index arrays count, biases do not (no method
+changes them).
 """
 
 from collections.abc import Callable
@@ -8,51 +9,88 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.layers import LinearLayer
 from stages.registry import Registry
+from stages.sites import Site
 
 DENSE = "dense"
-Cost = Callable[[int, int, np.ndarray], np.ndarray]
-FORMATS: Registry[Cost] = Registry("ranks.storage")
-"""Stored numbers of a rank-r layer by format: (n, m, ranks) -> numbers, int64 of the shape of ranks."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a budget is counted in: the price of a weight and of an entry of an index array."""
+
+    weight: int = 1
+    index: int = 1
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Weights and index entries of a site at some ranks, int64 of the shape of the ranks."""
+
+    weights: np.ndarray
+    indices: np.ndarray
+
+    def priced(self, unit: Unit) -> np.ndarray:
+        return self.weights * unit.weight + self.indices * unit.index
+
+
+Format = Callable[[Site, np.ndarray], Stored]
+FORMATS: Registry[Format] = Registry("ranks.storage")
+"""What a site of rank r stores, by format: (site, ranks) -> Stored."""
 ALLOWED_FORMATS = {"factors": ("factors",), "pivoted": ("pivoted", "factors")}
 """Formats that a value of ``ranks.storage`` may use: for few ranks a pivot order costs more than it saves."""
 
 
 @FORMATS.register("factors")
-def factor_cost(n: int, m: int, ranks: np.ndarray) -> np.ndarray:
-    """Two factors, [n, r] and [r, m]: r(n + m)."""
-    return ranks * (n + m)
+def plain_factors(site: Site, ranks: np.ndarray) -> Stored:
+    """The factors [n, r] and [r, m]: r(n + m)."""
+    return Stored(ranks * (site.outputs + site.inputs), np.zeros_like(ranks))
 
 
 @FORMATS.register("pivoted")
-def pivoted_cost(n: int, m: int, ranks: np.ndarray) -> np.ndarray:
-    """Pivoted factors and the order of the shorter side: r(n + m − r) + k; nothing at rank 0. See ``stages.pivoted``."""
-    return np.where(ranks > 0, ranks * (n + m - ranks) + min(n, m), 0)
+def pivoted_factors(site: Site, ranks: np.ndarray) -> Stored:
+    """Pivoted factors and their order: r(n + m − r) + k; nothing at rank 0. See ``stages.pivoted``.
+
+    The order is that of the shorter side, but of the inputs where layers share them.
+    """
+    order = site.inputs if len(site.layers) > 1 else site.full_rank
+    return Stored(ranks * (site.outputs + site.inputs - ranks), np.where(ranks > 0, order, 0))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How one layer is kept: `storage` is "dense" or a name of FORMATS; `numbers` is what it stores."""
+    """How one site is kept.
+
+    Attributes:
+        rank: r; of a dense site k.
+        storage: "dense" or a name of FORMATS.
+        numbers: what each of its layers stores, the shared factor and its order with the first.
+        cost: of the whole site, in the unit of the budget.
+    """
 
     rank: int
     storage: str
-    numbers: int
+    numbers: tuple[int, ...]
+    cost: int
 
 
-def choose_storage(layer: LinearLayer, rank: int, storage: str) -> Choice:
+def choose_storage(site: Site, rank: int, storage: str, unit: Unit = Unit()) -> Choice:
     """The cheapest format for `rank`; full rank, and any rank whose factors outgrow the matrix, is dense."""
-    n, m = layer.outputs, layer.inputs
-    numbers, name = min((int(FORMATS.lookup(name)(n, m, np.array(rank))), name) for name in ALLOWED_FORMATS[storage])
-    if rank == min(n, m) or numbers >= n * m:
-        return Choice(min(n, m), DENSE, n * m)
-    return Choice(rank, name, numbers)
+    ranks = np.array(rank)
+    cost, name = min((int(FORMATS.lookup(name)(site, ranks).priced(unit)), name) for name in ALLOWED_FORMATS[storage])
+    dense = site.dense_numbers * unit.weight
+    if rank == site.full_rank or cost >= dense:
+        numbers = tuple(layer.outputs * site.inputs for layer in site.layers)
+        return Choice(site.full_rank, DENSE, numbers, dense)
+    stored = FORMATS.lookup(name)(site, ranks).priced(Unit())
+    own = [rank * layer.outputs for layer in site.layers]
+    return Choice(rank, name, (int(stored) - sum(own[1:]), *own[1:]), cost)
 
 
-def rank_costs(layer: LinearLayer, storage: str) -> np.ndarray:
-    """Stored numbers at every rank 0 … k, int64 [k + 1], never more than the dense nm (which is the cost at k)."""
-    n, m = layer.outputs, layer.inputs
-    ranks = np.arange(min(n, m) + 1, dtype=np.int64)
-    costs = np.min([FORMATS.lookup(name)(n, m, ranks) for name in ALLOWED_FORMATS[storage]], axis=0)
-    costs[-1] = n * m
-    return np.minimum(costs, n * m)
+def rank_costs(site: Site, storage: str, unit: Unit = Unit()) -> np.ndarray:
+    """The cost at every rank 0 … k, int64 [k + 1], never more than the dense nm (which is the cost at k)."""
+    dense = site.dense_numbers * unit.weight
+    ranks = np.arange(site.full_rank + 1, dtype=np.int64)
+    costs = np.min([FORMATS.lookup(name)(site, ranks).priced(unit) for name in ALLOWED_FORMATS[storage]], axis=0)
+    costs[-1] = dense
+    return np.minimum(costs, dense)

@@ -1,6 +1,6 @@
 """Stage `factorize`: the compressed model as a Hugging Face folder that carries its own code.
 
-Every layer's basis is cut to its rank and brought into its gauge, one layer at a time; then the checkpoint is written one
+Every site's basis (see ``stages.sites``) is cut to its rank and brought into its gauge, one site at a time; then the checkpoint is written one
 tensor at a time, so memory is bounded by the largest tensor. Writes model/, on request dense/ (the same weights
 multiplied out, in the dense architecture), and factorize.json with sizes counted from the saved tensors.
 """
@@ -19,29 +19,42 @@ from stages.architecture import DenseArchitecture, copy_companions, dense_archit
 from stages.checkpoint import SHARD_BYTES, StoredTensor, count_bytes, count_numbers, read_tensors, write_tensors
 from stages.cost import DENSE
 from stages.errors import CorruptArtifact
-from stages.gauges import gauge, product
-from stages.layers import LinearLayer, read_layers
+from stages.gauges import SHARED_MEMBER, gauge_site, product, right_factor
+from stages.layers import LinearLayer
 from stages.model_card import compressed_card, dense_card
 from stages.models import DTYPES, read_weight
 from stages.params import FactorizeParams
 from stages.scratch import Scratch
-from stages.store import read_array
+from stages.sites import Site, read_sites
 from stages.workspace import CODE, Workspace, digest_file, verify_output
 
-BIAS = {"factors": "up.bias", "pivoted_inputs": "up.bias", "pivoted_outputs": "bias", "zero": "bias"}
+OWN_BIAS = frozenset({"pivoted_outputs", "zero"})  # kinds whose bias is not that of `up`
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """A layer that is no longer dense: where its tensors are, and its record (kind, rank, errors)."""
+    """A layer that is no longer dense: where its tensors are, and its record (kind, rank, source, errors).
+
+    Attributes:
+        source: the layer that holds its right factor, if another does.
+    """
 
     layer: LinearLayer
     folder: Path
     record: dict
+    source: "StoredLayer | None" = None
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
         return read_tensors(self.folder)
+
+    def product(self) -> np.ndarray:
+        """Its weight multiplied out, float64 [n, m]."""
+        parameters = {name: _exact(tensor.read()) for name, tensor in self.tensors.items()}
+        if self.source:
+            shared = right_factor(self.source.tensors)
+            parameters |= {name: _exact(tensor.read()) for name, tensor in shared.items()}
+        return product(self.record["kind"], parameters, self.layer.outputs, self.layer.inputs)
 
 
 def run(workspace: Workspace, params: FactorizeParams) -> None:
@@ -56,26 +69,22 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         if scratch.republish():
             return
         architecture = dense_architecture(workspace.model)
-        layers = {layer.name: layer for layer in read_layers(workspace.out("ranks"))}
+        sites = read_sites(workspace.out("subspace"))
         plan = {row["module"]: row for row in pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()}
         stored = read_tensors(workspace.model)
         dtype = DTYPES[params.dtype or architecture.dtype]
         dense = {name: tensor.cast(dtype) for name, tensor in stored.items()}
         scratch.require_disk(count_bytes(dense) * (3 if params.dense_export else 2))
+        low_rank = [site for site in sites if plan[site.name]["storage"] != DENSE]
+        bases = workspace.out("subspace") / "bases"
         units = {
-            name: (
-                workspace.out("subspace") / "bases",
-                workspace.model,
-                layer,
-                plan[name]["rank"],
-                plan[name]["storage"],
-                dtype,
-            )
-            for name, layer in layers.items()
-            if plan[name]["storage"] != DENSE
+            site.name: (bases, workspace.model, site, plan[site.name]["rank"], plan[site.name]["storage"], dtype)
+            for site in low_rank
         }
-        folders = scratch.map("factorizing layers", factorize_layer, units)
-        compressed = {name: _stored_layer(layers[name], folder) for name, folder in folders.items()}
+        folders = scratch.map("factorizing layers", factorize_site, units)
+        compressed = {
+            name: layer for site in low_rank for name, layer in _stored_site(site, folders[site.name]).items()
+        }
         with scratch.publish() as out:
             write_model(out / "model", workspace, architecture, dense, compressed, dtype)
             facts = _count(out / "model", stored, plan, compressed)
@@ -99,27 +108,32 @@ def _inputs(workspace: Workspace) -> dict[str, str]:
     }
 
 
-def factorize_layer(
-    folder: Path, bases: Path, model: Path, layer: LinearLayer, rank: int, storage: str, dtype: torch.dtype
+def factorize_site(
+    folder: Path, bases: Path, model: Path, site: Site, rank: int, storage: str, dtype: torch.dtype
 ) -> None:
-    """Unit of work: cut a layer's basis to `rank`, gauge it, round it to `dtype`, and record what that cost.
+    """Unit of work: cut a site's basis to `rank`, gauge it, round it to `dtype`, and record what that cost each layer.
 
     rounding_error = ‖Ŵ − left right‖ / ‖left right‖ (gauge and rounding), reconstruction_error = ‖Ŵ − W‖ / ‖W‖ (truncation
     too), in the Frobenius norm, Ŵ the product of what is stored.
     """
-    left = read_array(bases, f"{layer.name}/left")[:, :rank].double().numpy()
-    right = read_array(bases, f"{layer.name}/right", slice(0, rank)).double().numpy()
-    stored = gauge(left, right, storage, dtype)
-    rebuilt = product(stored.kind, stored.parameters, layer.outputs, layer.inputs)
-    record = {
-        "kind": stored.kind,
-        "rank": rank,
-        "largest_coefficient": stored.largest_coefficient,
-        "rounding_error": _relative_error(rebuilt, left @ right),
-        "reconstruction_error": _relative_error(rebuilt, read_weight(model, layer).double().numpy()),
-    }
-    write_tensors(folder, {name: _as_stored(values, dtype) for name, values in sorted(stored.parameters.items())})
-    (folder / "layer.json").write_text(json.dumps(record, sort_keys=True) + "\n")
+    lefts, right = site.read_basis(bases, rank)
+    lefts, right = [left.double().numpy() for left in lefts], right.double().numpy()
+    gauged = gauge_site(lefts, right, storage, dtype)
+    for layer, left, stored in zip(site.layers, lefts, gauged, strict=True):
+        rebuilt = product(
+            stored.kind, right_factor(gauged[0].parameters) | stored.parameters, layer.outputs, layer.inputs
+        )
+        record = {
+            "kind": stored.kind,
+            "rank": rank,
+            "largest_coefficient": stored.largest_coefficient,
+            "rounding_error": _relative_error(rebuilt, left @ right),
+            "reconstruction_error": _relative_error(rebuilt, read_weight(model, layer).double().numpy()),
+        } | ({"source": site.name} if stored.kind == SHARED_MEMBER else {})
+        own = folder / layer.name
+        own.mkdir()
+        write_tensors(own, {name: _as_stored(values, dtype) for name, values in sorted(stored.parameters.items())})
+        (own / "layer.json").write_text(json.dumps(record, sort_keys=True) + "\n")
 
 
 def _relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -133,8 +147,13 @@ def _as_stored(values: np.ndarray, dtype: torch.dtype) -> StoredTensor:
     return StoredTensor(tuple(tensor.shape), kept, lambda: tensor.to(kept))
 
 
-def _stored_layer(layer: LinearLayer, folder: Path) -> StoredLayer:
-    return StoredLayer(layer, folder, json.loads((folder / "layer.json").read_text()))
+def _stored_site(site: Site, folder: Path) -> dict[str, StoredLayer]:
+    """The layers of a site by name."""
+    found: dict[str, StoredLayer] = {}
+    for layer in site.layers:
+        record = json.loads((folder / layer.name / "layer.json").read_text())
+        found[layer.name] = StoredLayer(layer, folder / layer.name, record, found.get(record.get("source")))
+    return found
 
 
 def write_model(
@@ -150,7 +169,8 @@ def write_model(
     folder.mkdir(parents=True)
     write_tensors(folder, compressed_tensors(dense, compressed, dtype), shard_bytes)
     layers = {
-        name: {"kind": stored.record["kind"], "rank": stored.record["rank"]} for name, stored in compressed.items()
+        name: {key: stored.record[key] for key in ("kind", "rank", "source") if key in stored.record}
+        for name, stored in compressed.items()
     }
     write_config(folder, architecture, dtype, layers)
     write_code(folder, architecture)
@@ -165,7 +185,8 @@ def compressed_tensors(
     for name, stored in compressed.items():
         del tensors[f"{name}.weight"]
         if stored.layer.bias:
-            tensors[f"{name}.{BIAS[stored.record['kind']]}"] = tensors.pop(f"{name}.bias")
+            place = "bias" if stored.record["kind"] in OWN_BIAS else "up.bias"
+            tensors[f"{name}.{place}"] = tensors.pop(f"{name}.bias")
         tensors |= {f"{name}.{parameter}": tensor for parameter, tensor in stored.tensors.items()}
     if compressed:  # see FisherfoldForCausalLM: makes the dense model's class refuse this checkpoint
         tensors[f"{min(compressed)}.weight"] = StoredTensor((0,), dtype, lambda: torch.empty(0, dtype=dtype))
@@ -193,10 +214,7 @@ def write_dense(
 
 def _multiply_out(stored: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
     """The dense weight as the dense model stores it: [m, n] in a Conv1D."""
-    parameters = {name: _exact(tensor.read()) for name, tensor in stored.tensors.items()}
-    rebuilt = torch.from_numpy(
-        product(stored.record["kind"], parameters, stored.layer.outputs, stored.layer.inputs)
-    ).to(dtype)
+    rebuilt = torch.from_numpy(stored.product()).to(dtype)
     return rebuilt.T if stored.layer.transposed else rebuilt
 
 

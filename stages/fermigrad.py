@@ -1,14 +1,14 @@
 """FermiGrad: all ranks found together by gradient descent through a Fermi function (arXiv 2512.03062).
 
-Layer l keeps component i (i = 0 …, in the metric's basis, W = left @ right) with the soft occupation
+Site l (see ``stages.sites``) keeps component i (i = 0 …, in the metric's basis, W = left @ right) with the soft occupation
 
     f_i(μ_l) = 1 / (1 + exp((i + ½ − μ_l) / τ)),
 
-so μ_l is a rank and τ a temperature in the same unit; as τ → 0 the layer is truncated to its first μ_l components. All μ
+so μ_l is a rank and τ a temperature in the same unit; as τ → 0 the site is truncated to its first μ_l components. All μ
 descend one loss of the whole network, KL(dense ‖ soft-truncated) or the cross-entropy, with everything else frozen. The
 budget is held exactly at every step: after the step, μ is moved onto the surface Σ_l cost_l(μ_l) = budget.
 
-The paper leaves schedule, optimiser and data open; ours: Adam, its step and τ measured in shares of each layer's
+The paper leaves schedule, optimiser and data open; ours: Adam, its step and τ measured in shares of each site's
 rank range and annealed together.
 
 Shapes: x [T, m], left [n, r], right [r, m], f [r]; T tokens, r = min(n, m).
@@ -23,39 +23,64 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, linear
 
+from stages.sites import Site
+
 BISECTIONS = 60  # halvings of the interval of a scalar: more than float64 resolves
 
 
 def occupation(mu: torch.Tensor, tau: float | torch.Tensor, count: int) -> torch.Tensor:
-    """Occupations f [count] of a layer's components at chemical potential `mu` and temperature `tau`, in rank units."""
+    """Occupations f [count] of the first components at chemical potential `mu` and temperature `tau`, in rank units."""
     index = torch.arange(count, dtype=mu.dtype, device=mu.device) + 0.5
     return torch.sigmoid((mu - index) / tau)
 
 
-class SoftTruncatedLinear(nn.Module):
-    """y = left (f ∘ (right x)) + bias, with f the occupation of the layer's components; or the dense layer while `soft` is off.
+class SoftRank(nn.Module):
+    """The soft rank of one site: μ, the only parameter that gets a gradient, and τ; both in rank units.
 
-    `mu` is the only parameter that gets a gradient: ∂L/∂μ = Σ_i f_i (1 − f_i) / τ · Σ_t (right_i x_t)(left_iᵀ d_t).
-    Components so far above μ that their occupation is lost in rounding are not computed.
+    Attributes:
+        full_rank: r.
+        soft: off, the site's layers compute what the dense ones do.
     """
 
     NEGLIGIBLE = 17.0  # temperatures above μ; exp(-17) is below the resolution of float32
+    RUN = (
+        32  # components: the sizes that matrix products are fast at, and so few that a product is seldom of a new size
+    )
 
-    def __init__(self, dense: nn.Module, left: torch.Tensor, right: torch.Tensor) -> None:
+    def __init__(self, full_rank: int, device: torch.device | None = None) -> None:
         super().__init__()
-        self.dense = dense
-        self.register_buffer("left", left, persistent=False)
-        self.register_buffer("right", right, persistent=False)
-        self.mu = nn.Parameter(torch.tensor(float(len(right)), dtype=torch.float64, device=left.device))
+        self.full_rank = full_rank
+        self.mu = nn.Parameter(torch.tensor(float(full_rank), dtype=torch.float64, device=device))
         self.tau = 1.0
         self.soft = True
 
+    def occupations(self) -> torch.Tensor:
+        """f of the first components, as many as are not lost in rounding; float64."""
+        seen = math.ceil(float(self.mu.detach()) + self.NEGLIGIBLE * self.tau)
+        return occupation(self.mu, self.tau, min(self.full_rank, self.RUN * math.ceil(seen / self.RUN)))
+
+
+class SoftTruncatedLinear(nn.Module):
+    """y = left (f ∘ (right x)) + bias, f the occupations of the site's components; the dense layer while the rank is not soft.
+
+    ∂L/∂μ = Σ_i f_i (1 − f_i) / τ · Σ_t (right_i x_t)(left_iᵀ d_t), summed over the layers of the site.
+
+    Args:
+        dense: the layer that is replaced.
+        left, right: [n, r] and [r, m]; `right` and `rank` may be those of other layers too.
+    """
+
+    def __init__(self, dense: nn.Module, left: torch.Tensor, right: torch.Tensor, rank: SoftRank) -> None:
+        super().__init__()
+        self.dense, self.rank = dense, rank
+        self.register_buffer("left", left.T.contiguous(), persistent=False)  # [r, n]: its first rows lie together
+        self.register_buffer("right", right, persistent=False)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.soft:
+        if not self.rank.soft:
             return self.dense(x)
-        count = min(len(self.right), math.ceil(float(self.mu.detach()) + self.NEGLIGIBLE * self.tau))
-        kept = occupation(self.mu, self.tau, count).to(x.dtype)
-        return linear(linear(x, self.right[:count]) * kept, self.left[:, :count], self.dense.bias)
+        kept = self.rank.occupations().to(x.dtype)
+        return linear(linear(x, self.right[: len(kept)]) * kept, self.left[: len(kept)].T, self.dense.bias)
 
 
 @dataclass(frozen=True)
@@ -63,9 +88,9 @@ class RankBudget:
     """The surface Σ_l cost_l(μ_l) = budget, for real ranks 0 ≤ μ_l ≤ limit_l.
 
     Attributes:
-        costs: stored numbers at every whole rank 0 … limit_l, float64 [L, R], linear in between, never falling.
-        limit: the largest rank of each layer, float64 [L].
-        budget: stored numbers over all layers.
+        costs: cost at every whole rank 0 … limit_l, float64 [L, R], linear in between, never falling.
+        limit: the largest rank of each site, float64 [L].
+        budget: cost of all sites together.
     """
 
     costs: torch.Tensor
@@ -73,12 +98,12 @@ class RankBudget:
     budget: float
 
     def cost(self, mu: torch.Tensor) -> torch.Tensor:
-        """Stored numbers of each layer at real rank `mu`, [L]."""
+        """Cost of each site at real rank `mu`, [L]."""
         below = mu.floor()
         return self._at(below) + (mu - below) * self.price(mu)
 
     def price(self, mu: torch.Tensor) -> torch.Tensor:
-        """∂cost/∂μ of each layer, [L]: what the next whole rank costs."""
+        """∂cost/∂μ of each site, [L]: what the next whole rank costs."""
         below = torch.minimum(mu.floor(), self.limit - 1)
         return self._at(below + 1) - self._at(below)
 
@@ -115,7 +140,7 @@ class Descent:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Temperature and step size, geometric from first to last step, as shares of each layer's rank range."""
+    """Temperature and step size, geometric from first to last step, as shares of each site's rank range."""
 
     steps: int
     tau_first: float
@@ -141,7 +166,7 @@ def adam_step(
     schedule: Schedule,
     betas: tuple[float, float] = (0.9, 0.95),
 ) -> Descent:
-    """One Adam step of all μ in units of each layer's rank range, then back onto the budget.
+    """One Adam step of all μ in units of each site's rank range, then back onto the budget.
 
     The component of the gradient along the budget's own gradient is taken out first: it asks only for more budget.
 
@@ -158,52 +183,56 @@ def adam_step(
 
 
 def _along_budget(gradient: torch.Tensor, mu: torch.Tensor, budget: RankBudget) -> torch.Tensor:
-    """The gradient less λ ∂cost/∂μ, λ the least-squares exchange rate of loss against stored numbers."""
+    """The gradient less λ ∂cost/∂μ, λ the least-squares exchange rate of loss against cost."""
     price = budget.price(mu)
     weight = budget.limit.square()  # the step's own metric: shares of the rank range
     exchange = (weight * gradient * price).sum() / (weight * price.square()).sum().clamp(min=1e-300)
     return gradient - exchange * price
 
 
-def soften(
-    model: nn.Module, bases: Callable[[str], tuple[torch.Tensor, torch.Tensor]], names: Sequence[str]
-) -> list[SoftTruncatedLinear]:
-    """Replace the named linear layers of `model`, in place, by soft-truncated ones; return them in this order."""
-    softened = []
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        dense = model.get_submodule(name)
-        left, right = (factor.to(dense.weight.device, dense.weight.dtype) for factor in bases(name))
-        softened.append(SoftTruncatedLinear(dense, left, right))
-        setattr(model.get_submodule(parent), child, softened[-1])
-    return softened
+Basis = Callable[[Site], tuple[Sequence[torch.Tensor], torch.Tensor]]
+"""Site -> left_c [n_c, r] of each of its layers, and right [r, m]."""
+
+
+def soften(model: nn.Module, bases: Basis, sites: Sequence[Site]) -> list[SoftRank]:
+    """Replace the layers of `sites` in `model`, in place, by soft-truncated ones; return the sites' ranks in this order."""
+    return [_soften_site(model, site, *bases(site)) for site in sites]
+
+
+def _soften_site(model: nn.Module, site: Site, lefts: Sequence[torch.Tensor], right: torch.Tensor) -> SoftRank:
+    weight = model.get_submodule(site.name).weight
+    right, rank = right.to(weight.device, weight.dtype), SoftRank(len(right), weight.device)
+    for layer, left in zip(site.layers, lefts, strict=True):
+        dense = model.get_submodule(layer.name)
+        model.set_submodule(layer.name, SoftTruncatedLinear(dense, left.to(right), right, rank))
+    return rank
 
 
 @contextmanager
-def dense_network(layers: Sequence[SoftTruncatedLinear]) -> Iterator[None]:
+def dense_network(ranks: Sequence[SoftRank]) -> Iterator[None]:
     """While this lasts, the softened network computes what the dense one does, without gradients."""
-    for layer in layers:
-        layer.soft = False
+    for rank in ranks:
+        rank.soft = False
     try:
         with torch.no_grad():
             yield
     finally:
-        for layer in layers:
-            layer.soft = True
+        for rank in ranks:
+            rank.soft = True
 
 
-def set_occupations(layers: Sequence[SoftTruncatedLinear], mu: torch.Tensor, tau_share: float) -> None:
-    """Give every layer its μ, and τ as a share of its rank range."""
+def set_ranks(ranks: Sequence[SoftRank], mu: torch.Tensor, tau_share: float) -> None:
+    """Give every site its μ, and τ as a share of its rank range."""
     with torch.no_grad():
-        for layer, value in zip(layers, mu.tolist(), strict=True):
-            layer.mu.fill_(value)
-            layer.mu.grad = None
-            layer.tau = tau_share * len(layer.right)
+        for rank, value in zip(ranks, mu.tolist(), strict=True):
+            rank.mu.fill_(value)
+            rank.mu.grad = None
+            rank.tau = tau_share * rank.full_rank
 
 
-def potential_gradient(layers: Sequence[SoftTruncatedLinear]) -> torch.Tensor:
-    """∂L/∂μ of all layers after a backward pass, float64 [L]: the only vector that data-parallel workers exchange."""
-    return torch.stack([layer.mu.grad.cpu() for layer in layers])
+def potential_gradient(ranks: Sequence[SoftRank]) -> torch.Tensor:
+    """∂L/∂μ of all sites after a backward pass, float64 [L]: the only vector that data-parallel workers exchange."""
+    return torch.stack([rank.mu.grad.cpu() for rank in ranks])
 
 
 def divergence(dense_logits: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

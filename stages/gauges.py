@@ -4,7 +4,7 @@
 templates/modeling_fisherfold.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,9 @@ import torch
 from stages.pivoted import Pivoted, pivot_factors
 from stages.registry import Registry
 from stages.rounding import nearest, round_pivoted
+
+SHARED_MEMBER = "shared_member"
+"""Kind of a layer whose right factor is with the first layer of its site."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,58 @@ def gauge(left: np.ndarray, right: np.ndarray, storage: str, dtype: torch.dtype)
     return GAUGES.lookup(storage)(left, right, dtype)
 
 
+Shared = Callable[[np.ndarray, np.ndarray, torch.dtype], tuple[str, np.ndarray, dict[str, np.ndarray], float]]
+SHARED_GAUGES: Registry[Shared] = Registry("ranks.storage")
+"""As GAUGES, for layers that share `right`; left is [Σ n, r]: -> kind, stacked up.weight, the right factor, largest coefficient."""
+
+
+@SHARED_GAUGES.register("factors")
+def shared_factors(left: np.ndarray, right: np.ndarray, dtype: torch.dtype):
+    """The factors as they are, rounded to nearest."""
+    return "shared_factors", nearest(left, dtype), {"down.weight": nearest(right, dtype)}, 0.0
+
+
+@SHARED_GAUGES.register("pivoted")
+def shared_pivoted_factors(left: np.ndarray, right: np.ndarray, dtype: torch.dtype):
+    """The pivoted gauge on the side of the inputs, which the layers share: z = x_pivot + rest x_rest."""
+    stored = round_pivoted(pivot_factors(left, right, "inputs"), dtype)
+    right_factor = {"down.rest.weight": stored.rest, "down.order": stored.order}
+    return "shared_pivoted_inputs", stored.pivot, right_factor, stored.largest_coefficient
+
+
+def gauge_site(lefts: Sequence[np.ndarray], right: np.ndarray, storage: str, dtype: torch.dtype) -> list[GaugedLayer]:
+    """Store left_c @ right for every layer c of a site: the first holds the right factor, the others take it from there."""
+    if len(lefts) == 1 or not len(right):
+        return [gauge(left, right, storage, dtype) for left in lefts]
+    kind, up, down, coefficient = SHARED_GAUGES.lookup(storage)(np.concatenate(lefts), right, dtype)
+    first, *others = np.split(up, np.cumsum([len(left) for left in lefts])[:-1])
+    members = [GaugedLayer(SHARED_MEMBER, {"up.weight": part}) for part in others]
+    return [GaugedLayer(kind, {"up.weight": first, **down}, coefficient), *members]
+
+
+def right_factor(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The part of a site's first layer that its other layers read."""
+    return {name: values for name, values in parameters.items() if name.startswith("down.")}
+
+
 def product(kind: str, parameters: Mapping[str, np.ndarray], n: int, m: int) -> np.ndarray:
-    """The dense matrix [n, m] that a stored layer stands for, float64."""
+    """The dense matrix [n, m] that a stored layer stands for, float64; a member's `parameters` include the right factor."""
     return PRODUCTS[kind](parameters) if parameters else np.zeros((n, m))
+
+
+def _shared_product(parameters: Mapping[str, np.ndarray]) -> np.ndarray:
+    if "down.order" not in parameters:
+        return parameters["up.weight"] @ parameters["down.weight"]
+    return Pivoted(
+        "inputs", parameters["down.order"], parameters["up.weight"], parameters["down.rest.weight"]
+    ).product()
 
 
 PRODUCTS: dict[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
     "factors": lambda p: p["up.weight"] @ p["down.weight"],
     "pivoted_outputs": lambda p: Pivoted("outputs", p["order"], p["down.weight"], p["up.weight"]).product(),
     "pivoted_inputs": lambda p: Pivoted("inputs", p["order"], p["up.weight"], p["down.weight"]).product(),
+    "shared_factors": _shared_product,
+    "shared_pivoted_inputs": _shared_product,
+    SHARED_MEMBER: _shared_product,
 }

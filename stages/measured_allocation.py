@@ -1,7 +1,7 @@
 """Allocators that measure the network with one layer truncated at a time: `sensitivity` (ASVD) and `ilp` (LEMS).
 
-Both read one table of losses [L, K]: the network's cross-entropy on the tuning sequences with layer l alone cut to its
-K-th candidate rank. A layer is a restartable unit, and costs at most ranks.measured.levels forward passes.
+Both read one table of losses [L, K]: the network's cross-entropy on the tuning sequences with site l alone cut to its
+K-th candidate rank. A site is a restartable unit, and costs at most ranks.measured.levels forward passes.
 """
 
 import json
@@ -14,18 +14,15 @@ from scipy.sparse import csr_array
 
 from stages.allocation import ALLOCATORS, Allocation
 from stages.errors import NumericalError
-from stages.fermi_descent import softened_model
-from stages.fermigrad import SoftTruncatedLinear, next_token_loss
-from stages.params import MeasuredParams
-from stages.progress import track
-from stages.workspace import Workspace
+from stages.fermi_descent import SHARP, Softened, softened_model
+from stages.fermigrad import SoftRank, next_token_loss, set_ranks
 
-SHARP = 1e-9  # temperature, in shares of the rank range, at which occupations are 0 or 1
+LOSSES = "losses.json"
 
 
 @ALLOCATORS.register("sensitivity")
 def sensitivity(allocation: Allocation) -> np.ndarray:
-    """One bound on the loss for every layer alone: each takes its cheapest candidate below the bound (arXiv 2312.05821).
+    """One bound on the loss for every site alone: each takes its cheapest candidate below the bound (arXiv 2312.05821).
 
     The bound is the smallest that meets the budget; what is left of the budget goes where σ² per number is largest.
     """
@@ -43,7 +40,7 @@ def sensitivity(allocation: Allocation) -> np.ndarray:
 
 @ALLOCATORS.register("ilp")
 def ilp(allocation: Allocation) -> np.ndarray:
-    """Least sum of the measured losses, one candidate a layer, as a 0-1 programme (LEMS 2026; ``scipy.optimize.milp``).
+    """Least sum of the measured losses, one candidate a site, as a 0-1 programme (LEMS 2026; ``scipy.optimize.milp``).
 
         minimise Σ_lk loss_lk x_lk   subject to   Σ_k x_lk = 1,   Σ_lk cost_lk x_lk <= budget
 
@@ -83,48 +80,48 @@ def candidate_costs(allocation: Allocation, candidates: np.ndarray) -> np.ndarra
 
 
 def measure_losses(allocation: Allocation) -> tuple[np.ndarray, np.ndarray]:
-    """Candidate ranks int64 [L, K] (−1: none) and the loss with that layer alone cut to it, float64 [L, K].
+    """Candidate ranks int64 [L, K] (−1: none) and the loss with that site alone cut to it, float64 [L, K].
 
     Raises:
-        NumericalError: every candidate of a layer has a loss that is not finite; names the module.
+        NumericalError: every candidate of a site has a loss that is not finite; names the module.
     """
-    params, scratch = allocation.params.measured, allocation.scratch
-    names = tuple(layer.name for layer in allocation.layers)
+    params = allocation.params.measured
+    names = tuple(site.name for site in allocation.sites)
+    softened = Softened(allocation.workspace, params.dtype, names)
+    offered = [candidate_ranks(allowed, params.levels).tolist() for allowed in allocation.allowed]
+    units = {
+        f"losses-{name}": (softened, params.sequences, index, ranks)
+        for index, (name, ranks) in enumerate(zip(names, offered, strict=True))
+    }
+    folders = allocation.scratch.map("measuring layers", measure_site, units)
     shape = len(names), params.levels + 1
     candidates, losses = np.full(shape, -1, np.int64), np.full(shape, np.inf)
-    for index in track("ranks", "measuring layers", range(len(names)), len(names)):
-        ranks = candidate_ranks(allocation.allowed[index], params.levels)
-        name = f"losses-{names[index]}"
-        if not scratch.done(name):
-            with scratch.unit(name) as folder:
-                measure_layer(folder, allocation.workspace, params, names, index, ranks.tolist())
-        measured = json.loads((scratch.units / name / "losses.json").read_text())
-        candidates[index, : len(ranks)] = ranks
-        losses[index, : len(ranks)] = [np.inf if loss is None else loss for loss in measured]
-        if not np.isfinite(losses[index]).any():
-            raise NumericalError(f"Stage 'ranks', module {names[index]!r}: no candidate rank has a finite loss.")
+    for row, (name, folder, ranks) in enumerate(zip(names, folders.values(), offered, strict=True)):
+        measured = json.loads((folder / LOSSES).read_text())
+        candidates[row, : len(ranks)] = ranks
+        losses[row, : len(ranks)] = [np.inf if loss is None else loss for loss in measured]
+        if not np.isfinite(losses[row]).any():
+            raise NumericalError(f"Stage 'ranks', module {name!r}: no candidate rank has a finite loss.")
     return candidates, losses
 
 
-def measure_layer(
-    folder: Path, workspace: Workspace, params: MeasuredParams, names: tuple[str, ...], index: int, ranks: list[int]
-) -> None:
-    """Write the mean loss over the tuning sequences for each rank of one layer, all others dense; null if not finite."""
-    model, layers, sequences = softened_model(workspace, params.dtype, names)
-    for layer in layers:
-        layer.soft = False
-    losses = [_loss_at(model, layers[index], sequences[: params.sequences], rank) for rank in ranks]
-    (folder / "losses.json").write_text(json.dumps([loss if np.isfinite(loss) else None for loss in losses]))
+def measure_site(folder: Path, softened: Softened, sequences: int, index: int, ranks: list[int]) -> None:
+    """Unit of work: the mean loss over the first tuning sequences for each rank of one site, all others dense; null if not finite."""
+    model, sites, _, table = softened_model(softened)
+    for site in sites:
+        site.soft = False
+    losses = [_loss_at(model, sites[index], table[:sequences], rank) for rank in ranks]
+    (folder / LOSSES).write_text(json.dumps([loss if np.isfinite(loss) else None for loss in losses]))
 
 
 @torch.inference_mode()
-def _loss_at(model: torch.nn.Module, layer: SoftTruncatedLinear, sequences: torch.Tensor, rank: int) -> float:
-    layer.soft, layer.tau = rank < len(layer.right), SHARP
-    layer.mu.fill_(rank)
+def _loss_at(model: torch.nn.Module, site: SoftRank, sequences: torch.Tensor, rank: int) -> float:
+    set_ranks([site], torch.tensor([rank]), SHARP)
+    site.soft = rank < site.full_rank
     try:
         parts = [_sequence_loss(model, ids[None].to(model.device)) for ids in sequences]
     finally:
-        layer.soft = False
+        site.soft = False
     return sum(parts) / len(parts)
 
 

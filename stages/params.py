@@ -17,6 +17,8 @@ from stages.errors import ParameterError
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Damping = Annotated[float, Field(ge=0, le=1)]
+Floor = Annotated[float, Field(ge=0, lt=1)]
+Ceiling = Annotated[float, Field(gt=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -118,11 +120,13 @@ class MeasuredParams(Block):
 
 class RanksParams(ComputeBlock):
     ratio: Share = 0.2
+    budget: str = "parameters"
     allocator: str = "fisher"
     storage: Literal["factors", "pivoted"] = "pivoted"
     round_to: Count = 1
-    floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    ceiling: Annotated[float, Field(gt=0, le=1)] = 1.0
+    floor: Floor | dict[str, Floor] = 0.0
+    ceiling: Ceiling | dict[str, Ceiling] = 1.0
+    fixed: dict[str, Annotated[int, Field(ge=0)]] = {}
     exclude: list[str] = []
     fermigrad: FermigradParams = FermigradParams()
     measured: MeasuredParams = MeasuredParams()

@@ -50,13 +50,13 @@ class Pivoted:
         return product
 
 
-def pivot_factors(left: np.ndarray, right: np.ndarray) -> Pivoted:
-    """Bring left [n, r] @ right [r, m] into the pivoted gauge, 0 < r <= min(n, m).
+def pivot_factors(left: np.ndarray, right: np.ndarray, side: str | None = None) -> Pivoted:
+    """Bring left [n, r] @ right [r, m] into the pivoted gauge, 0 < r <= min(n, m), on `side` if one is given.
 
     Both sides store r(n + m − r) numbers and an order, so the side with the shorter order is pivoted; outputs if n = m,
     where one token is the faster by it.
     """
-    outputs = left.shape[0] <= right.shape[1]
+    outputs = left.shape[0] <= right.shape[1] if side is None else side == "outputs"
     rows, columns = (left, right) if outputs else (right.T, left.T)
     pivots, others, coefficients = interpolate(_rows_of_product(rows, columns))
     kept = rows[pivots] @ columns

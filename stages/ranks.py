@@ -3,10 +3,9 @@
 Reads the spectra of stage `subspace`; writes ranks.parquet (one row a layer, model order) and budget.json.
 """
 
-import fnmatch
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages import fermi_descent, measured_allocation, zero_sum  # noqa: F401  these enter their allocators
-from stages.allocation import ALLOCATORS, Allocation, Limits, allocate, pose
+from stages.allocation import ALLOCATORS, Allocation, allocate, pose
+from stages.budget import BUDGETS
 from stages.cost import DENSE, Choice, choose_storage
-from stages.errors import CorruptArtifact, NumericalError, ParameterError
+from stages.errors import CorruptArtifact, NumericalError
 from stages.layers import LinearLayer, read_layers
+from stages.limits import Limits, matches
 from stages.params import RanksParams
 from stages.progress import announce
 from stages.scratch import Scratch
+from stages.sites import Site, read_facts, read_sites
 from stages.workspace import Workspace, digest_file, verify_output
 
 CURE = "Write it again with `dvc repro --force --single-item subspace`."
@@ -36,6 +38,7 @@ RANKS = pa.schema(
         ("method", pa.string()),
         ("allocator", pa.string()),
         ("storage", pa.string()),
+        ("site", pa.string()),  # the first of the layers that share this layer's right factor: itself if none does
     ]
 )
 
@@ -59,29 +62,30 @@ def run(workspace: Workspace, params: RanksParams) -> None:
     with Scratch(workspace, "ranks", params, inputs) as scratch:
         if scratch.republish():
             return
-        layers = read_layers(subspace)
-        facts = json.loads((subspace / "subspace.json").read_text())
-        dense = frozenset(facts.get("dense", {}))  # layers that the metric says nothing about
-        spectra = read_spectra(subspace / "spectra.parquet", layers, dense)
-        limits = Limits(params.round_to, params.floor, params.ceiling, select_modules(layers, params.exclude) | dense)
-        task = replace(pose(layers, spectra, params, limits), workspace=workspace, scratch=scratch)
+        facts, sites = read_facts(subspace), read_sites(subspace)
+        limits = Limits.of(params, facts.get("dense", {}))  # modules that the metric says nothing about
+        blind = {site.name for site in sites if matches(site, facts.get("dense", {}))}
+        spectra = read_spectra(subspace / "spectra.parquet", sites, blind)
+        budget = BUDGETS.lookup(params.budget)(sites, workspace.model)
+        task = replace(pose(sites, spectra, params, limits, budget), workspace=workspace, scratch=scratch)
         ranks = allocate(task, allocator)
-        choices = [choose_storage(layer, int(rank), params.storage) for layer, rank in zip(layers, ranks)]
-        _describe(layers, choices)
+        choices = [choose_storage(site, int(rank), params.storage, budget.unit) for site, rank in zip(sites, ranks)]
+        _describe(sites, choices)
         with scratch.publish() as out:
-            pq.write_table(_table(layers, choices, facts["metric"], params.allocator), out / "ranks.parquet")
+            pq.write_table(
+                ranks_table(read_layers(subspace), sites, choices, facts, params.allocator), out / "ranks.parquet"
+            )
             for name, extra in task.tables.items():
                 pq.write_table(extra, out / f"{name}.parquet")
-            budget = _budget(task, choices, params.ratio)
-            (out / "budget.json").write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n")
+            (out / "budget.json").write_text(json.dumps(_budget(task, choices), indent=1, sort_keys=True) + "\n")
             shutil.copyfile(subspace / "layers.json", out / "layers.json")
 
 
-def read_spectra(path: Path, layers: Sequence[LinearLayer], dense: frozenset[str] = frozenset()) -> list[np.ndarray]:
-    """σ of every layer, float64 [min(n, m)], from the long table (module, component, sigma); zeros for those in `dense`.
+def read_spectra(path: Path, sites: Sequence[Site], blind: Collection[str] = ()) -> list[np.ndarray]:
+    """σ of every site, float64 [k], from the long table (module, component, sigma); zeros for those named in `blind`.
 
     Raises:
-        CorruptArtifact: the table is not readable, or a layer has too few or too many components.
+        CorruptArtifact: the table is not readable, or a site has too few or too many components.
         NumericalError: a value is not finite; names the module and the component.
     """
     try:
@@ -93,78 +97,73 @@ def read_spectra(path: Path, layers: Sequence[LinearLayer], dense: frozenset[str
     rows = {names[start]: slice(start, end) for start, end in zip(starts, [*starts[1:], len(names)])}
     component, sigma = table["component"].to_numpy(), table["sigma"].to_numpy()
     spectra = []
-    for layer in layers:
-        own = rows.get(layer.name, slice(0, 0))
-        full = min(layer.outputs, layer.inputs)
-        spectra.append(np.zeros(full) if layer.name in dense else _checked(layer, component[own], sigma[own], path))
+    for site in sites:
+        own = rows.get(site.name, slice(0, 0))
+        spectra.append(
+            np.zeros(site.full_rank) if site.name in blind else _checked(site, component[own], sigma[own], path)
+        )
     return spectra
 
 
-def _checked(layer: LinearLayer, component: np.ndarray, sigma: np.ndarray, path: Path) -> np.ndarray:
-    full = min(layer.outputs, layer.inputs)
-    if not np.array_equal(component, np.arange(full)):
+def _checked(site: Site, component: np.ndarray, sigma: np.ndarray, path: Path) -> np.ndarray:
+    if not np.array_equal(component, np.arange(site.full_rank)):
         raise CorruptArtifact(
-            f"{path}, module {layer.name!r}: expected components 0 … {full - 1}, found {len(component)} rows. {CURE}"
+            f"{path}, module {site.name!r}: expected components 0 … {site.full_rank - 1}, found {len(component)} rows. {CURE}"
         )
     broken = np.flatnonzero(~np.isfinite(sigma))
     if len(broken):
         raise NumericalError(
-            f"Stage 'ranks', module {layer.name!r}: component {broken[0]} of its spectrum is {sigma[broken[0]]}, so its weight or "
+            f"Stage 'ranks', module {site.name!r}: component {broken[0]} of its spectrum is {sigma[broken[0]]}, so its weight or "
             "metric is not finite. Look for the module in artifacts/subspace/diagnostics.parquet, and raise subspace.input_damping "
             "and subspace.output_damping."
         )
     return sigma
 
 
-def select_modules(layers: Sequence[LinearLayer], patterns: Sequence[str]) -> frozenset[str]:
-    """Names of the layers that match one of `patterns` (shell wildcards, case matters).
-
-    Raises:
-        ParameterError: a pattern matches no layer.
-    """
-    names = [layer.name for layer in layers]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ParameterError(
-                f"ranks.exclude: {pattern!r} matches none of the {len(names)} targeted modules, such as {names[0]!r}."
-            )
-    return frozenset(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
-
-
-def _describe(layers: Sequence[LinearLayer], choices: Sequence[Choice]) -> None:
-    """Say what is unusual: layers left dense and layers dropped whole."""
-    dense = sum(choice.storage == DENSE for choice in choices)
-    dropped = [layer.name for layer, choice in zip(layers, choices) if choice.rank == 0]
-    announce("ranks", f"{len(layers)} layers, {dense} of them dense")
+def _describe(sites: Sequence[Site], choices: Sequence[Choice]) -> None:
+    """Say what is unusual: sites left dense and sites dropped whole."""
+    dense = sum(len(site.layers) for site, choice in zip(sites, choices) if choice.storage == DENSE)
+    dropped = [layer.name for site, choice in zip(sites, choices) if choice.rank == 0 for layer in site.layers]
+    announce("ranks", f"{sum(len(site.layers) for site in sites)} layers, {dense} of them dense")
     if dropped:
         announce("ranks", f"rank 0, so the layer's product is dropped: {', '.join(dropped)}")
 
 
-def _table(layers: Sequence[LinearLayer], choices: Sequence[Choice], metric: str, allocator: str) -> pa.Table:
-    rows = [
-        {
+def ranks_table(
+    layers: Sequence[LinearLayer], sites: Sequence[Site], choices: Sequence[Choice], facts: dict, allocator: str
+) -> pa.Table:
+    """One row a layer, in model order."""
+    rows = {
+        layer.name: {
             "module": layer.name,
             "n": layer.outputs,
             "m": layer.inputs,
-            "rank": choice.rank,
-            "stored_parameters": choice.numbers,
+            "rank": min(layer.outputs, layer.inputs) if choice.storage == DENSE else choice.rank,
+            "stored_parameters": numbers,
             "dense_parameters": layer.outputs * layer.inputs,
-            "method": metric,
+            "method": facts.get("methods", {}).get(site.name, facts["metric"]),
             "allocator": allocator,
             "storage": choice.storage,
+            "site": site.name,
         }
-        for layer, choice in zip(layers, choices)
-    ]
-    return pa.Table.from_pylist(rows, schema=RANKS)
+        for site, choice in zip(sites, choices)
+        for layer, numbers in zip(site.layers, choice.numbers)
+    }
+    return pa.Table.from_pylist([rows[layer.name] for layer in layers], schema=RANKS)
 
 
-def _budget(task: Allocation, choices: Sequence[Choice], ratio: float) -> dict:
-    """The contract of budget.json; the predicted loss increase is ½ Σ of the dropped σ², in the unit of the metric."""
+def _budget(task: Allocation, choices: Sequence[Choice]) -> dict:
+    """The contract of budget.json. `budget` and `spent` are of the targeted layers, in the unit of ranks.budget.
+
+    The predicted loss increase is ½ Σ of the dropped σ², in the unit of the metric.
+    """
     dropped = [float(np.square(sigma[choice.rank :]).sum()) for sigma, choice in zip(task.spectra, choices)]
     return {
-        "ratio": ratio,
-        "targeted_parameters_dense": int(task.dense_numbers.sum()),
+        "ratio": task.params.ratio,
+        "unit": task.params.budget,
+        "targeted_parameters_dense": sum(site.dense_numbers for site in task.sites),
         "budget": task.budget,
-        "stored_parameters": sum(choice.numbers for choice in choices),
+        "spent": sum(choice.cost for choice in choices),
+        "stored_parameters": sum(sum(choice.numbers) for choice in choices),
         "predicted_loss_increase": 0.5 * float(np.sum(dropped)),
     }

@@ -1,36 +1,37 @@
 """Allocator `zero_sum`: drop components whose first-order effects on the loss cancel (ZS-SVD 2026)."""
 
 import numpy as np
+import torch
 
 from stages.allocation import ALLOCATORS, Allocation
-from stages.layers import LinearLayer
 from stages.progress import track
+from stages.sites import Site
 from stages.statistics import Statistics
-from stages.store import read_array
 
 
 @ALLOCATORS.register("zero_sum")
 def zero_sum(allocation: Allocation) -> np.ndarray:
-    """Lower one layer at a time to its next allowed rank, the one whose first-order loss change keeps their sum nearest zero.
+    """Lower one site at a time to its next allowed rank, the one whose first-order loss change keeps their sum nearest zero.
 
-    Dropping component i changes the loss by δ_i = −⟨Ḡ, left_i right_i⟩ to first order, Ḡ [n, m] the mean gradient. What
-    is left of the budget goes where σ² per number is largest.
+    Dropping component i changes the loss by δ_i = −Σ_c ⟨Ḡ_c, left_ci right_i⟩ to first order, Ḡ_c [n_c, m] the mean gradient of
+    layer c of the site. What is left of the budget goes where σ² per number is largest.
     """
     statistics = Statistics(allocation.workspace.out("capture"))
     effects = [
-        first_order_effects(allocation, statistics, layer)
-        for layer in track("ranks", "first-order effects", allocation.layers, len(allocation.layers))
+        first_order_effects(allocation, statistics, site)
+        for site in track("ranks", "first-order effects", allocation.sites, len(allocation.sites))
     ]
     steps = [_steps(allowed, effect) for allowed, effect in zip(allocation.allowed, effects, strict=True)]
     return allocation.fill_from(lower_to_budget(allocation.costs, allocation.budget, steps))
 
 
-def first_order_effects(allocation: Allocation, statistics: Statistics, layer: LinearLayer) -> np.ndarray:
+def first_order_effects(allocation: Allocation, statistics: Statistics, site: Site) -> np.ndarray:
     """δ_i of every component, float64 [k]."""
-    bases = allocation.workspace.out("subspace") / "bases"
-    left, right = (read_array(bases, f"{layer.name}/{side}").double() for side in ("left", "right"))
-    gradient = statistics.gradient_sum(layer).double() / statistics.sequences
-    return -((left.T @ gradient) * right).sum(1).numpy()
+    lefts, right = site.read_basis(allocation.workspace.out("subspace") / "bases")
+    gain = torch.zeros_like(right, dtype=torch.float64)
+    for layer, left in zip(site.layers, lefts, strict=True):
+        gain += left.double().T @ statistics.gradient_sum(layer).double()
+    return -(gain * right).sum(1).numpy() / statistics.sequences
 
 
 def _steps(allowed: np.ndarray, effects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +42,7 @@ def _steps(allowed: np.ndarray, effects: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def lower_to_budget(costs: np.ndarray, budget: int, steps: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Ranks [L] after lowering, always the layer that brings the running sum of effects nearest to zero, until they fit."""
+    """Ranks [L] after lowering, always the site that brings the running sum of effects nearest to zero, until they fit."""
     position = np.zeros(len(steps), int)
     ranks = np.array([layer_ranks[0] for layer_ranks, _ in steps])
     upcoming = np.array([effects[0] if len(effects) else np.inf for _, effects in steps])

@@ -2,11 +2,12 @@ import json
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import FAMILIES, tiny_workspace
-from tiny_subspace import mixed_ranks, publish_ranks, subspace_workspace, truncated_weight
+from tiny_subspace import mixed_ranks, publish_ranks, stacked_weight, subspace_workspace, truncated_weight
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from stages import factorize
@@ -15,6 +16,7 @@ from stages.checkpoint import read_tensors
 from stages.errors import CorruptArtifact, InputError, NotEnoughDisk
 from stages.layers import read_layers
 from stages.params import FactorizeParams
+from stages.sites import read_sites
 from stages.store import read_array
 from stages.workspace import Workspace, digest_file
 
@@ -70,6 +72,34 @@ def test_the_dense_export_is_the_truncated_model(tmp_path, family):
         weight = dense.get_submodule(layer.name).weight.double()
         expected = truncated_weight(workspace, layer, rank)
         torch.testing.assert_close(weight.T if layer.transposed else weight, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_shared_right_factors_are_stored_once(tmp_path, family, storage):
+    """Every layer of a site is its part of the truncated stacked weight; the right factor is with the first."""
+    workspace = subspace_workspace(tmp_path, family, shared=True)
+    sites = read_sites(workspace.out("subspace"))
+    publish_ranks(
+        workspace, {site.name: rank for site, rank in zip(sites, np.resize([6, 3, 5, 0], len(sites)).tolist())}, storage
+    )
+    workspace, facts = factorized(workspace, dense_export=True)
+    saved = load_file(workspace.out("factorize") / "model" / "model.safetensors")
+    dense = AutoModelForCausalLM.from_pretrained(workspace.out("factorize") / "dense").eval()
+    for site in sites:
+        own = {layer.name: facts["layers"][layer.name] for layer in site.layers}
+        rank = own[site.name]["rank"]
+        left, sigma, right = torch.linalg.svd(stacked_weight(workspace, site), full_matrices=False)
+        expected = ((left[:, :rank] * sigma[:rank]) @ right[:rank]).split([layer.outputs for layer in site.layers])
+        for layer, wanted in zip(site.layers, expected, strict=True):
+            weight = dense.get_submodule(layer.name).weight.double()
+            torch.testing.assert_close(weight.T if layer.transposed else weight, wanted, atol=2e-6, rtol=1e-5)
+        if rank and len(site.layers) > 1:
+            assert [record.get("source") for record in own.values()] == [None] + [site.name] * (len(own) - 1)
+            for layer in site.layers[1:]:
+                stored = [name for name in saved if name.startswith(layer.name) and not name.endswith("bias")]
+                assert stored == [f"{layer.name}.up.weight"]
+    assert facts["targeted_parameters_compressed"] < facts["targeted_parameters_dense"]
 
 
 def test_counts_come_from_the_saved_tensors(llama):
@@ -139,7 +169,7 @@ def test_the_template_takes_the_names_of_each_family(tmp_path):
 
 @pytest.mark.parametrize("stop_after", [0, 5])
 def test_a_killed_run_resumes_to_the_same_bytes(llama, unfinished, monkeypatch, stop_after):
-    work, calls = factorize.factorize_layer, []
+    work, calls = factorize.factorize_site, []
 
     def killed(*arguments):
         if len(calls) == stop_after:
@@ -148,7 +178,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(llama, unfinished, monkeypatch, 
         work(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(factorize, "factorize_layer", killed)
+        patch.setattr(factorize, "factorize_site", killed)
         with pytest.raises(KeyboardInterrupt):
             factorized(unfinished, dense_export=True)
     factorized(unfinished, dense_export=True)
@@ -163,7 +193,7 @@ def test_a_run_killed_while_it_writes_keeps_its_layers(llama, unfinished, monkey
         patch.setattr(factorize, "write_dense", killed)
         with pytest.raises(KeyboardInterrupt):
             factorized(unfinished, dense_export=True)
-    monkeypatch.setattr(factorize, "factorize_layer", killed)  # must not be called again
+    monkeypatch.setattr(factorize, "factorize_site", killed)  # must not be called again
     factorized(unfinished, dense_export=True)
     assert digests(unfinished.out("factorize")) == digests(llama[0].out("factorize"))
 

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from tiny_subspace import subspace_workspace
 
 from stages import capture, fermi_descent, kronecker, measured_allocation, ranks, subspace, zero_sum
-from stages.allocation import ALLOCATORS, Allocation, Limits, pose
+from stages.allocation import ALLOCATORS, Allocation, pose
 from stages.errors import NumericalError
 from stages.fermi_descent import round_ranks, softened_model
 from stages.fermigrad import next_token_loss
@@ -20,8 +21,10 @@ from stages.layers import LinearLayer
 from stages.models import load_model
 from stages.params import CaptureParams, KroneckerParams, RanksParams, SubspaceParams
 from stages.scratch import Scratch
+from stages.sites import Site, find_sites, read_sites
 from stages.statistics import Statistics
-from stages.tables import read_sequences
+from stages.store import read_array
+from stages.tables import read_sequences, write_sequences
 from stages.workspace import Workspace, read_manifest
 
 SMALL = {"fermigrad": {"steps": 4, "batches": 2, "sequences": 1}, "measured": {"levels": 3, "sequences": 1}}
@@ -57,15 +60,47 @@ def test_budget_is_met_to_within_one_rank_and_never_exceeded(workspace, allocato
     assert {row["allocator"] for row in rows} == {allocator}
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Workspace:
+    """A capture as above, and a subspace whose layers share right factors."""
+    workspace = subspace_workspace(tmp_path_factory.mktemp("shared"), shared=True)
+    write_sequences(workspace.table("calibration"), tiny.random_ids(4, 12).numpy(), [["a"]] * 4, tiny.VOCABULARY)
+    capture.run(workspace, CaptureParams(sketch_rank=4))
+    return workspace
+
+
+@pytest.mark.parametrize("allocator", list(ALLOCATORS))
+def test_sites_of_several_layers(shared, allocator):
+    softened_model.cache_clear()
+    ranks.run(shared, parameters(allocator))
+    budget = json.loads((shared.out("ranks") / "budget.json").read_text())
+    sites = read_sites(shared.out("subspace"))
+    largest_step = max(site.outputs + site.inputs for site in sites)
+    assert budget["budget"] - largest_step < budget["stored_parameters"] <= budget["budget"]
+    if allocator == "fermigrad":
+        steps = pq.read_table(shared.out("ranks") / "trajectory.parquet").to_pylist()
+        assert [row["module"] for row in steps] == [site.name for site in sites] * 4
+
+
+def test_settled_sites_are_truncated_in_the_network_that_descends(workspace, monkeypatch):
+    seen = []
+    model_of = fermi_descent.softened_model
+    monkeypatch.setattr(fermi_descent, "softened_model", lambda softened: seen.append(softened) or model_of(softened))
+    ranks.run(workspace, parameters("fermigrad").model_copy(update={"fixed": {"*.0.mlp.up_proj": 3}}))
+    assert dict(seen[0].settled) == {"model.layers.0.mlp.up_proj": 3}
+    settled = model_of(seen[0]).settled[0]
+    assert settled.occupations()[:5].tolist() == [1, 1, 1, 0, 0]
+
+
 @pytest.mark.parametrize("allocator", MEASURING)
 def test_layer_without_a_choice_is_not_touched(workspace, allocator, monkeypatch):
     softened = []
     soften = fermi_descent.soften
-    monkeypatch.setattr(fermi_descent, "soften", lambda *parts: softened.append(parts[2]) or soften(*parts))
+    monkeypatch.setattr(fermi_descent, "soften", lambda *parts: softened.extend(parts[2]) or soften(*parts))
     ranks.run(workspace, parameters(allocator).model_copy(update={"exclude": ["*.0.mlp.up_proj"]}))
     rows = {row["module"]: row for row in pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()}
     assert rows["model.layers.0.mlp.up_proj"]["storage"] == "dense"
-    assert set(rows) - set(softened[0]) == {"model.layers.0.mlp.up_proj"}
+    assert set(rows) - {site.name for site in softened} == {"model.layers.0.mlp.up_proj"}
 
 
 @pytest.mark.parametrize("allocator", MEASURING)
@@ -85,12 +120,12 @@ def test_killed_allocator_resumes_with_the_same_bytes(workspace, allocator, monk
         patch.setattr(Scratch, "unit", dying_unit)
         ranks.run(workspace, parameters(allocator))
     calls = []
-    for module, name in ((fermi_descent, "measure_batch"), (measured_allocation, "measure_layer")):
+    for module, name in ((fermi_descent, "measure_batch"), (measured_allocation, "measure_site")):
         work = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *arguments, work=work: (calls.append(arguments), work(*arguments)))
     ranks.run(workspace, parameters(allocator))
     assert read_manifest(workspace.out("ranks")) == expected
-    assert len(calls) == {"fermigrad": 8}.get(allocator, 14) - 5
+    assert len(calls) == {"fermigrad": 8 - 3}.get(allocator, 14 - 5)  # of the first five units, two are states
 
 
 def test_descent_lowers_the_loss_at_one_temperature(workspace):
@@ -111,20 +146,23 @@ def test_first_order_effects_are_derivatives_of_the_loss(workspace):
     ids = read_sequences(workspace.table("calibration"), 96)
     statistics = Statistics(workspace.out("capture"))
     layer = statistics.layers[4]
-    allocation = Allocation([layer], [], np.zeros((1, 1)), np.zeros((1, 1), bool), 0, workspace=workspace)
-    effects = zero_sum.first_order_effects(allocation, statistics, layer)
+    site = Site(layer.name, (layer,))
+    allocation = Allocation([site], [], np.zeros((1, 1)), np.zeros((1, 1), bool), 0, workspace=workspace)
+    effects = zero_sum.first_order_effects(allocation, statistics, site)
     weight = model.get_submodule(layer.name).weight.requires_grad_()
     next_token_loss(None, model(ids).logits, ids).backward()
     bases = workspace.out("subspace") / "bases"
-    left, right = (zero_sum.read_array(bases, f"{layer.name}/{side}") for side in ("left", "right"))
+    left, right = (read_array(bases, f"{layer.name}/{side}") for side in ("left", "right"))
     expected = [-float((weight.grad * torch.outer(left[:, i], right[i])).sum()) for i in range(len(right))]
     np.testing.assert_allclose(effects, expected, rtol=1e-3, atol=1e-6 * np.abs(expected).max())
 
 
 def task_of(losses: np.ndarray, ratio: float) -> Allocation:
-    layers = [LinearLayer(f"layer{i}", 6, 5 + i, False, False, f"layer{i}") for i in range(len(losses))]
+    sites = find_sites(
+        [LinearLayer(f"layer{i}", 6, 5 + i, False, False, f"layer{i}") for i in range(len(losses))], shared=False
+    )
     spectra = [np.linspace(1, 0.1, 5 + min(i, 1)) for i in range(len(losses))]
-    return pose(layers, spectra, RanksParams(ratio=ratio, storage="factors"), Limits())
+    return pose(sites, spectra, RanksParams(ratio=ratio, storage="factors"))
 
 
 @pytest.mark.parametrize("seed", range(5))

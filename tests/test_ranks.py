@@ -7,11 +7,13 @@ import pytest
 from pydantic import ValidationError
 from tiny_subspace import subspace_workspace
 
-from stages import ranks
+from stages import factorize, ranks
 from stages.errors import CorruptArtifact, NumericalError, ParameterError
 from stages.layers import LinearLayer, read_layers
-from stages.params import RanksParams
-from stages.ranks import read_spectra, select_modules
+from stages.limits import Limits
+from stages.params import FactorizeParams, RanksParams
+from stages.ranks import read_spectra
+from stages.sites import find_sites
 from stages.workspace import digest_file
 
 
@@ -80,6 +82,56 @@ def test_rank_0_is_allowed_and_said(workspace, capsys):
     assert dropped[0] in said
 
 
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_a_budget_of_the_models_bytes(workspace, storage):
+    """What factorize counts of the whole model is within the budget, by less than a rank of a layer."""
+    rows, budget = run(workspace, ratio=0.2, budget="model_bytes", storage=storage)
+    factorize.run(workspace, FactorizeParams())
+    facts = json.loads((workspace.out("factorize") / "factorize.json").read_text())
+    allowed = 0.8 * facts["model_bytes_dense"]
+    step = max(4 * (row["n"] + row["m"]) for row in rows)
+    assert allowed - step < facts["model_bytes_compressed"] <= allowed
+    assert budget["unit"] == "model_bytes"
+    assert budget["spent"] <= budget["budget"]
+    with pytest.raises(ParameterError, match=r"bytes of the whole model, but the smallest possible allocation needs"):
+        run(workspace, ratio=0.9, budget="model_bytes")
+
+
+def test_layers_that_share_a_right_factor_have_one_rank(tmp_path):
+    workspace = subspace_workspace(tmp_path, shared=True)
+    rows, budget = run(workspace, ratio=0.4)
+    by_name = {row["module"]: row for row in rows}
+    assert list(by_name) == [layer.name for layer in read_layers(workspace.out("ranks"))]
+    for row in rows:
+        assert row["rank"] == by_name[row["site"]]["rank"] or row["storage"] == "dense"
+    assert len({row["site"] for row in rows}) == 8  # two blocks of qkv, o, gate and up, down
+    assert sum(row["stored_parameters"] for row in rows) == budget["stored_parameters"] <= budget["budget"]
+    rows, _ = run(workspace, ratio=0.3, exclude=["*.v_proj"])
+    assert {row["storage"] for row in rows if "self_attn" in row["module"] and "o_proj" not in row["module"]} == {
+        "dense"
+    }
+
+
+def test_the_method_of_a_site_is_told(tmp_path):
+    workspace = subspace_workspace(tmp_path, shared=True)
+    facts = workspace.out("subspace") / "subspace.json"
+    text = facts.read_text().replace(
+        '"shared": true', '"shared": true, "methods": {"model.layers.1.mlp.gate_proj": "fasc"}'
+    )
+    facts.unlink()
+    facts.write_text(text)
+    manifest = workspace.out("subspace") / "manifest.json"
+    listed = json.loads(manifest.read_text())
+    listed["files"]["subspace.json"]["bytes"] = len(text)
+    manifest.unlink()
+    manifest.write_text(json.dumps(listed))
+    methods = {row["module"]: row["method"] for row in run(workspace, ratio=0.4)[0]}
+    assert {name for name, method in methods.items() if method == "fasc"} == {
+        "model.layers.1.mlp.gate_proj",
+        "model.layers.1.mlp.up_proj",
+    }
+
+
 def test_ratios_that_cannot_be_met(workspace):
     with pytest.raises(ParameterError, match="smallest possible"):
         run(workspace, ratio=0.5, floor=0.9)
@@ -96,7 +148,7 @@ def test_unknown_names_are_explained(workspace):
         run(workspace, exclude=["*.value_proj"])
 
 
-LAYERS = [LinearLayer(name, 3, 2, False, False, name) for name in ("a.1", "a.2")]
+SITES = find_sites([LinearLayer(name, 3, 2, False, False, name) for name in ("a.1", "a.2")], shared=False)
 
 
 def spectra_table(path, sigmas):
@@ -107,23 +159,22 @@ def spectra_table(path, sigmas):
 
 def test_spectra_that_are_not_finite_or_not_whole(tmp_path):
     path = tmp_path / "spectra.parquet"
-    assert [s.tolist() for s in read_spectra(spectra_table(path, {"a.1": [2.0, 1.0], "a.2": [4.0, 3.0]}), LAYERS)] == [
+    assert [s.tolist() for s in read_spectra(spectra_table(path, {"a.1": [2.0, 1.0], "a.2": [4.0, 3.0]}), SITES)] == [
         [2, 1],
         [4, 3],
     ]
     with pytest.raises(NumericalError, match=r"module 'a\.2': component 1 of its spectrum is nan"):
-        read_spectra(spectra_table(path, {"a.1": [2.0, 1.0], "a.2": [4.0, float("nan")]}), LAYERS)
+        read_spectra(spectra_table(path, {"a.1": [2.0, 1.0], "a.2": [4.0, float("nan")]}), SITES)
     with pytest.raises(CorruptArtifact, match=r"module 'a\.2': expected components 0 … 1, found 0 rows"):
-        read_spectra(spectra_table(path, {"a.1": [2.0, 1.0]}), LAYERS)
+        read_spectra(spectra_table(path, {"a.1": [2.0, 1.0]}), SITES)
     path.write_bytes(b"not parquet")
     with pytest.raises(CorruptArtifact, match="not readable"):
-        read_spectra(path, LAYERS)
+        read_spectra(path, SITES)
 
 
-def test_patterns_select_modules():
-    assert select_modules(LAYERS, ["a.*"]) == {"a.1", "a.2"}
-    assert select_modules(LAYERS, ["a.2"]) == {"a.2"}
-    assert select_modules(LAYERS, []) == frozenset()
+def test_patterns_select_sites():
+    assert [Limits(exclude=["a.2"]).allowed(site).tolist() for site in SITES] == [[True] * 3, [False, False, True]]
+    assert [Limits(exclude=["a.*"]).allowed(site).tolist() for site in SITES] == [[False, False, True]] * 2
 
 
 def test_a_missing_table_is_named(tmp_path):

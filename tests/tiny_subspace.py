@@ -13,8 +13,9 @@ from stages.cost import choose_storage
 from stages.layers import LinearLayer, find_layers, read_layers, write_layers
 from stages.models import load_model, read_weight
 from stages.params import CaptureParams, PrepareParams, RanksParams, SubspaceParams
-from stages.ranks import RANKS
+from stages.ranks import ranks_table
 from stages.scratch import Scratch
+from stages.sites import Site, find_sites, read_sites
 from stages.store import write_arrays
 from stages.tables import write_sequences
 from stages.workspace import Workspace
@@ -23,65 +24,59 @@ FACTS = {"name": "/somewhere/tiny", "origin": "local", "licence": None, "digest"
 
 
 def subspace_workspace(
-    root: Path, family: str = "llama", seed: int = 0, dense: dict[str, str] | None = None
+    root: Path, family: str = "llama", seed: int = 0, dense: dict[str, str] | None = None, shared: bool = False
 ) -> Workspace:
-    """`dense` names layers that the metric says nothing about, which have no basis."""
+    """`dense` names sites that the metric says nothing about, which have no basis; `shared`: layers of a group are one site."""
     workspace = Workspace(root)
     with Scratch(workspace, "prepare", PrepareParams(), {"seed": str(seed)}) as scratch, scratch.publish() as out:
         save_tiny(out / "model", family, seed)
         (out / "prepare.json").write_text(json.dumps({"model": FACTS}))
     write_sequences(workspace.table("tuning"), random_ids(2, 12).numpy(), [["a"], ["b"]], VOCABULARY)
     layers = find_layers(load_model(workspace.model, torch.float32))
-    publish_subspace(workspace, layers, dense or {})
+    publish_subspace(workspace, layers, dense or {}, shared)
     return workspace
 
 
-def publish_subspace(workspace: Workspace, layers: list[LinearLayer], dense: dict[str, str]) -> None:
+def publish_subspace(workspace: Workspace, layers: list[LinearLayer], dense: dict[str, str], shared: bool) -> None:
     rows, arrays = [], {}
     with Scratch(workspace, "capture", CaptureParams(), {}) as scratch, scratch.publish() as out:
         write_layers(out, layers)  # all that is looked at of it here
-    with Scratch(workspace, "subspace", SubspaceParams(), {}) as scratch, scratch.publish() as out:
-        for layer in layers:
-            if layer.name in dense:
+    with (
+        Scratch(workspace, "subspace", SubspaceParams(), {"shared": str(shared)}) as scratch,
+        scratch.publish() as out,
+    ):
+        for site in find_sites(layers, shared):
+            if site.name in dense:
                 continue
-            left, sigma, right = torch.linalg.svd(read_weight(workspace.model, layer).double(), full_matrices=False)
+            left, sigma, right = torch.linalg.svd(stacked_weight(workspace, site), full_matrices=False)
             root = sigma.sqrt()
-            arrays |= {
-                f"{layer.name}/left": (left * root).float(),
-                f"{layer.name}/right": (root[:, None] * right).float(),
-            }
-            rows += [{"module": layer.name, "component": i, "sigma": value} for i, value in enumerate(sigma.tolist())]
+            lefts = (left * root).float().split([layer.outputs for layer in site.layers])
+            arrays |= {f"{layer.name}/left": part for layer, part in zip(site.layers, lefts, strict=True)}
+            arrays[f"{site.name}/right"] = (root[:, None] * right).float()
+            rows += [{"module": site.name, "component": i, "sigma": value} for i, value in enumerate(sigma.tolist())]
         write_arrays(out / "bases", arrays)
         schema = pa.schema([("module", pa.string()), ("component", pa.int32()), ("sigma", pa.float64())])
         pq.write_table(pa.Table.from_pylist(rows, schema), out / "spectra.parquet")
-        (out / "subspace.json").write_text(json.dumps({"metric": "svd", "input_damping": 0.01, "dense": dense}))
+        facts = {"metric": "svd", "input_damping": 0.01, "dense": dense, "shared": shared}
+        (out / "subspace.json").write_text(json.dumps(facts))
         write_layers(out, layers)
 
 
+def stacked_weight(workspace: Workspace, site: Site) -> torch.Tensor:
+    """The weights of a site's layers, one under the other, float64 [Σ n, m]."""
+    return torch.cat([read_weight(workspace.model, layer).double() for layer in site.layers])
+
+
 def publish_ranks(workspace: Workspace, ranks: dict[str, int], storage: str = "pivoted", ratio: float = 0.5) -> None:
-    """What stage `ranks` would publish for these ranks; layers not named stay dense."""
-    layers = read_layers(workspace.out("subspace"))
-    rows = []
-    for layer in layers:
-        choice = choose_storage(layer, ranks.get(layer.name, min(layer.outputs, layer.inputs)), storage)
-        rows.append(
-            {
-                "module": layer.name,
-                "n": layer.outputs,
-                "m": layer.inputs,
-                "rank": choice.rank,
-                "stored_parameters": choice.numbers,
-                "dense_parameters": layer.outputs * layer.inputs,
-                "method": "svd",
-                "allocator": "by hand",
-                "storage": choice.storage,
-            }
-        )
+    """What stage `ranks` would publish for these ranks of sites; those not named stay dense."""
+    layers, sites = read_layers(workspace.out("subspace")), read_sites(workspace.out("subspace"))
+    choices = [choose_storage(site, ranks.get(site.name, site.full_rank), storage) for site in sites]
+    table = ranks_table(layers, sites, choices, {"metric": "svd"}, "by hand")
     with (
         Scratch(workspace, "ranks", RanksParams(), {"ranks": json.dumps([storage, ranks])}) as scratch,
         scratch.publish() as out,
     ):
-        pq.write_table(pa.Table.from_pylist(rows, RANKS), out / "ranks.parquet")
+        pq.write_table(table, out / "ranks.parquet")
         (out / "budget.json").write_text(json.dumps({"ratio": ratio}))
         write_layers(out, layers)
 
