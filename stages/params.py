@@ -103,11 +103,11 @@ class FermigradParams(Block):
     steps: Count = 40
     batches: Count = 1
     sequences: Count = 2
-    tau_first: Share = 0.06
+    tau_first: Share = 0.03
     tau_last: Share = 0.007
     rate_first: Share = 0.03
     rate_last: Share = 0.005
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
 class MeasuredParams(Block):
