@@ -55,11 +55,12 @@ def _cells(modules: Sequence[str], cell: Callable[[str, int, list[str]], Cell]) 
 
 
 def parameter_map(rows: Sequence[Mapping]) -> Markup:
-    """A picture: the share of each layer's parameters that is kept."""
-    by_name = {row["module"]: row for row in rows}
+    """A picture: the share of each layer's parameters that is kept; of layers with one right factor, that of all of them."""
+    by_name, sites = {row["module"]: row for row in rows}, by_site(rows)
 
     def cell(name: str, block: int, members: list[str]) -> Cell:
-        stored, full = (sum(by_name[member][key] for member in members) for key in STORED)
+        together = {row["module"]: row for member in members for row in sites[site_of(by_name[member])]}
+        stored, full = (sum(row[key] for row in together.values()) for key in STORED)
         dense = all(by_name[member]["storage"] == "dense" for member in members)
         kept = percent(stored / full)
         return Cell(stored / full, f"{name}: {kept} of its parameters kept{', left dense' if dense else ''}", dense)
@@ -73,7 +74,7 @@ def rank_map(rows: Sequence[Mapping]) -> Markup:
     by_name = {row["module"]: row for row in rows}
 
     def cell(name: str, block: int, members: list[str]) -> Cell:
-        kept = sum(by_name[member]["rank"] for member in members)
+        kept = sum(kept_rank(by_name[member]) for member in members)
         full = sum(full_rank(by_name[member]) for member in members)
         return Cell(kept / full, f"{name}: rank {kept} of {full}")
 
@@ -87,7 +88,7 @@ def rank_views(rows: Sequence[Mapping]) -> Markup:
         [
             figure(
                 parameter_map(rows),
-                f"Share of each layer's parameters that the compressed model stores. {_outlined(dense)}",
+                f"Share of each layer's parameters that the compressed model stores. {_outlined(dense)}{_shared(rows)}",
             ),
             figure(
                 rank_map(rows),
@@ -103,6 +104,29 @@ def full_rank(row: Mapping) -> int:
     return min(row["n"], row["m"])
 
 
+def kept_rank(row: Mapping) -> int:
+    """The rank of a layer's own product: a factor that it shares may have more components."""
+    return min(row["rank"], full_rank(row))
+
+
+def site_of(row: Mapping) -> str:
+    """The first of the layers that share this layer's right factor: itself if none does."""
+    return row.get("site") or row["module"]
+
+
+def by_site(rows: Sequence[Mapping]) -> dict[str, list[Mapping]]:
+    """Rows by the layers that share a right factor."""
+    sites: dict[str, list[Mapping]] = defaultdict(list)
+    for row in rows:
+        sites[site_of(row)].append(row)
+    return sites
+
+
+def site_full_ranks(rows: Sequence[Mapping]) -> dict[str, int]:
+    """min(Σ n, m) of every site."""
+    return {site: min(sum(row["n"] for row in own), own[0]["m"]) for site, own in by_site(rows).items()}
+
+
 def _outlined(dense: int) -> str:
     return (
         f"{dense} {'layer was' if dense == 1 else 'layers were'} left dense (outlined)."
@@ -111,11 +135,17 @@ def _outlined(dense: int) -> str:
     )
 
 
+def _shared(rows: Sequence[Mapping]) -> str:
+    if not any(site_of(row) != row["module"] for row in rows):
+        return ""
+    return " Layers that read the same input share one right factor: they have one rank and, here, one share of parameters."
+
+
 def _rank_table(rows: Sequence[Mapping]) -> Markup:
     header = ("module", "outputs n", "inputs m", "rank", "of full", "stored", "dense", "kept", "storage")
     body = [
         (
-            row["module"], row["n"], row["m"], row["rank"], percent(row["rank"] / full_rank(row), 0), number(row["stored_parameters"]),
+            row["module"], row["n"], row["m"], row["rank"], percent(kept_rank(row) / full_rank(row), 0), number(row["stored_parameters"]),
             number(row["dense_parameters"]), percent(row["stored_parameters"] / row["dense_parameters"]), row["storage"],
         )
         for row in rows
@@ -130,7 +160,7 @@ def kind_table(rows: Sequence[Mapping]) -> Markup:
     for kind, blocks in gather(by_name).items():
         members = [by_name[module] for modules in blocks.values() for module in modules]
         stored, dense = (sum(row[key] for row in members) for key in ("stored_parameters", "dense_parameters"))
-        shares = [row["rank"] / full_rank(row) for row in members]
+        shares = [kept_rank(row) / full_rank(row) for row in members]
         body.append(
             (
                 kind,
@@ -155,7 +185,7 @@ def spectrum_views(spectra: pa.Table, rows: Sequence[Mapping]) -> Markup:
         [
             _energy_map(energy),
             element("h3", "How fast the energy falls"),
-            _falling_energy(sigma, {row["module"]: row["rank"] for row in rows}),
+            _falling_energy(sigma, {site_of(row): row["rank"] for row in rows if row["storage"] != "dense"}),
         ]
     )
 

@@ -23,7 +23,7 @@ FACTS = {
 TABLES = {
     "kronecker": ("diagnostics.parquet", "comparison.parquet"),
     "subspace": ("diagnostics.parquet", "spectra.parquet"),
-    "ranks": ("ranks.parquet",),
+    "ranks": ("ranks.parquet", "trajectory.parquet"),
     "evaluate": ("metrics.json", "tasks.json", "losses.csv", "questions.parquet"),
 }
 

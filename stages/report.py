@@ -13,6 +13,7 @@ from stages.pictures import Line, legend, line_chart
 from stages.record import Record
 from stages.references import REFERENCES
 from stages.scratch import Scratch
+from stages.trajectory_view import trajectory_view
 from stages.workspace import Workspace
 
 MODELS = ("dense", "compressed")
@@ -53,6 +54,7 @@ def write_page(record: Record, title: str) -> str:
         _quality(record),
         _sizes(record),
         _layers(ranks),
+        trajectory_view(record.rows("ranks", "trajectory.parquet"), ranks),
         _spectra(record, ranks),
         _measurement(record),
         _settings(record),

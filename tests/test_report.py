@@ -10,12 +10,13 @@ import pytest
 
 from stages import report
 from stages.errors import CorruptArtifact
-from stages.layer_views import gather, place, read_spectra
+from stages.layer_views import gather, place, rank_views, read_spectra, spectrum_views
 from stages.page import Markup, element, megabytes, number, percent
 from stages.params import Params, ReportParams
 from stages.pictures import Line, line_chart
 from stages.scores import mean_by_position, summarise_answers, summarise_losses
 from stages.scratch import Scratch, scratch_folder
+from stages.trajectory_view import trajectory_view
 from stages.workspace import Workspace
 
 SIZE = {
@@ -320,3 +321,31 @@ def test_units_and_escapes():
 def test_charts_of_awkward_data(points):
     chart = line_chart("label", [Line("line", points)], "x", "y")
     assert "nan" not in chart and "inf" not in chart
+
+
+def test_layers_that_share_a_right_factor_are_shown_together():
+    rows = [
+        {"module": f"model.layers.0.attn.{name}", "n": n, "m": 8, "rank": 6, "stored_parameters": stored, "dense_parameters": 8 * n,
+         "method": "fasc", "allocator": "fisher", "storage": "factors", "site": "model.layers.0.attn.q"}
+        for name, n, stored in (("q", 8, 48 + 48), ("k", 2, 12), ("v", 2, 12))
+    ]  # fmt: skip
+    picture = rank_views(rows)
+    assert picture.count("125.0% of its parameters kept".replace("%", " %")) in (0, 3)
+    assert "attn.k, block 0: rank 2 of 2" in picture
+    assert "share one right factor" in picture
+    spectra = pa.table({"module": ["model.layers.0.attn.q"] * 8, "sigma": np.linspace(1, 0.1, 8)})
+    assert spectrum_views(spectra, rows).count('class="dot"') == 1
+
+
+def test_the_descent_is_shown():
+    rows = layer_rows(["model.layers.0.q", "model.layers.1.q", "model.layers.0.o"])
+    steps = [
+        {"step": step, "loss": 2.0 - step / 4, "tau": 0.1 / (1 + step), "module": row["module"], "mu": 2.0 + step / 10}
+        for step in range(4)
+        for row in rows
+    ]
+    view = trajectory_view(steps, rows)
+    assert "over the 4 steps of FermiGrad" in view
+    assert "2.00 on average, that of the last 1.25" in view
+    assert view.count("<polyline") == 2
+    assert trajectory_view([], rows) is None
