@@ -50,36 +50,61 @@ class GroupInput:
     tokens: Callable[[], Tokens]
 
 
-FascObjective = Callable[[GroupInput, FascParams, int], tuple[Objective, Basis]]
+@dataclass(frozen=True)
+class FascObjective:
+    """An entry of the registry.
+
+    Attributes:
+        find: (input, params, rank) -> the objective that the spectrum reports, and a basis whose projector of that rank is
+            the best that was found.
+        nested: whether its projectors of all other ranks are as good, so that its order stays.
+    """
+
+    find: Callable[[GroupInput, FascParams, int], tuple[Objective, Basis]]
+    nested: bool = False
+
+
 OBJECTIVES: Registry[FascObjective] = Registry("subspace.fasc.objective")
-"""(input, params, rank) -> the objective that is reported, and a basis whose projector of that rank is the best found."""
 
 
-@OBJECTIVES.register("as_printed")
 def as_printed(known: GroupInput, params: FascParams, rank: int) -> tuple[Objective, Basis]:
-    """The surrogate that the paper prints; nested as it is."""
+    """The surrogate that the paper prints."""
     return Gaussian(known.moments), printed_basis(known.moments, params.projector == "orthonormal")
 
 
-@OBJECTIVES.register("gaussian")
 def gaussian(known: GroupInput, params: FascParams, rank: int) -> tuple[Objective, Basis]:
     """The objective if x and g are jointly normal, from the best of several closed forms."""
     objective = Gaussian(known.moments)
-    return objective, _minimised(objective, _closed_forms(known.moments, params), known.moments, params, rank)
+    return objective, _minimised(objective, _closed_forms(known.moments, params), params, rank)
 
 
-@OBJECTIVES.register("empirical")
 def empirical(known: GroupInput, params: FascParams, rank: int) -> tuple[Objective, Basis]:
     """The objective itself over sampled tokens, from the best of the other methods' bases."""
     objective = Empirical(known.tokens)
     starts = [gaussian(known, params, rank)[1], *_closed_forms(known.moments, params)]
     starts.append(printed_basis(known.moments, params.projector == "orthonormal"))
-    return objective, _minimised(objective, starts, known.moments, params, rank)
+    return objective, _minimised(objective, starts, params, rank)
 
 
-def variance(known: GroupInput) -> tuple[Objective, Basis]:
-    """The principal components of x, and what dropping them costs by `gaussian`."""
+def variance(known: GroupInput, params: FascParams, rank: int) -> tuple[Objective, Basis]:
+    """The principal components of x, and what dropping them costs by `gaussian`; the choice below the threshold."""
     return Gaussian(known.moments), variance_basis(known.moments)
+
+
+OBJECTIVES.register("as_printed")(FascObjective(as_printed, nested=True))
+OBJECTIVES.register("gaussian")(FascObjective(gaussian))
+OBJECTIVES.register("empirical")(FascObjective(empirical))
+VARIANCE = FascObjective(variance, nested=True)
+
+
+def optimal_projector(objective: FascObjective, known: GroupInput, params: FascParams, rank: int) -> torch.Tensor:
+    """The best projector P [m, m] of one rank that an objective finds."""
+    return objective.find(known, params, rank)[1].projector(rank)
+
+
+def _minimised(objective: Objective, starts: Sequence[Basis], params: FascParams, rank: int) -> Basis:
+    start = best_start(objective, starts, rank)
+    return descend(objective, start, rank, params.steps, params.projector == "orthonormal")
 
 
 def _closed_forms(moments: Moments, params: FascParams) -> list[Basis]:
@@ -88,16 +113,20 @@ def _closed_forms(moments: Moments, params: FascParams) -> list[Basis]:
     return [balanced_basis(moments), variance_basis(moments)]
 
 
-def _minimised(objective: Objective, starts: Sequence[Basis], moments: Moments, params: FascParams, rank: int) -> Basis:
-    orthonormal = params.projector == "orthonormal"
+def nested_basis(chosen: FascObjective, known: GroupInput, params: FascParams, rank: int) -> tuple[Objective, Basis]:
+    """A basis that keeps the best projector of `rank`, and is good at all other ranks.
 
-    def rotate(side: Basis) -> Basis:
-        inside = Gaussian(moments).inside(side)
+    On either side of that rank components are those of the closed forms within the side, in greedy order.
+    """
+    objective, found = chosen.find(known, params, rank)
+    if chosen.nested:
+        return objective, found
+
+    def axes(side: Basis) -> Basis:
+        inside = Gaussian(known.moments).inside(side)
         return best_start(inside, _closed_forms(inside.moments, params), len(side.right) // 2)
 
-    start = best_start(objective, starts, rank)
-    found = descend(objective, start, rank, params.steps, orthonormal)
-    return nested(objective, found, rank, None if found is start else rotate)
+    return objective, nested(objective, found, rank, axes)
 
 
 def group_input(sources: MetricSources, model: Path, group: Sequence[LinearLayer]) -> GroupInput:
@@ -138,7 +167,7 @@ def decompose_inputs(
         ParameterError: the objective is unknown, or what it needs was not captured.
         NumericalError: the moments are not finite.
     """
-    find = OBJECTIVES.lookup(sources.params.fasc.objective)
+    chosen = OBJECTIVES.lookup(sources.params.fasc.objective)
     site, params = group[0].group, sources.params.fasc
     reason = unreadable(sources.statistics, group)
     if reason:
@@ -148,7 +177,7 @@ def decompose_inputs(
     _check_finite(known.moments, site)
     components = min(group[0].inputs, sum(layer.outputs for layer in group))
     rank = min(components, max(1, round(params.share * group[0].inputs)))
-    objective, basis = variance(known) if method == "variance" else find(known, params, rank)
+    objective, basis = nested_basis(VARIANCE if method == "variance" else chosen, known, params, rank)
     kept = basis.pick(slice(0, components))
     yield f"{site}/right", kept.right.float()
     for layer in group:
@@ -187,14 +216,13 @@ def _check_finite(moments: Moments, site: str) -> None:
 
 def _row(sources: MetricSources, site: str, method: str, moments: Moments, cost: torch.Tensor) -> dict:
     best = torch.cummin(cost, 0).values
-    spectra = [torch.linalg.eigvalsh(each).clamp(min=0) for each in (moments.xx, moments.gg)]
-    conditions = [(values.max() / values.min()).item() for values in spectra]
+    output = torch.linalg.eigvalsh(moments.gg).clamp(min=0)
     return {
         "module": site,
         "method": method,
         "sigma": (best[:-1] - best[1:]).clamp(min=0).sqrt().tolist(),
-        "input_condition": conditions[0],
-        "output_condition": conditions[1],
+        "input_condition": moments.input_root.condition,
+        "output_condition": (output.max() / output.min()).item(),
         "input_damping": sources.params.input_damping,
         "output_damping": sources.params.output_damping,
         "dense": None,

@@ -11,6 +11,7 @@ Shapes: x [m], d_c [n_c], g [m] at one token; S' sequences of a shard with t sam
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from stages.layers import LinearLayer
 from stages.models import read_weight
 from stages.statistics import Statistics
+from stages.weighted_svd import MetricRoot, metric_root
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Moments:
     xx: torch.Tensor
     xg: torch.Tensor
     gg: torch.Tensor
+
+    @cached_property
+    def input_root(self) -> MetricRoot:
+        """The root of S_xx, found once."""
+        return metric_root(self.xx, 0.0, "E[x xᵀ]")
 
 
 def stacked_weight(model: Path, group: Sequence[LinearLayer]) -> torch.Tensor:

@@ -82,7 +82,7 @@ class FascParams(Block):
     objective: str = "gaussian"
     projector: Literal["orthonormal", "oblique"] = "oblique"
     share: Share = 0.5
-    steps: Annotated[int, Field(ge=0)] = 10
+    steps: Annotated[int, Field(ge=0)] = 5
     threshold: float | None = None
     rho: Literal["rho_F", "rho_cca", "rho_kfac"] = "rho_kfac"
 

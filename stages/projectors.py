@@ -9,8 +9,8 @@ In a basis of the input, L R = I with columns l_i and rows r_i, P keeps some com
 costs f = Σ_{i,j in D} K_ij with the coupling K_ij = E[z_i z_j], z_i = (gᵀ l_i)(r_i x): one matrix gives the loss of every choice.
 So every minimiser is a basis whose first k components are kept. It is orthonormal (R = Lᵀ) or oblique (R = L⁻¹).
 
-The middle term alone has nested minimisers among oblique projectors: the weighted SVD of the identity, which is balanced truncation (FASC
-is then the kfac metric applied to the identity map). The whole objectives have not: they are minimised at one rank, and the
+The middle term alone has nested minimisers among oblique projectors: balanced truncation (FASC is then the kfac metric applied to the
+identity map). The whole objectives have not: they are minimised at one rank, and the
 components on both sides of it are put in the order in which dropping the next one costs least.
 
 Source: FASC's objective as METHODS section 4 states it. Shapes: m inputs, x [N, m], g [N, m], L [m, r], R [r, m].
@@ -25,12 +25,12 @@ import torch
 from scipy.optimize import minimize
 
 from stages.input_gradients import Moments
-from stages.weighted_svd import metric_root, weighted_svd
 
 Tokens = Iterator[tuple[torch.Tensor, torch.Tensor]]
 """x and g [N', m] of some tokens at a time."""
 
-TINY = 1e-12  # relative size of a variance that scales no step
+TINY = 1e-12  # relative size of a scale that rounding alone can produce
+NEGLIGIBLE = 1e-12  # share of the loss of dropping everything that is not worth a descent
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,17 @@ def printed_surrogate(moments: Moments, M: torch.Tensor) -> float:
 
 def variance_basis(moments: Moments) -> Basis:
     """The principal components of x: eigenvectors of S_xx, largest first."""
-    vectors = torch.linalg.eigh(moments.xx).eigenvectors.flip(1)
+    vectors = moments.input_root.vectors.flip(1)
     return Basis(vectors, vectors.T)
 
 
 def balanced_basis(moments: Moments) -> Basis:
-    """The oblique basis in which S_xx and S_gg are one diagonal matrix: nested minimisers of tr(M S_xx Mᵀ S_gg)."""
-    identity = torch.eye(len(moments.xx), dtype=moments.xx.dtype, device=moments.xx.device)
-    found = weighted_svd(identity, metric_root(moments.xx, 0.0, "E[x xᵀ]"), metric_root(moments.gg, 0.0, "E[g gᵀ]"))
-    return Basis(found.left, found.right)
+    """Nested minimisers of tr(M S_xx Mᵀ S_gg) among oblique projectors: balanced truncation, the weighted SVD of the identity.
+
+    With S_xx = R Rᵀ and eigenvectors V of Rᵀ S_gg R, largest first: L = R V, so E[(Vᵀ R⁻¹ x)(…)ᵀ] = I and Lᵀ S_gg L is diagonal.
+    """
+    forward, backward = _root_and_inverse(moments)
+    return _sorted_basis(forward, backward, forward.T @ moments.gg @ forward)
 
 
 def printed_basis(moments: Moments, orthonormal: bool) -> Basis:
@@ -161,22 +163,33 @@ def printed_basis(moments: Moments, orthonormal: bool) -> Basis:
     Raises:
         NumericalError: S_xx is not positive semi-definite.
     """
-    root = metric_root(moments.xx, 0.0, "E[x xᵀ]")
-    scales = root.scales.clamp(min=TINY * root.scales.max())
-    whiten = root.vectors / scales
-    half = whiten.T @ moments.xg @ metric_root(moments.gg, 0.0, "E[g gᵀ]").times(torch.eye(len(scales)).to(whiten))
-    V = whiten @ torch.linalg.eigh(half @ half.T).eigenvectors.flip(1)
+    forward, backward = _root_and_inverse(moments)
+    half = backward @ moments.xg
+    basis = _sorted_basis(forward, backward, half @ moments.gg @ half.T)
     if not orthonormal:
-        return Basis((root.vectors * scales**2) @ (root.vectors.T @ V), V.T)
-    Q = torch.linalg.qr(V).Q
+        return basis
+    Q = torch.linalg.qr(basis.right.T).Q
     return Basis(Q, Q.T)
 
 
+def _root_and_inverse(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """R and R⁻¹ [m, m]; directions in which x is zero are given a variance that rounding could."""
+    root = moments.input_root
+    scales = root.scales.clamp(min=TINY * max(root.scales.max().item(), TINY))
+    return root.vectors * scales, (root.vectors / scales).T
+
+
+def _sorted_basis(forward: torch.Tensor, backward: torch.Tensor, weighted: torch.Tensor) -> Basis:
+    """R V and Vᵀ R⁻¹ for the eigenvectors V of a symmetric matrix, largest first."""
+    vectors = torch.linalg.eigh((weighted + weighted.T) / 2).eigenvectors.flip(1)
+    return Basis(forward @ vectors, vectors.T @ backward)
+
+
 def orthonormal_bases(moments: Moments) -> list[Basis]:
-    """Orthonormal bases to start from: of x, of g, of both, and those of the balanced basis made orthonormal."""
+    """Orthonormal bases to start from: of x, of both, and those of the balanced basis made orthonormal."""
     balanced = balanced_basis(moments)
     product = moments.xx @ moments.gg
-    found = [torch.linalg.eigh(matrix).eigenvectors.flip(1) for matrix in (moments.gg, product + product.T)]
+    found = [torch.linalg.eigh(product + product.T).eigenvectors.flip(1)]
     found += [torch.linalg.qr(side).Q for side in (balanced.left, balanced.right.T)]
     return [variance_basis(moments), *(Basis(vectors, vectors.T) for vectors in found)]
 
@@ -224,14 +237,15 @@ def losses(objective: Objective, basis: Basis) -> torch.Tensor:
 
 
 def best_start(objective: Objective, bases: Iterable[Basis], rank: int) -> Basis:
-    """The basis, in greedy order, whose projector of this rank costs least."""
-    found = [_ordered(objective, basis) for basis in bases]
-    return min(found, key=lambda one: one[1][rank])[0]
+    """The basis, as it is or in greedy order, whose projector of this rank costs least."""
+    found = [option for basis in bases for option in _orders(objective, basis, rank)]
+    return min(found, key=lambda option: option[0])[1]
 
 
-def _ordered(objective: Objective, basis: Basis) -> tuple[Basis, list[float]]:
-    order, cost = greedy_order(objective.inside(basis).coupling())
-    return basis.pick(order), cost
+def _orders(objective: Objective, basis: Basis, rank: int) -> list[tuple[float, Basis]]:
+    K = objective.inside(basis).coupling()
+    order, cost = greedy_order(K)
+    return [(K[rank:, rank:].sum().item(), basis), (cost[rank], basis.pick(order))]
 
 
 def descend(objective: Objective, basis: Basis, rank: int, steps: int, orthonormal: bool) -> Basis:
@@ -247,6 +261,9 @@ def descend(objective: Objective, basis: Basis, rank: int, steps: int, orthonorm
     if steps == 0 or rank in (0, size):
         return basis
     inside = objective.inside(basis)
+    K = inside.coupling()
+    if K[rank:, rank:].sum() <= NEGLIGIBLE * K.sum():
+        return basis
     scales = _step_scales(inside, rank, orthonormal)
     shapes = [(size - rank, rank), (rank, size - rank)][: len(scales)]
 
