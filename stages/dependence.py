@@ -13,17 +13,29 @@ replacement). All are inner products of N x N kernels of the sampled tokens, so 
 Shapes: N tokens, x and g [N, m], kernels [N, N].
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from stages.errors import ParameterError
+from stages.errors import NumericalError, ParameterError
+from stages.input_gradients import input_gradient_shards
+from stages.layers import LinearLayer, by_group
+from stages.models import decomposing_device
+from stages.params import KroneckerParams
+from stages.scratch import Scratch
+from stages.statistics import Statistics
 from stages.weighted_svd import metric_root
+from stages.workspace import Workspace
 
 RIDGE = 0.01
+MOST_TOKENS = 512  # a draw costs their square
+ROW = "dependence.json"
 INTERVAL = (0.025, 0.975)
 TABLE = "dependence.parquet"
 FORMS = ("rho_F", "rho_cca", "rho_kfac")
@@ -53,16 +65,52 @@ class Kernels:
     white_g: torch.Tensor
     dimension: int
 
-    def scores(self, weights: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        """(ρ_F, ρ_cca, ρ_kfac) of the pairs x_t, g_order(t) with weights w [N] that sum to 1."""
-        pairs = torch.outer(weights, weights)
-        g, white_g = (kernel[order][:, order] for kernel in (self.g, self.white_g))
-        joint = (pairs * self.x * g).sum().clamp(min=0)
-        sizes = (pairs * self.x.square()).sum() * (pairs * g.square()).sum()
-        cca = (pairs * self.white_x * white_g).sum().clamp(min=0) / self.dimension
-        independent = (pairs * self.crossed[:, order].square()).sum()
-        second = (weights * self.crossed[torch.arange(len(order)), order].square()).sum()
-        return torch.stack([joint.sqrt() / sizes**0.25, cca.sqrt(), (second - independent).abs() / independent])
+    def resampled(self, weights: torch.Tensor) -> torch.Tensor:
+        """(ρ_F, ρ_cca, ρ_kfac) [R, 3] of the pairs x_t, g_t under R weights w [R, N] that each sum to 1."""
+        w = weights.to(self.x)
+
+        def mean(kernel: torch.Tensor) -> torch.Tensor:
+            return ((w @ kernel) * w).sum(1)
+
+        second = w @ self.crossed.diagonal().square()
+        return self._scores(
+            mean(self.x * self.g),
+            mean(self.white_x * self.white_g),
+            mean(self.x.square()) * mean(self.g.square()),
+            mean(self.crossed.square()),
+            second,
+        )
+
+    def permuted(self, order: torch.Tensor) -> torch.Tensor:
+        """(ρ_F, ρ_cca, ρ_kfac) [3] of the pairs x_t, g_order(t), equally weighted."""
+        order = order.to(self.x.device)
+        joint, white = (
+            (x * g[order][:, order]).mean()[None] for x, g in ((self.x, self.g), (self.white_x, self.white_g))
+        )
+        second = self.crossed.gather(1, order[:, None]).square().mean()[None]
+        return self._scores(joint, white, self.sizes, self.independent, second)[0]
+
+    @cached_property
+    def sizes(self) -> torch.Tensor:
+        """‖S_xx‖_F² ‖S_gg‖_F², which no permutation changes."""
+        return (self.x.square().mean() * self.g.square().mean())[None]
+
+    @cached_property
+    def independent(self) -> torch.Tensor:
+        """tr(S_xx S_gg), which no permutation changes."""
+        return self.crossed.square().mean()[None]
+
+    def _scores(
+        self,
+        joint: torch.Tensor,
+        white: torch.Tensor,
+        sizes: torch.Tensor,
+        independent: torch.Tensor,
+        second: torch.Tensor,
+    ) -> torch.Tensor:
+        rho_F = joint.clamp(min=0).sqrt() / sizes**0.25
+        rho_cca = (white.clamp(min=0) / self.dimension).sqrt()
+        return torch.stack([rho_F, rho_cca, (second - independent).abs() / independent], 1).cpu()
 
 
 def kernels(x: torch.Tensor, g: torch.Tensor) -> Kernels:
@@ -87,17 +135,49 @@ def measure_dependence(x: torch.Tensor, g: torch.Tensor, draws: int, seed: int) 
     if not x.any() or not g.any():
         return row
     found, count = kernels(x.flatten(0, 1).double(), g.flatten(0, 1).double()), sequences * length
-    generator, alike, same = (
-        torch.Generator().manual_seed(seed),
-        torch.full((count,), 1 / count).double(),
-        torch.arange(count),
-    )
-    row |= dict(zip(FORMS, found.scores(alike, same).tolist()))
+    generator = torch.Generator().manual_seed(seed)
+    row |= dict(zip(FORMS, found.resampled(torch.full((1, count), 1 / count, dtype=torch.float64))[0].tolist()))
     if draws:
-        null = [found.scores(alike, torch.randperm(count, generator=generator)) for _ in range(draws)]
-        weights = [_resample(sequences, length, generator) for _ in range(draws)]
-        row |= _interval(null, "_null") | _interval([found.scores(each, same) for each in weights], "")
+        null = torch.stack([found.permuted(torch.randperm(count, generator=generator)) for _ in range(draws)])
+        weights = torch.stack([_resample(sequences, length, generator) for _ in range(draws)])
+        row |= _interval(null, "_null") | _interval(found.resampled(weights), "")
     return row
+
+
+def dependence_rows(scratch: Scratch, workspace: Workspace, params: KroneckerParams) -> list[dict] | None:
+    """Rows of the table, a unit for every input of the model; None if no tokens were captured."""
+    statistics = Statistics(workspace.out("capture"))
+    if not statistics.has_tokens:
+        return None
+    groups = by_group(statistics.layers)
+    units = {
+        f"dependence.{name}": (workspace.out("capture"), workspace.model, group, params)
+        for name, group in groups.items()
+    }
+    folders = scratch.map("measuring dependence", measure_group, units)
+    return [json.loads((folder / ROW).read_text()) for folder in folders.values()]
+
+
+def measure_group(
+    folder: Path, capture: Path, model: Path, group: Sequence[LinearLayer], params: KroneckerParams
+) -> None:
+    """Unit of work: the row of one group, from some tokens of every sequence if there are more than MOST_TOKENS.
+
+    Raises:
+        NumericalError: a token's values are not finite.
+    """
+    statistics, name = Statistics(capture), group[0].group
+    tokens = statistics.facts["tokens_per_sequence"]
+    each = min(tokens, max(1, MOST_TOKENS // statistics.sequences))
+    spread = torch.arange(each) * tokens // each
+    shards = [(x[:, spread], g[:, spread]) for x, g in input_gradient_shards(statistics, model, group)]
+    x, g = (torch.cat(parts)[:MOST_TOKENS].to(decomposing_device()) for parts in zip(*shards))
+    if not (x.isfinite().all() and g.isfinite().all()):
+        raise NumericalError(
+            f"Stage 'kronecker', module {name!r}: its tokens are not finite. Run stage 'capture' again."
+        )
+    row = {"module": name, **measure_dependence(x, g, params.dependence_draws, params.seed)}
+    (folder / ROW).write_text(json.dumps(row, sort_keys=True))
 
 
 def _resample(sequences: int, length: int, generator: torch.Generator) -> torch.Tensor:
@@ -105,8 +185,8 @@ def _resample(sequences: int, length: int, generator: torch.Generator) -> torch.
     return torch.bincount(drawn, minlength=sequences).double().repeat_interleave(length) / (sequences * length)
 
 
-def _interval(scores: list[torch.Tensor], kind: str) -> dict[str, float]:
-    low, high = torch.stack(scores).quantile(torch.tensor(INTERVAL).double(), dim=0)
+def _interval(scores: torch.Tensor, kind: str) -> dict[str, float]:
+    low, high = scores.quantile(torch.tensor(INTERVAL).double(), dim=0)
     ends = {"low": low.tolist(), "high": high.tolist()}
     return {f"{form}{kind}_{end}": value for end, values in ends.items() for form, value in zip(FORMS, values)}
 

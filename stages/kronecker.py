@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from stages.dependence import DEPENDENCE, TABLE, dependence_rows
 from stages.errors import NumericalError, ParameterError
 from stages.estimators import ESTIMATORS, Estimate, Evidence
 from stages.fisher_diagnostics import LEVELS, describe_estimate, describe_layer
@@ -92,7 +93,8 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
     estimator = ESTIMATORS.lookup(params.estimator)
     SOLVERS.lookup(params.method)
     capture = workspace.out("capture")
-    with Scratch(workspace, "kronecker", params, {"capture": verify_output(capture)}) as scratch:
+    inputs = {"capture": verify_output(capture), "model": verify_output(workspace.out("prepare"), "model/")}
+    with Scratch(workspace, "kronecker", params, inputs) as scratch:
         if scratch.republish():
             return
         statistics = Statistics(capture)
@@ -108,7 +110,10 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
         comparison = [row for entry in found for row in entry["comparison"]]
         _describe(rows, params)
         _warn_of_few(comparison, layers, statistics, params)
+        dependence = dependence_rows(scratch, workspace, params)
         with scratch.publish() as out:
+            if dependence is not None:
+                pq.write_table(pa.Table.from_pylist(dependence, DEPENDENCE), out / TABLE)
             pq.write_table(pa.Table.from_pylist(rows, DIAGNOSTICS), out / "diagnostics.parquet")
             pq.write_table(pa.Table.from_pylist(comparison, COMPARISON), out / "comparison.parquet")
             facts = {**params.model_dump(), "factors": estimator.makes_factors}

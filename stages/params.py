@@ -74,6 +74,8 @@ class KroneckerParams(ComputeBlock):
     clip: Annotated[float, Field(gt=0)] | None = None
     trim_tokens: Annotated[int, Field(ge=0)] = 0
     diagnostics: Literal["none", "basic", "full"] = "basic"
+    dependence_draws: Annotated[int, Field(ge=0)] = 60
+    seed: int = 0
 
 
 class FascParams(Block):
