@@ -110,7 +110,7 @@ def curvlinops(model: PreTrainedModel, ids: torch.Tensor) -> KFACLinearOperator:
         check_deterministic=False,
         fisher_type="empirical",
         kfac_approx="expand",
-        num_data=ids.numel(),
+        num_data=len(ids),
     )
     operator.compute_kronecker_factors()
     return operator
@@ -132,16 +132,17 @@ def kronfluence(model: PreTrainedModel, ids: torch.Tensor) -> dict:
         return {"seconds": time.perf_counter() - begin, **analyzer.load_covariance_matrices("kfac")}
 
 
-def clock(work: Callable[[], object], repeats: int) -> tuple[float, object]:
-    """Median seconds; kronfluence says itself how long its computation took without setting up."""
-    seconds, result = [], None
+def clock(contenders: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, float], dict[str, object]]:
+    """Median seconds and last result of each, run in turn; kronfluence says itself how long it took without setting up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    results = {}
     for _ in range(repeats):
-        begin = time.perf_counter()
-        result = work()
-        seconds.append(
-            result["seconds"] if isinstance(result, dict) and "seconds" in result else time.perf_counter() - begin
-        )
-    return statistics.median(seconds), result
+        for name, work in contenders.items():
+            begin = time.perf_counter()
+            result = results[name] = work()
+            known = result.get("seconds") if isinstance(result, dict) else None
+            seconds[name].append(known or time.perf_counter() - begin)
+    return {name: statistics.median(found) for name, found in seconds.items()}, results
 
 
 def agreement(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -157,26 +158,22 @@ def main() -> None:
     blocks, sequences, length, repeats = (1, 4, 128, 2) if quick else (2, 8, 256, 3)
     ids = torch.randint(0, SHAPES["vocab_size"], (sequences, length), generator=torch.Generator().manual_seed(0))
     print(f"{blocks} blocks, {sequences} sequences of {length} tokens, {torch.get_num_threads()} threads", flush=True)
-    ours(build(blocks), ids[:BATCH])  # warm up
-    mine, sums = clock(lambda: ours(build(blocks), ids), repeats)
-    show("ours, token-wise factors", mine)
-    sketched, with_gradients = clock(lambda: ours(build(blocks), ids, "sketch"), repeats)
-    show("ours, with a sketch of every gradient", sketched)
-    pairs, _ = clock(lambda: sequence_pairs(with_gradients["gradients"]), repeats)
-    show("ours, nearest pairs of those", pairs)
-    theirs, _ = clock(lambda: curvlinops(build(blocks), ids), repeats)
-    show("curvlinops KFAC", theirs)
-    others, matrices = clock(lambda: kronfluence(build(blocks), ids), repeats)
-    show("kronfluence kfac", others)
-    check(sums, matrices)
-    for name, seconds in (("curvlinops", theirs), ("kronfluence", others)):
-        ratio = seconds / mine
+    gradients = ours(build(blocks), ids, "sketch")["gradients"]
+    contenders = {
+        "ours, token-wise factors": lambda: ours(build(blocks), ids),
+        "curvlinops KFAC": lambda: curvlinops(build(blocks), ids),
+        "kronfluence kfac": lambda: kronfluence(build(blocks), ids),
+        "ours, with a sketch of every gradient": lambda: ours(build(blocks), ids, "sketch"),
+        "ours, nearest pairs of those": lambda: sequence_pairs(gradients),
+    }
+    seconds, results = clock(contenders, repeats)
+    for name, value in seconds.items():
+        print(f"  {name:42} {value:8.2f} s", flush=True)
+    check(results["ours, token-wise factors"], results["kronfluence kfac"])
+    for name in ("curvlinops KFAC", "kronfluence kfac"):
+        ratio = seconds[name] / seconds["ours, token-wise factors"]
         figure = f"token-wise factors, time of {name} / ours"
         print(json.dumps({"figure": figure, "value": round(ratio, 2), "unit": "x", "target": 1.0, "holds": ratio > 1}))
-
-
-def show(name: str, seconds: float) -> None:
-    print(f"  {name:42} {seconds:8.2f} s", flush=True)
 
 
 def check(sums: dict, matrices: dict) -> None:

@@ -24,6 +24,7 @@ from stages.layers import LinearLayer
 from stages.model_card import compressed_card, dense_card
 from stages.models import DTYPES, read_weight
 from stages.params import FactorizeParams
+from stages.refinement import refined_bases
 from stages.scratch import Scratch
 from stages.sites import Site, read_sites
 from stages.workspace import CODE, Workspace, digest_file, verify_output
@@ -64,8 +65,9 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         InputError: the model's architecture is not one of transformers' own, so its code cannot travel with the checkpoint.
         CorruptArtifact: the output of an earlier stage is not whole, or the saved tensors are not what was planned.
         NotEnoughDisk: the checkpoint would not fit.
+        ParameterError: see `refined_bases`.
     """
-    with Scratch(workspace, "factorize", params, _inputs(workspace)) as scratch:
+    with Scratch(workspace, "factorize", params, _inputs(workspace, params)) as scratch:
         if scratch.republish():
             return
         architecture = dense_architecture(workspace.model)
@@ -77,6 +79,10 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         scratch.require_disk(count_bytes(dense) * (3 if params.dense_export else 2))
         low_rank = [site for site in sites if plan[site.name]["storage"] != DENSE]
         bases = workspace.out("subspace") / "bases"
+        if params.alternations:
+            layers = {site.name: site.layers[0] for site in low_rank}
+            ranks = {name: plan[name]["rank"] for name in layers}
+            bases = refined_bases(scratch, workspace, layers, ranks, params.alternations)
         units = {
             site.name: (bases, workspace.model, site, plan[site.name]["rank"], plan[site.name]["storage"], dtype)
             for site in low_rank
@@ -97,8 +103,9 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
                 (out / "dense" / "README.md").write_text(dense_card(workspace, architecture, facts))
 
 
-def _inputs(workspace: Workspace) -> dict[str, str]:
-    return {
+def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
+    refinement = {"kronecker": verify_output(workspace.out("kronecker"))} if params.alternations else {}
+    return refinement | {
         "model": verify_output(workspace.out("prepare"), "model/"),
         "facts": verify_output(workspace.out("prepare"), "prepare.json"),
         "bases": verify_output(workspace.out("subspace"), "bases"),
