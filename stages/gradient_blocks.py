@@ -3,6 +3,7 @@
 Shapes: n outputs, m inputs, S gradients of one block, k sketch rank, t tokens of a sequence, G_s = U_s V_sᵀ [n, m].
 """
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Protocol
 
@@ -17,12 +18,21 @@ STRIPES = 8  # of a symmetric product: 9/16 of the work; more stripes gain nothi
 
 def symmetric_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """P Qᵀ [p, p] of P, Q [p, q] when the product is known to be symmetric: only its upper stripes are computed."""
-    size = left.shape[0]
-    product = left.new_empty(size, size)
-    edges = [size * i // STRIPES for i in range(STRIPES + 1)]
-    for low, high in pairwise(edges):
-        torch.mm(left[low:high], right[low:].T, out=product[low:high, low:])
-    return mirror(product)
+    return symmetric_sum([(left, right)])
+
+
+def symmetric_sum(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Σ P Qᵀ [p, p] of products that are symmetric, one pair (P, Q) [p, q] in memory at a time."""
+    total = None
+    for left, right in pairs:
+        if total is None:
+            size = len(left)
+            total, beta = left.new_empty(size, size), 0
+            edges = [size * i // STRIPES for i in range(STRIPES + 1)]
+        for low, high in pairwise(edges):
+            total[low:high, low:].addmm_(left[low:high], right[low:].T, beta=beta)
+        beta = 1
+    return mirror(total)
 
 
 class Gradients(Protocol):
@@ -183,10 +193,10 @@ class ExactGradients:
         return len(self.gradient)
 
     def outputs(self, A: torch.Tensor) -> torch.Tensor:
-        return sum(symmetric_product(G @ A, G) for G in self.gradient)
+        return symmetric_sum((G @ A, G) for G in self.gradient)
 
     def inputs(self, B: torch.Tensor) -> torch.Tensor:
-        return sum(symmetric_product(G.T @ B, G.T) for G in self.gradient)
+        return symmetric_sum((G.T @ B, G.T) for G in self.gradient)
 
     def overlap(self, A: torch.Tensor, B: torch.Tensor) -> float:
         return sum(((B @ G).double() * (G @ A)).sum().item() for G in self.gradient)

@@ -36,6 +36,19 @@ def _like(factor: torch.Tensor, block: Gradients) -> torch.Tensor:
     return factor.to(block.device, block.dtype)
 
 
+def _liker(factor: torch.Tensor) -> Callable[[Gradients], torch.Tensor]:
+    """`_like` of one factor for many blocks, converted once."""
+    converted: dict[tuple, torch.Tensor] = {}
+
+    def like(block: Gradients) -> torch.Tensor:
+        key = block.device, block.dtype
+        if key not in converted:
+            converted[key] = _like(factor, block)
+        return converted[key]
+
+    return like
+
+
 class StreamedFisher:
     """F as a fold over blocks of gradients, in their order; memory does not depend on the number of blocks.
 
@@ -64,11 +77,13 @@ class StreamedFisher:
 
     def outputs(self, A: torch.Tensor) -> torch.Tensor:
         """(1/N) Σ G A Gᵀ [n, n]."""
-        return self._mean(lambda block: block.outputs(_like(A, block)))
+        like = _liker(A)
+        return self._mean(lambda block: block.outputs(like(block)))
 
     def inputs(self, B: torch.Tensor) -> torch.Tensor:
         """(1/N) Σ Gᵀ B G [m, m]."""
-        return self._mean(lambda block: block.inputs(_like(B, block)))
+        like = _liker(B)
+        return self._mean(lambda block: block.inputs(like(block)))
 
     def overlap(self, A: torch.Tensor, B: torch.Tensor) -> float:
         """⟨F, A ⊗ B⟩ = (1/N) Σ ⟨G, B G A⟩."""

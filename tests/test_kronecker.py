@@ -1,6 +1,7 @@
 """Stage `kronecker` on a capture of which everything is known."""
 
 import json
+import weakref
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ from test_nearest_kronecker import dense_fisher, symmetric_sigmas, van_loan
 from tiny_capture import LAYERS, TinyCapture
 
 from stages import gradient_samples, kronecker
+from stages import statistics as statistics_module
 from stages.errors import CorruptArtifact, NotEnoughDisk, NumericalError, ParameterError
 from stages.estimators import ESTIMATORS, Evidence
 from stages.fisher_diagnostics import describe_estimate
@@ -325,3 +327,29 @@ def test_layers_without_gradients_are_named(tmp_path: Path, capsys) -> None:
         run(tiny, estimator=estimator, diagnostics="full")
         said = " ".join(capsys.readouterr().err.split())
         assert "2 layers have no gradient on the calibration text: ['block.up', 'block.down']" in said
+
+
+def test_a_step_reads_every_shard_once_and_holds_two_blocks_at_most(tmp_path: Path, monkeypatch) -> None:
+    statistics = Statistics(make(tmp_path, "sketch", shard=1).workspace.out("capture"))
+    monkeypatch.setattr(gradient_samples, "BLOCK_COLUMNS", 5)  # one sequence a block
+    reads, alive, most = [], weakref.WeakSet(), []
+    original = statistics_module.read_array
+    monkeypatch.setattr(
+        statistics_module, "read_array", lambda shard, name: (reads.append(name), original(shard, name))[1]
+    )
+    evidence = Evidence(statistics, LAYERS[0], KroneckerParams())
+    fisher = evidence.fisher
+    blocks = fisher.blocks
+
+    def watched():
+        for block in blocks():
+            alive.add(block)
+            most.append(len(alive))
+            yield block
+
+    fisher.blocks = watched
+    for step in (lambda: fisher.outputs(torch.eye(6)), lambda: fisher.inputs(torch.eye(5))):
+        reads.clear()
+        step()
+        assert sorted(reads) == ["block.q/left"] * 6 + ["block.q/right"] * 6
+    assert max(most) <= 2
