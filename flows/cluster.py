@@ -36,7 +36,8 @@ def joined_cluster(settings: Settings) -> Iterator[None]:
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         raise EngineError(
             f"The Ray cluster at {settings.ray_address or 'this host'} cannot be used: {error}. Look at `ray status "
-            "--address HOST:PORT`, and let `fisherfold doctor` look for the cause."
+            "--address HOST:PORT`; a cluster with a token wants RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here, too; "
+            "`fisherfold doctor` looks for the cause."
         ) from error
     try:
         yield

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shuffled import Shuffled
 from tiny import VOCABULARY, random_ids, tiny_workspace
 
 from stages import capture, scratch, shard
+from stages.engine import use_engine
 from stages.errors import CorruptArtifact, InputError, NotEnoughDisk, NumericalError
 from stages.models import load_model
 from stages.params import CaptureParams
@@ -258,6 +260,15 @@ def test_gradients_are_written_before_memory_fills(workspace, captured, monkeypa
     for layer in whole.layers:
         ((left, _),) = whole.gradient_shards(layer)
         assert torch.equal(left, torch.cat([left for left, _ in parts.gradient_shards(layer)]))
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_capture_in_waves_gives_the_same_bits(workspace, captured, slots):
+    engine = Shuffled(slots, seed=slots)
+    with use_engine(engine):
+        capture.run(workspace, PARAMS)
+    assert_same_bits(workspace, captured)
+    assert len(engine.given_out) == len(set(engine.given_out)) > 2
 
 
 class Killed(BaseException):

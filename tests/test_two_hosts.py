@@ -1,0 +1,186 @@
+"""A real Ray of two hosts with addresses of their own, and what can happen to them in mid-capture."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from hosts import Host, make_bridge, reason_for_none, remove_bridge, wait_until
+from project import QUIET, ROOT, clone
+from ruamel.yaml import YAML
+from tiny import tiny_workspace
+
+from stages.workspace import Workspace, read_manifest
+
+pytest.importorskip("prefect_ray", reason="needs the extra `cluster`")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why := reason_for_none()), reason=str(why))]
+PYTHON = sys.executable
+SHARDS = 24
+TOKEN = uuid4().hex
+
+
+@dataclass
+class TwoHosts:
+    """Ray on both hosts, one core each; the head's also has the Prefect API."""
+
+    head: Host
+    other: Host
+    folder: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **QUIET,
+            "PYTHONPATH": str(ROOT),
+            "PREFECT_HOME": str(self.folder / ".prefect"),
+            "PREFECT_API_URL": f"http://{self.head.address}:4200/api",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
+            "FISHERFOLD_ENGINE": "ray",
+            "FISHERFOLD_RAY_ADDRESS": f"{self.head.address}:6379",
+            "FISHERFOLD_NUM_CPUS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+
+    def launch(self, host: Host, *words: str, folder: Path | None = None, log: str) -> subprocess.Popen:
+        path = self.folder / log
+        return host.start(*words, folder=folder or self.folder, environment=self.environment, log=path)
+
+    def start_ray(self, host: Host, *where: str) -> None:
+        sizes = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
+        words = [
+            PYTHON,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--block",
+            f"--node-ip-address={host.address}",
+            *where,
+            *sizes,
+        ]
+        self.launch(host, *words, log=f"{host.name}.log")
+
+    def join(self) -> None:
+        """Start Ray on the other host, and wait until it is there."""
+        self.start_ray(self.other, f"--address={self.head.address}:6379")
+        asking = f"import ray; ray.init('{self.head.address}:6379', log_to_driver=False, logging_level='ERROR')"
+        asking += (
+            "; import sys, time; [time.sleep(0.5) for _ in range(200) if sum(n['Alive'] for n in ray.nodes()) != 2]"
+        )
+        assert self.launch(self.head, PYTHON, "-c", asking, log="join.log").wait() == 0
+
+    def answers(self) -> bool:
+        word = f"import httpx; httpx.get('{self.environment['PREFECT_API_URL']}/health').raise_for_status()"
+        return self.launch(self.head, PYTHON, "-c", word, log="health.log").wait() == 0
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    make_bridge()
+    two = TwoHosts(Host(1), Host(2), tmp_path_factory.mktemp("hosts"))
+    try:
+        server = ["-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--log-level", "error"]
+        two.launch(two.head, PYTHON, *server, "--host", two.head.address, "--port", "4200", log="api.log")
+        ports = ["--port=6379", "--include-dashboard=false"]
+        two.start_ray(two.head, "--head", *ports)
+        wait_until(two.answers, "the Prefect API")
+        two.join()
+        yield two
+    finally:
+        for host in (two.head, two.other):
+            host.remove()
+        remove_bridge()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A project as stage `prepare` leaves it, with one sequence a shard."""
+    folder = clone(tmp_path_factory.mktemp("prepared"))
+    tiny_workspace(folder, sequences=SHARDS, length=48)
+    yaml = YAML()
+    document = yaml.load(folder / "params.yaml")
+    document["capture"].update({"sequences_per_shard": 1, "batch_size": 1, "sketch_rank": 4})
+    yaml.dump(document, folder / "params.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(prepared, tmp_path_factory) -> dict:
+    """What `capture` publishes when this process alone does it all."""
+    folder = copy(prepared, tmp_path_factory.mktemp("inline"))
+    environment = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT)}
+    subprocess.run([PYTHON, "-m", "flows.cli", "stage", "capture"], cwd=folder, env=environment, check=True)
+    return published(folder)
+
+
+@pytest.fixture
+def project(prepared, tmp_path) -> Path:
+    return copy(prepared, tmp_path)
+
+
+def copy(source: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(source, folder / "project"))
+
+
+def published(folder: Path) -> dict:
+    return read_manifest(Workspace(folder).out("capture"))["files"]
+
+
+def start(hosts: TwoHosts, folder: Path) -> subprocess.Popen:
+    """`fisherfold stage capture` on the head; returns in mid-capture."""
+    done = finished(folder)
+    process = hosts.launch(hosts.head, PYTHON, "-m", "flows.cli", "stage", "capture", folder=folder, log="capture.log")
+    wait_until(lambda: process.poll() is not None or finished(folder) >= done + 4, "the first units")
+    assert process.poll() is None, (hosts.folder / "capture.log").read_text()[-3000:]
+    return process
+
+
+def finished(folder: Path) -> int:
+    """How many units are listed."""
+    listed = list(folder.glob("artifacts/capture.partial/*/manifest.jsonl"))
+    return len(listed[0].read_text().splitlines()) if listed else 0
+
+
+def ends_well(hosts: TwoHosts, process: subprocess.Popen) -> None:
+    assert process.wait(150) == 0, (hosts.folder / "capture.log").read_text()[-3000:]
+
+
+def test_the_network_is_cut_for_ten_seconds(hosts, project, expected):
+    process = start(hosts, project)
+    hosts.other.connect(False)
+    time.sleep(10)
+    hosts.other.connect(True)
+    ends_well(hosts, process)
+    assert published(project) == expected
+
+
+def test_the_head_s_process_is_killed_then_cancelled_then_resumes(hosts, project, expected):
+    killed = start(hosts, project)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    listed = finished(project)
+    cancelled = start(hosts, project)
+    os.killpg(cancelled.pid, signal.SIGINT)
+    assert cancelled.wait(60) == 130
+    wait_until(lambda: not any(host.processes("ray::run_unit") for host in (hosts.head, hosts.other)), "idle workers")
+    assert finished(project) > listed
+    ends_well(hosts, start(hosts, project))
+    log = (hosts.folder / "capture.log").read_text()
+    assert log.count("units are finished already") == 2
+    assert published(project) == expected
+
+
+def test_a_killed_host_costs_only_what_it_held(hosts, project, expected):
+    process = start(hosts, project)
+    for raylet in hosts.other.processes("raylet"):
+        raylet.send_signal(signal.SIGKILL)
+    ends_well(hosts, process)
+    assert published(project) == expected
