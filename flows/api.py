@@ -17,7 +17,7 @@ from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_UR
 from stages.errors import EngineError
 from stages.progress import announce
 
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 DIE_WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 15); from uvicorn import main; main()"  # PR_SET_PDEATHSIG
 
 

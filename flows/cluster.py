@@ -10,7 +10,8 @@ from flows import DEFAULTS
 from flows.settings import Settings
 from stages.errors import EngineError
 
-HERE = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}  # nothing of it can be reached from outside
+HERE = {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
+"""A new Ray, whatever runs on this host already; nothing of it can be reached from outside."""
 PASSED_ON = (*DEFAULTS, "PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "FISHERFOLD_DEVICE")
 
 

@@ -139,6 +139,18 @@ def test_dvc_repro_alone_gives_the_same_bits(fresh, finished, tmp_path):
     assert published(folder) == published(finished)
 
 
+@pytest.mark.slow
+def test_ray_gives_the_same_bits_in_every_stage(fresh, finished, tmp_path):
+    pytest.importorskip("prefect_ray", reason="needs the extra `cluster`")
+    folder = copy(fresh, tmp_path / "project")
+    result = fisherfold(folder, "run", "--engine", "ray", "--num-cpus", "1")
+    assert result.returncode == 0, result.stderr
+    assert stages_that("on Ray: 1 nodes", result.stderr) == list(STAGES)
+    assert result.stderr.count("for this run alone") == 1  # of the Prefect API
+    assert published(folder) == published(finished)
+    assert stages_that("is up to date", fisherfold(folder, "run").stderr) == list(STAGES)
+
+
 @pytest.mark.parametrize("stage", ["prepare", "capture", "evaluate"])
 def test_killed_run_resumes_with_the_same_bits(fresh, finished, tmp_path, stage):
     """Killed with all its children as soon as the stage has begun to write."""

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from uuid import uuid4
 
 import pytest
@@ -32,6 +33,7 @@ class TwoHosts:
     head: Host
     other: Host
     folder: Path
+    sockets: Path  # short, for the length of a socket's path is bounded
 
     @property
     def environment(self) -> dict[str, str]:
@@ -42,6 +44,7 @@ class TwoHosts:
             "PREFECT_API_URL": f"http://{self.head.address}:4200/api",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TMPDIR": str(self.sockets),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,
             "FISHERFOLD_ENGINE": "ray",
@@ -85,7 +88,7 @@ class TwoHosts:
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
     make_bridge()
-    two = TwoHosts(Host(1), Host(2), tmp_path_factory.mktemp("hosts"))
+    two = TwoHosts(Host(1), Host(2), tmp_path_factory.mktemp("hosts"), Path(mkdtemp(prefix="ff")))
     try:
         server = ["-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--log-level", "error"]
         two.launch(two.head, PYTHON, *server, "--host", two.head.address, "--port", "4200", log="api.log")
@@ -98,6 +101,7 @@ def hosts(tmp_path_factory):
         for host in (two.head, two.other):
             host.remove()
         remove_bridge()
+        shutil.rmtree(two.sockets)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,94 @@
+"""Engine `ray` on a real local Ray of two workers, with a real temporary Prefect API."""
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+from pydantic import BaseModel
+
+pytest.importorskip("prefect_ray", reason="needs the extra `cluster`")
+
+import ray_units
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL
+
+from flows import api, ray_engine
+from flows.engines import run_on_engine
+from flows.settings import Settings
+from stages.errors import EngineError, NumericalError
+from stages.scratch import Scratch
+from stages.workspace import Workspace
+
+pytestmark = pytest.mark.slow
+
+
+class NoParams(BaseModel):
+    pass
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory):
+    """A Prefect API for the runs of this module."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]))
+    patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+    with api.prefect_api("127.0.0.1"):
+        yield
+    patch.undo()
+
+
+def run(folder: Path, *calls: tuple) -> dict[str, Path]:
+    """Maps of one stage, (work, units) each, with two units at a time."""
+    folders = {}
+
+    def stage() -> None:
+        with Scratch(Workspace(folder), "report", NoParams(), {}) as scratch:
+            for work, units in calls:
+                folders.update(scratch.map("units", work, units))
+
+    run_on_engine("report", stage, Settings(engine="ray", num_cpus=1), None)
+    return folders
+
+
+@pytest.fixture
+def marks(tmp_path) -> Path:
+    (tmp_path / "marks").mkdir()
+    return tmp_path / "marks"
+
+
+def test_workers_are_kept_speak_to_one_api_and_lost_ones_are_replaced(prefect, tmp_path, marks, monkeypatch):
+    monkeypatch.setattr(ray_engine, "PAUSES", (0.1,))
+    units = {f"unit-{i}": (marks,) for i in range(8)}
+    folders = run(tmp_path, (ray_units.describe_worker, units), (ray_units.die_at_first, {"dies": (marks,)}))
+    workers, apis = zip(*((folders[name] / "worker").read_text().split() for name in units))
+    assert 1 <= len(set(workers)) <= 2 and len(list(marks.glob("loaded-*"))) == len(set(workers))
+    assert set(apis) == {PREFECT_API_URL.value()}
+    assert servers() == 1
+    assert (folders["dies"] / "attempts").read_text() == "2"
+    with get_client(sync_client=True) as client:
+        states = [(task.name, task.state_type.value) for task in client.read_task_runs()]
+    assert states.count(("dies", "CRASHED")) == 1 and states.count(("dies", "COMPLETED")) == 1
+    assert all(states.count((name, "COMPLETED")) == 1 for name in units)
+
+
+def test_a_unit_s_own_fault_is_not_tried_again(prefect, tmp_path, marks):
+    with pytest.raises(NumericalError, match="data is bad"):
+        run(tmp_path, (ray_units.fail, {"bad": (marks,)}))
+    assert len(list(marks.glob("failed-*"))) == 1
+
+
+def test_more_than_the_cluster_offers_is_named(prefect, tmp_path):
+    with pytest.raises(EngineError, match=r"no node of the Ray cluster offers .*GPUs"):
+        run_on_engine("report", lambda: None, Settings(engine="ray", num_gpus=1), None)
+
+
+def test_a_cluster_that_is_not_there_is_named(prefect):
+    with pytest.raises(EngineError, match=r"127\.0\.0\.1:9 cannot be used"):
+        run_on_engine("report", lambda: None, Settings(engine="ray", ray_address="127.0.0.1:9"), None)
+
+
+def servers() -> int:
+    """Prefect servers that this process and its children run."""
+    family = psutil.Process().children(recursive=True)
+    return sum("prefect.server.api.server:create_app" in " ".join(member.cmdline()) for member in family)
