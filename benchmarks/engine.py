@@ -121,7 +121,8 @@ def nothing_of_benchmark():
 
 def measure_capture(workspace: Workspace, cores: int, params: CaptureParams) -> float:
     """Seconds of stage `capture` on a Ray of so many cores."""
-    shutil.rmtree(workspace.artifacts / "capture", ignore_errors=True)
+    for folder in ("capture", "capture.partial"):  # the latter also holds the finished output
+        shutil.rmtree(workspace.artifacts / folder, ignore_errors=True)
     seconds = []
 
     def stage() -> None:

@@ -20,9 +20,24 @@ PARAMS_FILE = "params.yaml"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; return its exit status: 0 well, 1 failed, 2 bad command line or parameters, 130 interrupted."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: _interrupt(signals, received))
     try:
         return options.command(options)
+    except Exception as error:
+        if not signals:
+            return _explain(error)
+    except KeyboardInterrupt:
+        pass
+    print("interrupted: finished units are kept; run again to go on.", file=sys.stderr)
+    return 130
+
+
+def _explain(error: Exception) -> int:
+    """Tell the user of an error that is theirs to read; any other goes on."""
+    try:
+        raise error
     except FisherfoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ParameterError) else 1
@@ -31,13 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: the disk is full ({error}). Finished units are kept: make room and run again.", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted: finished units are kept; run again to go on.", file=sys.stderr)
-        return 130
 
 
-def _interrupt(*_: object) -> NoReturn:
-    """A request to end is what Ctrl-C is: what was started is ended, what is finished is kept."""
+def _interrupt(signals: list[int], received: int) -> NoReturn:
+    """A request to end is what Ctrl-C is: what was started is ended, what is finished is kept.
+
+    It is noted, for an interruption inside some libraries' compiled code comes out as another exception.
+    """
+    signals.append(received)
     raise KeyboardInterrupt
 
 
