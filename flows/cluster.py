@@ -12,7 +12,16 @@ from stages.errors import EngineError
 
 HERE = {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
 """A new Ray, whatever runs on this host already; nothing of it can be reached from outside."""
-PASSED_ON = (*DEFAULTS, "PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "FISHERFOLD_DEVICE")
+PASSED_ON = (
+    *DEFAULTS,
+    "PREFECT_API_URL",
+    "FISHERFOLD_DEVICE",
+    "FISHERFOLD_STORE",
+    "FISHERFOLD_CACHE",
+    "HF_HUB_OFFLINE",
+)
+"""What workers know of this process's environment. Ray shows it to all who may look; so no secret is among it: keys of a store are
+each node's own, and those of the API travel with Prefect's own settings, task by task."""
 
 
 def start_here() -> str:

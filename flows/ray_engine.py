@@ -2,6 +2,9 @@
 
 Workers write units into the scratch folder on the file system that all nodes share; the process of the stage alone lists
 them. A unit that dies with its worker is given out again, after a while; one that fails by itself ends the stage.
+
+Ray keeps the worker processes of one stage for all its units, so a model is loaded once a process; processes of one node map the
+same safetensors file, so its weights are read once a node (the system's page cache).
 """
 
 import time
