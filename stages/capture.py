@@ -9,6 +9,8 @@ One forward and backward pass per sequence gives, for every linear layer and in 
     G ~ U Vᵀ of rank k, or G itself    per sequence
     x and d                            at t positions of each sequence, drawn by capture.seed
 
+and questions.parquet: what some knowledge questions ask of every layer, see ``stages.knowledge``.
+
 A unit is a shard of sequences (times a slice of the layers, if capture.layers_per_pass bounds the sums in memory). Its sums
 are leaves of a fixed tree of sums, added up as soon as both terms are there, so neither memory nor the disk for sums grows
 with the sequences, and the bits depend neither on how many shards are in work at once nor on which of them ends first.
@@ -23,8 +25,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from stages.engine import Unit, current_engine
 from stages.errors import NumericalError
+from stages.knowledge import ANSWERS, TABLE, ask
 from stages.layer_sums import GRADIENT_FORMS
 from stages.layers import LinearLayer, by_group, write_layers
 from stages.models import DTYPES
@@ -42,7 +48,7 @@ from stages.shard import (
     token_shapes,
     vocabulary,
 )
-from stages.store import gather_groups, group_file
+from stages.store import gather_groups, group_file, read_array
 from stages.tables import read_sequences
 from stages.tree_sum import Part, Step, add_parts, parts_at_once, summation_tree
 from stages.workspace import Workspace, digest_file, verify_output
@@ -60,17 +66,20 @@ def run(workspace: Workspace, params: CaptureParams) -> None:
         CorruptArtifact: the output of stage `prepare` is not whole.
     """
     table = workspace.table("calibration")
+    questions = workspace.table("questions") if params.knowledge_questions else None
+    questions = questions if questions and questions.exists() else None
     inputs = {"model": verify_output(workspace.out("prepare"), "model/"), "calibration": digest_file(table)}
+    inputs |= {"questions": digest_file(questions)} if questions else {}
     with Scratch(workspace, "capture", params, inputs) as scratch:
         if scratch.republish():
             return
         try:
-            _capture(scratch, workspace.model, table, params)
+            _capture(scratch, workspace.model, table, questions, params)
         finally:
             loaded_model.cache_clear()
 
 
-def _capture(scratch: Scratch, model_folder: Path, table: Path, params: CaptureParams) -> None:
+def _capture(scratch: Scratch, model_folder: Path, table: Path, questions: Path | None, params: CaptureParams) -> None:
     model, layers = loaded_model(model_folder, params.dtype)
     sequences, length = read_sequences(table, vocabulary(model)).shape
     shards = -(-sequences // params.sequences_per_shard)
@@ -85,7 +94,10 @@ def _capture(scratch: Scratch, model_folder: Path, table: Path, params: CaptureP
     for name in scratch.run("shards and their sums", units):
         for term in terms[name]:  # now part of this sum
             scratch.drop(term, group_file(Path("statistics")).name)
-    _publish(scratch, layers, params, length, [(index, steps[-1][1].part) for index in range(len(slices))])
+    answers = {"questions": (model_folder, questions, params)} if questions else {}
+    asked = scratch.map("knowledge questions" if answers else None, ask, answers)
+    roots = [(index, steps[-1][1].part) for index in range(len(slices))]
+    _publish(scratch, layers, params, length, roots, asked.get("questions"))
 
 
 def _unit(folder: Path, index: int, step: Step, source: tuple[Path, Path, CaptureParams]) -> Unit:
@@ -145,7 +157,12 @@ def _group_numbers(group: Sequence[LinearLayer], gradients: bool) -> int:
 
 
 def _publish(
-    scratch: Scratch, layers: Sequence[LinearLayer], params: CaptureParams, length: int, roots: list[tuple[int, Part]]
+    scratch: Scratch,
+    layers: Sequence[LinearLayer],
+    params: CaptureParams,
+    length: int,
+    roots: list[tuple[int, Part]],
+    asked: Path | None,
 ) -> None:
     """Publish the sums of every slice of layers and the gradients of every shard, by links."""
     facts, shards = _gather_facts(scratch, params, length, roots)
@@ -156,6 +173,17 @@ def _publish(
         for name, part in shards.items():
             units = [scratch.units / _unit_name(index, part) for index, _ in roots]
             gather_groups(out / "gradients" / name, [unit / "gradients" for unit in units])
+        rows = pq.read_table(asked / TABLE).to_pylist() if asked else []
+        for row in rows:
+            row["text_mass"] = _text_mass(out, row["module"], facts)
+        pq.write_table(pa.Table.from_pylist(rows, ANSWERS), out / TABLE)
+
+
+def _text_mass(out: Path, module: str, facts: dict) -> float | None:
+    """Mean ‖G_s‖_F² of a layer over the calibration sequences."""
+    if facts["gradients"] == "none":
+        return None
+    return read_array(out / "statistics", f"{module}/fisher_inputs").double().sum().item() / facts["sequences"]
 
 
 def _gather_facts(

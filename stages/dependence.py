@@ -39,18 +39,13 @@ ROW = "dependence.json"
 INTERVAL = (0.025, 0.975)
 TABLE = "dependence.parquet"
 FORMS = ("rho_F", "rho_cca", "rho_kfac")
-DEPENDENCE = pa.schema(
-    [
-        ("module", pa.string()),  # the group: its first layer
-        ("dimension", pa.int32()),
-        ("tokens", pa.int32()),
-        *(
-            (f"{form}{part}", pa.float64())
-            for form in FORMS
-            for part in ("", "_low", "_high", "_null_low", "_null_high")
-        ),
-    ]
-)
+PARTS = ("", "_low", "_high", "_null_low", "_null_high")
+RHO_FIELDS = [
+    ("dimension", pa.int32()),
+    ("tokens", pa.int32()),
+    *((f"{form}{part}", pa.float64()) for form in FORMS for part in PARTS),
+]
+DEPENDENCE = pa.schema([("module", pa.string()), *RHO_FIELDS])  # the group: its first layer
 """ρ, its bootstrap interval and that of the permutation null; null where x or g is zero, or no draws were asked for."""
 
 

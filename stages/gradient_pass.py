@@ -22,11 +22,14 @@ class GradientPass(NamedTuple):
 
 
 @torch.enable_grad()
-def gradient_pass(model: PreTrainedModel, ids: torch.Tensor) -> GradientPass:
+def gradient_pass(model: PreTrainedModel, ids: torch.Tensor, first: int = 1) -> GradientPass:
     """Run `ids` [B, T] forward and backward; hooks on the model's layers see activations and their gradients.
 
     The loss is Σ_s (1/(T-1)) Σ_{t<T-1} -log p(id[s, t+1] | id[s, ..t]): means of sequences, summed over the batch, so a
     sequence's gradients do not depend on the batch it is in. The labels are shifted here, once; the model is given none.
+
+    Args:
+        first: the first token that is predicted; the mean is over it and those after it.
 
     Raises:
         RuntimeError: the model's weights are not frozen.
@@ -36,7 +39,7 @@ def gradient_pass(model: PreTrainedModel, ids: torch.Tensor) -> GradientPass:
     ids = ids.to(model.get_input_embeddings().weight.device)
     with _leaves(model) as embedded:
         logits = model(input_ids=ids, use_cache=False).logits
-    losses, gradient = loss_gradient(logits.detach(), ids.to(logits.device))
+    losses, gradient = loss_gradient(logits.detach(), ids.to(logits.device), first)
     logits.backward(gradient)
     finite = losses.isfinite().to(ids.device)
     for leaf in embedded:
@@ -58,7 +61,7 @@ def _leaves(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def loss_gradient(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_gradient(logits: torch.Tensor, ids: torch.Tensor, first: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean next-token cross-entropy of every sequence and its gradient, (softmax - onehot) / (T-1).
 
     Computed in float32, one sequence at a time: besides the gradient itself, only one sequence's probabilities are held.
@@ -66,19 +69,21 @@ def loss_gradient(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor
     Args:
         logits: [B, T, V]; row t predicts token t+1.
         ids: [B, T].
+        first: the first token that is predicted, from 1.
 
     Returns:
-        losses [B] in float32 and the gradient [B, T, V] in the dtype of `logits`; its last row of tokens is zero.
+        losses [B] in float32 and the gradient [B, T, V] in the dtype of `logits`; rows that predict nothing are zero.
     """
     gradient = torch.empty_like(logits)
     gradient[:, -1] = 0
+    gradient[:, : first - 1] = 0
     losses = torch.empty(len(ids), device=logits.device)
-    predicted = ids.shape[1] - 1
-    for s, labels in enumerate(ids[:, 1:, None]):
-        log_p = logits[s, :-1].float().log_softmax(-1)
+    predicted = ids.shape[1] - first
+    for s, labels in enumerate(ids[:, first:, None]):
+        log_p = logits[s, first - 1 : -1].float().log_softmax(-1)
         losses[s] = -log_p.gather(-1, labels).mean()
         p = log_p.exp_()
         p.scatter_add_(-1, labels, p.new_full((), -1.0).expand_as(labels))
         torch.div(p, predicted, out=p)
-        gradient[s, :-1] = p
+        gradient[s, first - 1 : -1] = p
     return losses, gradient

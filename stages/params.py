@@ -60,6 +60,7 @@ class CaptureParams(ComputeBlock):
     skip_nonfinite: bool = False
     tokens_per_sequence: Annotated[int, Field(ge=0)] = 16
     token_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    knowledge_questions: Annotated[int, Field(ge=0)] = 32
     seed: int = 0
 
 

@@ -21,7 +21,8 @@ FACTS = {
     "evaluate": "evaluation.json",
 }
 TABLES = {
-    "kronecker": ("diagnostics.parquet", "comparison.parquet"),
+    "capture": ("questions.parquet",),
+    "kronecker": ("diagnostics.parquet", "comparison.parquet", "dependence.parquet"),
     "subspace": ("diagnostics.parquet", "spectra.parquet"),
     "ranks": ("ranks.parquet", "trajectory.parquet"),
     "evaluate": ("metrics.json", "tasks.json", "losses.csv", "questions.parquet"),

@@ -6,6 +6,7 @@ artifacts/report/index.html      no scripts, nothing loaded from anywhere, the s
 import csv
 from collections.abc import Iterable, Iterator, Mapping
 
+from stages.knowledge_view import knowledge_view
 from stages.layer_views import diagnostic_table, estimator_table, kind_table, rank_views, residual_map, spectrum_views
 from stages.page import Markup, details, element, figure, join, megabytes, number, page, percent, section, table
 from stages.params import ReportParams
@@ -56,6 +57,7 @@ def write_page(record: Record, title: str) -> str:
         _layers(ranks),
         trajectory_view(record.rows("ranks", "trajectory.parquet"), ranks),
         _spectra(record, ranks),
+        knowledge_view(record.rows("capture", "questions.parquet"), record.rows("kronecker", "dependence.parquet")),
         _measurement(record),
         _settings(record),
         _reproduce(record, ranks),

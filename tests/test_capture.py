@@ -25,7 +25,7 @@ from stages.token_sample import sample_positions
 from stages.workspace import Workspace, read_manifest, verify_output
 
 SEQUENCES = 7
-PARAMS = CaptureParams(batch_size=2, sequences_per_shard=2, sketch_rank=4, tokens_per_sequence=3)
+PARAMS = CaptureParams(batch_size=2, sequences_per_shard=2, sketch_rank=4, tokens_per_sequence=3, knowledge_questions=0)
 
 
 @pytest.fixture(scope="module")
