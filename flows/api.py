@@ -6,13 +6,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import httpx
 from prefect.client.orchestration import get_client
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
-from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_DATABASE_CONNECTION_URL,
+    PREFECT_API_URL,
+    PREFECT_SERVER_API_HOST,
+    PREFECT_SERVER_API_PORT,
+    temporary_settings,
+)
 
 from stages.errors import EngineError
 from stages.progress import announce
@@ -40,6 +46,48 @@ def prefect_api(host: str) -> Iterator[str]:
     with _temporary_server(host) as url, temporary_settings({PREFECT_API_URL: url}), _exported("PREFECT_API_URL", url):
         announce("fisherfold", f"Prefect API at {url}, for this run alone, on {_database()}")
         yield url
+
+
+@contextmanager
+def lasting_api() -> Iterator[str]:
+    """The address of the configured Prefect API; else of this host's own server, which is started if it does not run.
+
+    A server that is started here listens where PREFECT_SERVER_API_HOST and _PORT say, by default on the loopback
+    interface alone, serves Prefect's pages, keeps what it knows, and ends with this block.
+
+    Raises:
+        EngineError: neither answers.
+    """
+    configured = PREFECT_API_URL.value()
+    url = configured or f"http://{PREFECT_SERVER_API_HOST.value()}:{PREFECT_SERVER_API_PORT.value()}/api"
+    if configured:
+        _require_answer(configured)
+    with nullcontext() if configured or _answers(url) else _own_server(url):
+        with temporary_settings({PREFECT_API_URL: url}), _exported("PREFECT_API_URL", url):
+            yield url
+
+
+@contextmanager
+def _own_server(url: str) -> Iterator[None]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefect", "server", "start"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _await_health(process, url)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").is_success
+    except httpx.TransportError:
+        return False
 
 
 def _require_answer(url: str) -> None:
@@ -84,14 +132,11 @@ def _send_what_waits() -> None:
 def _await_health(process: subprocess.Popen, url: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{url}/health").is_success:
-                return
-        except httpx.TransportError:
-            pass
+        if _answers(url):
+            return
         time.sleep(0.1)
     raise EngineError(
-        f"A temporary Prefect API did not start at {url} (on {_database()}). Look at what `prefect server start` says, then "
+        f"A Prefect API did not start at {url} (on {_database()}). Look at what `prefect server start` says, then "
         "set PREFECT_API_URL to its address."
     )
 

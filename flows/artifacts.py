@@ -67,8 +67,13 @@ def rank_picture(workspace: Workspace) -> None:
     rows = pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()
     picture = stand_alone(parameter_map(rows)).encode()
     if len(picture) <= LARGEST_PICTURE:
-        address = f"data:image/svg+xml;base64,{base64.b64encode(picture).decode()}"
-        create_image_artifact(address, "ranks", f"Kept share of each layer's parameters, {workspace.root}")
+        kept = f"Kept share of each layer's parameters, {workspace.root}"
+        create_image_artifact(address("image/svg+xml", picture), "ranks", kept)
+
+
+def address(kind: str, picture: bytes) -> str:
+    """A picture as an address that holds it, so that Prefect needs no place to fetch it from."""
+    return f"data:{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 RESULTS: dict[str, Callable[[Workspace], None]] = {"ranks": rank_picture, "evaluate": metrics_table}

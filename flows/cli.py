@@ -64,17 +64,31 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True)
 
     run = commands.add_parser("run", help="run the whole pipeline; stages that are up to date are skipped")
-    run.add_argument(
-        "--set",
-        dest="assignments",
-        action="append",
-        default=[],
-        metavar="STAGE.KEY=VALUE",
-        help="change params.yaml first, e.g. ranks.ratio=0.4",
-    )
+    _add_assignments(run, "change params.yaml first, e.g. ranks.ratio=0.4")
     run.add_argument("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage")
     _add_engine_options(run)
     run.set_defaults(command=_run)
+
+    serve = commands.add_parser("serve", help="run on a schedule, or when Prefect's API is asked for a run")
+    when = serve.add_mutually_exclusive_group()
+    when.add_argument("--cron", metavar="EXPRESSION", help="for instance '0 2 * * *'")
+    when.add_argument("--interval", type=float, metavar="SECONDS", help="time between the starts of two runs")
+    serve.add_argument("--timezone", default="UTC", help="of --cron (default: UTC)")
+    serve.add_argument("--name", help="of the deployment (default: the folder's name)")
+    _add_assignments(serve, "change params.yaml before each run, unless the run is given other overrides")
+    serve.add_argument("--until", choices=STAGES, default=STAGES[-1], help="stop each run after this stage")
+    _add_engine_options(serve)
+    serve.set_defaults(command=_serve)
+
+    sweep = commands.add_parser("sweep", help="compare combinations of methods and ratios as DVC experiments")
+    sweep.add_argument("--ratios", type=_numbers, required=True, metavar="R,R,…", help="shares removed: 0.2,0.4,0.6")
+    sweep.add_argument("--metrics", type=_names, metavar="NAME,…", help="(default: params.yaml's)")
+    sweep.add_argument("--allocators", type=_names, metavar="NAME,…", help="(default: params.yaml's)")
+    sweep.add_argument("--seeds", type=_numbers, metavar="N,…", help="of prepare and capture (default: params.yaml's)")
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="combinations at a time (default: 1)")
+    _add_assignments(sweep, "a parameter of all combinations; params.yaml stays as it is")
+    _add_engine_options(sweep)
+    sweep.set_defaults(command=_sweep)
 
     stage = commands.add_parser("stage", help="run one stage in this process (what dvc.yaml calls)")
     stage.add_argument("name", choices=STAGES)
@@ -124,6 +138,10 @@ def _choose_engine(options: argparse.Namespace) -> None:
     require_engine(read_settings())
 
 
+def _add_assignments(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="STAGE.KEY=VALUE", help=text)
+
+
 def workspace_here() -> Workspace:
     """The project folder: the nearest one upwards that holds params.yaml and dvc.yaml.
 
@@ -157,6 +175,45 @@ def _run(options: argparse.Namespace) -> int:
     from flows.pipeline import run_pipeline
 
     return run_pipeline(workspace, STAGES[: STAGES.index(options.until) + 1], options.assignments)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from flows.overrides import overridden
+    from flows.schedule import Timetable, serve
+
+    _choose_engine(options)
+    workspace = workspace_here()
+    overridden(workspace.root / PARAMS_FILE, options.assignments)
+    timetable = Timetable(options.cron, options.interval, options.timezone)
+    stages = STAGES[: STAGES.index(options.until) + 1]
+    serve(workspace, options.name or workspace.root.name, timetable, stages, options.assignments)
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from flows.overrides import overridden
+
+    _choose_engine(options)
+    workspace = workspace_here()
+    _, params = overridden(workspace.root / PARAMS_FILE, options.assignments)
+    metrics, allocators = options.metrics or [params.subspace.metric], options.allocators or [params.ranks.allocator]
+
+    from flows.sweep import cells, print_results, sweep, write_results
+
+    combinations = cells(metrics, allocators, options.ratios, [int(seed) for seed in options.seeds or ()] or [None])
+    rows = sweep(workspace, combinations, options.assignments, options.jobs)
+    folder = write_results(workspace, rows)
+    print_results(rows)
+    print(f"{folder}: results.parquet, results.csv, perplexity.png; also `dvc exp show`")
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
 
 
 def _stage(options: argparse.Namespace) -> int:

@@ -13,6 +13,9 @@ REGISTRIES = {
     ("ranks", "allocator"): "stages.ranks:ALLOCATORS",
 }
 
+METRIC_NEEDS = {"gfwsvd": {"kronecker.estimator": "sequence"}}
+"""Other parameters that a metric cannot do without, where params.yaml's defaults give something else."""
+
 
 def check_methods(params: Params) -> None:
     """Look every named method up in its registry.

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -10,6 +11,8 @@ import psutil
 from flows.watch import Watcher, run_watched
 from stages.errors import FisherfoldError
 from stages.workspace import Workspace
+
+_asking = threading.Lock()  # a sweep asks for several workspaces; DVC's own objects are not made for threads
 
 
 def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, list[str]]:
@@ -23,8 +26,9 @@ def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, l
 
     release_dead_locks(workspace)
     try:
-        with Repo(str(workspace.root)) as repo:
-            status = repo.status(targets=[stage] if stage else None)
+        with _asking, Repo(str(workspace.root)) as repo:
+            target = f"{workspace.root / 'dvc.yaml'}:{stage}"  # DVC looks a bare name up in the current folder
+            status = repo.status(targets=[target] if stage else None)
     except DvcException as error:
         raise FisherfoldError(f"DVC cannot read the state of {workspace.root}: {error}") from None
     return {

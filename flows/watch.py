@@ -29,6 +29,7 @@ from stages.progress import WATCHED
 INTERVAL = 0.5  # seconds between looks
 GRACE = 20.0  # seconds a command is given to end by itself when it is stopped; Prefect's runner gives 30
 SHELLS = {"sh", "bash", "dash", "zsh", "fish"}
+ENDING = threading.Event()  # set when this process ends, so that commands watched in other threads end too
 ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]")
 
 
@@ -58,6 +59,8 @@ def run_watched(command: Sequence[str], folder: Path, environment: dict[str, str
     Raises:
         Stopped: the watcher asked for it.
     """
+    if ENDING.is_set():
+        raise Stopped
     with TemporaryDirectory(prefix="fisherfold-", ignore_cleanup_errors=True) as temporary:
         counts = Path(temporary) / "progress.jsonl"
         counts.touch()
@@ -96,7 +99,7 @@ def _attend(
                 watcher.progress(json.loads(entry))
             if status is not None:
                 return status
-            if watcher.cancelled():
+            if ENDING.is_set() or watcher.cancelled():
                 raise Stopped
 
 
@@ -116,8 +119,8 @@ def _waiting(queue: SimpleQueue) -> Iterator[str]:
 
 
 def _channel() -> tuple[int, int]:
-    """(read, write) ends: a pseudo-terminal as wide as ours if we have one, else a pipe."""
-    if not sys.stderr.isatty():
+    """(read, write) ends: a pseudo-terminal as wide as ours if we have one to ourselves, else a pipe."""
+    if not sys.stderr.isatty() or threading.current_thread() is not threading.main_thread():
         return os.pipe()
     reader, writer = pty.openpty()
     attributes = termios.tcgetattr(writer)

@@ -7,7 +7,6 @@ that the graph of dvc.yaml is what is tested; tests/test_pipeline.py runs the re
 import ast
 import json
 import os
-import stat
 import subprocess
 import sys
 import time
@@ -15,8 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from project import ROOT, clone, command
+from project import ROOT, command
 from ruamel.yaml import YAML
+from stand_in import clone_with_stand_in
 
 from flows.overrides import override_params
 from flows.staleness import release_dead_locks, stale_reasons
@@ -27,35 +27,10 @@ PIPELINE = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
 AFFECTED = {stage: STAGES[STAGES.index(stage) :] for stage in STAGES}
 OTHER_VALUES = {"bool": lambda value: not value, "int": lambda value: value + 1, "float": lambda value: value / 2}
 
-STAND_IN = f"""#!{sys.executable}
-import hashlib, pathlib, sys
-from ruamel.yaml import YAML
-stage = YAML(typ="safe").load(pathlib.Path("dvc.yaml"))["stages"][sys.argv[2]]
-params = YAML(typ="safe").load(pathlib.Path("params.yaml"))[sys.argv[2]]
-digest = hashlib.sha256(repr(sorted(params.items())).encode())
-for dependency in sorted(stage["deps"]):
-    path = pathlib.Path(dependency)
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        digest.update(file.read_bytes() if file.is_file() else b"")
-names = ["manifest.json", "model/weights", "prepare.json", "capture.json", "factorize.json"]
-names += [f"{{table}}.parquet" for table in ("calibration", "tuning", "evaluation", "questions")]
-for out in stage.get("outs", []) + stage.get("metrics", []):
-    path = pathlib.Path(out)
-    for file in [path] if path.suffix else [path / name for name in names]:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(digest.hexdigest())
-with open("ran", "a") as log:
-    print(sys.argv[2], file=log)
-"""
-
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    folder = clone(tmp_path_factory.mktemp("project"))
-    stand_in = folder / "commands" / "fisherfold"
-    stand_in.parent.mkdir()
-    stand_in.write_text(STAND_IN)
-    stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
+    folder = clone_with_stand_in(tmp_path_factory.mktemp("project"))
     assert reproduce(folder) == list(STAGES)
     return folder
 
@@ -63,8 +38,7 @@ def project(tmp_path_factory) -> Path:
 def reproduce(folder: Path) -> list[str]:
     """`dvc repro` with the stand-in; the stages that ran, in order."""
     (folder / "ran").unlink(missing_ok=True)
-    path = os.pathsep.join([str(folder / "commands"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    result = command(folder, "dvc", "repro", "--no-run-cache", environment={"PATH": path})
+    result = command(folder, "dvc", "repro", "--no-run-cache")
     assert result.returncode == 0, result.stderr
     return (folder / "ran").read_text().split() if (folder / "ran").exists() else []
 

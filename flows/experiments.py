@@ -1,0 +1,157 @@
+"""DVC experiments made in workspaces of their own, so that the user's workspace is neither changed nor waited for.
+
+An experiment runs in a clone of the project below ``.dvc/tmp/sweep`` that shares the project's DVC cache: whatever any
+workspace has computed with the same inputs is restored from the run-cache by links. Its scratch folders stay with it, so
+a killed experiment goes on unit by unit. When it is finished it becomes a DVC experiment of the commit it was made from,
+as `dvc exp run` would make it: `dvc exp show` lists it, `dvc exp apply NAME` brings it into the workspace.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from flows.overrides import overridden
+from flows.staleness import tool_environment
+from stages.errors import FisherfoldError
+from stages.workspace import Workspace, digest_file, digest_json
+
+PARAMS = "params.yaml"
+LOCK = "dvc.lock"
+OURS = (".dvc/", "artifacts/", "data/prepared", LOCK)  # what a clone has of its own
+
+
+@dataclass(frozen=True)
+class Project:
+    """A workspace in git, at the commit it stands on with its changes since.
+
+    Attributes:
+        workspace: the project folder.
+        commit: its git commit; experiments belong to it.
+        inside: the folder within the git repository.
+    """
+
+    workspace: Workspace
+    commit: str
+    inside: Path
+
+    @classmethod
+    def of(cls, workspace: Workspace) -> "Project":
+        """The project of a workspace.
+
+        Raises:
+            FisherfoldError: it is in no git repository, or nothing is committed.
+        """
+        try:
+            commit = _git(workspace.root, "rev-parse", "--verify", "HEAD")
+            return cls(workspace, commit, Path(_git(workspace.root, "rev-parse", "--show-prefix") or "."))
+        except FisherfoldError as error:
+            raise FisherfoldError(
+                f"{workspace.root} has no git commit that experiments could belong to ({error}). "
+                "Make one: git init; git add .; git commit -m 'First'."
+            ) from None
+
+    @property
+    def refs(self) -> str:
+        """Where git keeps the experiments of this commit."""
+        return f"refs/exps/{self.commit[:2]}/{self.commit[2:]}"
+
+    def finished(self) -> set[str]:
+        """Names of the experiments of this commit."""
+        return set(_git(self.workspace.root, "for-each-ref", "--format=%(refname:lstrip=4)", self.refs).split())
+
+    def digest(self, overrides: Sequence[str]) -> str:
+        """What determines an experiment: parameters, and every file that dvc.yaml names and no stage writes."""
+        root = self.workspace.root
+        _, params = overridden(root / PARAMS, overrides)
+        pipeline = YAML(typ="safe").load(root / "dvc.yaml")["stages"].values()
+        names = {name for stage in pipeline for name in stage["deps"] if not name.startswith(OURS)}
+        files = [file for name in sorted(names) for file in _files(root / name)]
+        contents = {file.relative_to(root).as_posix(): digest_file(file) for file in files}
+        return digest_json({"params": params.model_dump(mode="json"), "files": contents})
+
+    def clone(self, name: str, overrides: Sequence[str]) -> Workspace:
+        """The workspace of an experiment, with its parameters; the one that a killed run of it left, if there is one."""
+        root = self.workspace.root / ".dvc" / "tmp" / "sweep" / name
+        workspace = Workspace(root / self.inside)
+        if not (root / ".git" / "ready").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            self._populate(root)
+            (workspace.root / PARAMS).write_text(overridden(self.workspace.root / PARAMS, overrides)[0])
+            self._share_cache(workspace)
+            (root / ".git" / "ready").touch()
+        return workspace
+
+    def save(self, name: str, clone: Workspace) -> None:
+        """Make the state of a clone a DVC experiment of the project, and remove the clone."""
+        _dvc(clone.root, "exp", "save", "--quiet", "--force", "--name", name)
+        _git(clone.root, "push", "--quiet", "--force", "origin", f"{self.refs}/{name}:{self.refs}/{name}")
+        shutil.rmtree(self.workspace.root / ".dvc" / "tmp" / "sweep" / name)
+
+    def metrics(self, names: Sequence[str]) -> dict[str, dict]:
+        """metrics.json of each experiment, as DVC has it."""
+        shown = json.loads(_dvc(self.workspace.root, "exp", "show", "--json", "--rev", self.commit))
+        found = {}
+        for entry in (entry for baseline in shown for entry in baseline.get("experiments") or ()):
+            values = list(entry["revs"][0]["data"]["metrics"].values())
+            if entry["name"] in names and values:
+                found[entry["name"]] = values[0]["data"]
+        return found
+
+    def _populate(self, root: Path) -> None:
+        """A clone with the files of git as they are now, links to all others, and the outputs known to DVC."""
+        top = Path(_git(self.workspace.root, "rev-parse", "--show-toplevel"))
+        _git(top, "clone", "--quiet", "--shared", "--no-checkout", str(top), str(root))
+        _git(root, "update-ref", "--no-deref", "HEAD", self.commit)
+        _git(root, "reset", "--quiet")
+        for who in ("user.name", "user.email"):
+            if value := _git(top, "config", "--default", "fisherfold", "--get", who):
+                _git(root, "config", who, value)
+        for name in filter(None, _git(top, "ls-files", "-z").split("\0")):
+            if (top / name).is_file():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(top / name, root / name, follow_symlinks=False)
+        source, target = self.workspace.root, root / self.inside
+        for name in filter(None, _git(source, "ls-files", "-z", "--others", "--directory").split("\0")):
+            if not name.startswith(OURS) and "__pycache__" not in name and not (target / name).exists():
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (target / name).symlink_to(source / name)
+        for name in (LOCK, ".dvc/config.local"):
+            if (source / name).exists():
+                shutil.copy2(source / name, target / name)
+
+    def _share_cache(self, clone: Workspace) -> None:
+        cache = _dvc(self.workspace.root, "cache", "dir").strip()
+        _dvc(clone.root, "cache", "dir", "--local", str((self.workspace.root / cache).resolve()))
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return [path] if path.exists() else []
+
+
+def _git(folder: Path, *words: str) -> str:
+    return _output(["git", "-C", str(folder), *words], folder)
+
+
+def _dvc(folder: Path, *words: str) -> str:
+    return _output([sys.executable, "-m", "dvc", *words], folder)
+
+
+def _output(command: list[str], folder: Path) -> str:
+    """What a command prints.
+
+    Raises:
+        FisherfoldError: it failed; the message ends with what it said.
+    """
+    result = subprocess.run(command, cwd=folder, env=tool_environment(), capture_output=True, text=True)
+    if result.returncode:
+        said = " ".join((result.stderr or result.stdout).strip().splitlines()[-2:])
+        raise FisherfoldError(f"`{' '.join(command[:6])}` failed in {folder}: {said}")
+    return result.stdout.strip()
