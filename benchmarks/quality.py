@@ -1,12 +1,12 @@
-"""Perplexity of every metric from one capture, on a project that has run stages prepare, capture and kronecker.
+"""Perplexity of every metric from one capture, in a sweep of the project (flows/sweep.py), which stays as it is.
 
     python benchmarks/quality.py                                   # five metrics with uniform ranks, kfac with fisher ranks
     python benchmarks/quality.py --runs kfac:fisher,kfac:fermigrad --ratios 0.2,0.4,0.6
     python benchmarks/quality.py --runs kfac:fisher,kfac:fermigrad --ratios 0.2,0.4,0.6 --seeds 0,1,2     # calibration draws
-    python benchmarks/quality.py --quick                           # kfac:fisher alone, from the bases that the project has
+    python benchmarks/quality.py --quick                           # kfac:fisher alone, which a project that has run has already
 
-The stages run in a copy of the project (files are linked, not copied); params.yaml gives every other parameter. Knowledge questions
-are left out. With --seeds the texts are drawn and captured anew for every seed, from the project's prepared model, and the perplexity is
+params.yaml gives every other parameter; what a run or a sweep has computed before is not computed again. With --seeds, which wants a
+project that has run stage prepare, the texts are drawn and captured anew for every seed, from the project's prepared model, and the perplexity is
 that of the truncated network itself: no checkpoint is written, as the pivoted gauge loses nothing (benchmarks/pivga.py).
 """
 
@@ -22,15 +22,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-from stages import capture, evaluate, factorize, kronecker, prepare, ranks, subspace
+from flows.sweep import Cell, print_results, sweep
+from stages import capture, kronecker, prepare, ranks, subspace
 from stages.corpora import find_corpus
 from stages.cost import DENSE
 from stages.fermi_descent import Softened, softened_model
 from stages.fermigrad import next_token_loss
 from stages.models import load_model
-from stages.params import EvaluateParams, Params, load_params
+from stages.params import Params, load_params
 from stages.questions import find_questions
-from stages.tables import QUESTIONS, read_sequences, write_table
+from stages.tables import read_sequences
 from stages.workspace import Workspace
 
 ORDER = ("svd", "asvd", "fwsvd", "svd_llm", "kfac")
@@ -57,47 +58,10 @@ def main() -> None:
     if options.seeds:
         seeds = [int(seed) for seed in options.seeds.split(",")]
         return report_draws(measure_draws(project, params, runs, ratios, seeds, options.calibration))
-    with tempfile.TemporaryDirectory(dir=project, suffix=".partial") as folder:
-        workspace = link_project(project, Path(folder), with_bases=options.quick)
-        found = measure(workspace, params, runs, ratios, options.storage or params.ranks.storage)
-    report(found, ratios[0])
-
-
-def link_project(project: Path, folder: Path, with_bases: bool) -> Workspace:
-    """A workspace with the project's finished stages up to kronecker (or subspace), and no questions."""
-    workspace = Workspace(folder)
-    for stage in ("prepare", "capture", "kronecker", *(["subspace"] if with_bases else [])):
-        shutil.copytree(project / "artifacts" / stage, workspace.out(stage), copy_function=os.link)
-    for table in ("calibration", "tuning", "evaluation"):
-        workspace.table(table).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(project / "data" / "prepared" / f"{table}.parquet", workspace.table(table))
-    write_table(workspace.table("questions"), QUESTIONS.empty_table(), 0)
-    return workspace
-
-
-def measure(workspace: Workspace, params: Params, runs: list[tuple], ratios: list[float], storage: str) -> dict:
-    """Perplexities (dense, compressed) and KL by (metric, allocator, ratio), printed as they come."""
-    print(f"{'metric':10} {'allocator':12} {'ratio':>5} {'removed':>8} {'dense':>8} {'compressed':>12} {'KL':>8}")
-    found, last = {}, params.subspace.metric if workspace.out("subspace").exists() else None
-    for metric, allocator in runs:
-        if metric != last:
-            subspace.run(workspace, params.subspace.model_copy(update={"metric": metric}))
-            last = metric
-        for ratio in ratios:
-            update = {"allocator": allocator, "ratio": ratio, "storage": storage}
-            ranks.run(workspace, params.ranks.model_copy(update=update))
-            factorize.run(workspace, params.factorize)
-            evaluate.run(workspace, EvaluateParams(dtype=params.evaluate.dtype, batch_size=params.evaluate.batch_size))
-            metrics = json.loads((workspace.out("evaluate") / "metrics.json").read_text())
-            found[metric, allocator, ratio] = metrics
-            size = metrics["size"]
-            removed = 1 - size["targeted_parameters_compressed"] / size["targeted_parameters_dense"]
-            print(
-                f"{metric:10} {allocator:12} {ratio:5.2f} {removed:8.4f} {metrics['dense']['perplexity']:8.2f} "
-                f"{metrics['compressed']['perplexity']:12.2f} {metrics['compressed']['kl_to_dense']:8.4f}",
-                flush=True,
-            )
-    return found
+    combinations = [Cell(metric, allocator, ratio) for metric, allocator in runs for ratio in ratios]
+    rows = sweep(Workspace(project), combinations, [f"ranks.storage={options.storage}"] if options.storage else [])
+    print_results(rows)
+    report({(row["metric"], row["allocator"], row["ratio"]): row for row in rows}, ratios[0])
 
 
 def measure_draws(
@@ -178,19 +142,15 @@ def report_draws(found: dict[tuple, float]) -> None:
 
 def report(found: dict, ratio: float) -> None:
     """The figures of the runs that were made, one line of JSON each."""
-    uniform = [
-        found[metric, "uniform", ratio]["compressed"]["perplexity"]
-        for metric in ORDER
-        if (metric, "uniform", ratio) in found
-    ]
+    uniform = [found[metric, "uniform", ratio]["perplexity"] for metric in ORDER if (metric, "uniform", ratio) in found]
     if len(uniform) == len(ORDER):
         falling = all(worse > better for worse, better in pairwise(uniform))
         print_figure(
             f"perplexity falls along {' > '.join(ORDER)}, uniform ranks, ratio {ratio}", uniform, "", "falling", falling
         )
     if ("kfac", "fisher", ratio) in found:
-        metrics = found["kfac", "fisher", ratio]
-        value = metrics["compressed"]["perplexity"] / metrics["dense"]["perplexity"]
+        row = found["kfac", "fisher", ratio]
+        value = row["perplexity"] / row["perplexity_dense"]
         print_figure(f"perplexity of kfac, fisher ranks, ratio {ratio}", value, "× dense", LIMIT, value <= LIMIT)
 
 

@@ -62,9 +62,9 @@ def lasting_api() -> Iterator[str]:
     url = configured or f"http://{PREFECT_SERVER_API_HOST.value()}:{PREFECT_SERVER_API_PORT.value()}/api"
     if configured:
         _require_answer(configured)
-    with nullcontext() if configured or _answers(url) else _own_server(url):
-        with temporary_settings({PREFECT_API_URL: url}), _exported("PREFECT_API_URL", url):
-            yield url
+    server = nullcontext() if configured or _answers(url) else _own_server(url)
+    with server, temporary_settings({PREFECT_API_URL: url}), _exported("PREFECT_API_URL", url):
+        yield url
 
 
 @contextmanager

@@ -10,14 +10,14 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
 from flows.overrides import overridden
-from flows.staleness import tool_environment
+from flows.staleness import asking, tool_environment
 from stages.errors import FisherfoldError
 from stages.workspace import Workspace, digest_file, digest_json
 
@@ -57,6 +57,10 @@ class Project:
             ) from None
 
     @property
+    def _clones(self) -> Path:
+        return self.workspace.root / ".dvc" / "tmp" / "sweep"
+
+    @property
     def refs(self) -> str:
         """Where git keeps the experiments of this commit."""
         return f"refs/exps/{self.commit[:2]}/{self.commit[2:]}"
@@ -77,21 +81,27 @@ class Project:
 
     def clone(self, name: str, overrides: Sequence[str]) -> Workspace:
         """The workspace of an experiment, with its parameters; the one that a killed run of it left, if there is one."""
-        root = self.workspace.root / ".dvc" / "tmp" / "sweep" / name
+        root = self._clones / name
         workspace = Workspace(root / self.inside)
         if not (root / ".git" / "ready").exists():
             shutil.rmtree(root, ignore_errors=True)
             self._populate(root)
             (workspace.root / PARAMS).write_text(overridden(self.workspace.root / PARAMS, overrides)[0])
-            self._share_cache(workspace)
+            _share_cache(self.workspace, workspace)
             (root / ".git" / "ready").touch()
         return workspace
+
+    def forget(self, outdated: Callable[[str], bool]) -> None:
+        """Remove the clones that killed runs left, of those names of which this is true."""
+        for folder in self._clones.glob("*"):
+            if outdated(folder.name):
+                shutil.rmtree(folder)
 
     def save(self, name: str, clone: Workspace) -> None:
         """Make the state of a clone a DVC experiment of the project, and remove the clone."""
         _dvc(clone.root, "exp", "save", "--quiet", "--force", "--name", name)
         _git(clone.root, "push", "--quiet", "--force", "origin", f"{self.refs}/{name}:{self.refs}/{name}")
-        shutil.rmtree(self.workspace.root / ".dvc" / "tmp" / "sweep" / name)
+        shutil.rmtree(self._clones / name)
 
     def metrics(self, names: Sequence[str]) -> dict[str, dict]:
         """metrics.json of each experiment, as DVC has it."""
@@ -125,9 +135,14 @@ class Project:
             if (source / name).exists():
                 shutil.copy2(source / name, target / name)
 
-    def _share_cache(self, clone: Workspace) -> None:
-        cache = _dvc(self.workspace.root, "cache", "dir").strip()
-        _dvc(clone.root, "cache", "dir", "--local", str((self.workspace.root / cache).resolve()))
+
+def _share_cache(project: Workspace, clone: Workspace) -> None:
+    from dvc.repo import Repo
+
+    with asking, Repo(str(project.root)) as repo:
+        cache = repo.cache.local.path
+    with asking, Repo(str(clone.root)) as repo, repo.config.edit("local") as config:
+        config["cache"]["dir"] = cache
 
 
 def _files(path: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from flows.watch import Watcher, run_watched
 from stages.errors import FisherfoldError
 from stages.workspace import Workspace
 
-_asking = threading.Lock()  # a sweep asks for several workspaces; DVC's own objects are not made for threads
+asking = threading.Lock()  # a sweep asks for several workspaces; DVC's own objects are not made for threads
 
 
 def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, list[str]]:
@@ -26,7 +26,7 @@ def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, l
 
     release_dead_locks(workspace)
     try:
-        with _asking, Repo(str(workspace.root)) as repo:
+        with asking, Repo(str(workspace.root)) as repo:
             target = f"{workspace.root / 'dvc.yaml'}:{stage}"  # DVC looks a bare name up in the current folder
             status = repo.status(targets=[target] if stage else None)
     except DvcException as error:

@@ -31,6 +31,7 @@ from rich.table import Table
 
 from flows.api import prefect_api
 from flows.artifacts import address
+from flows.exclusive import exclusive
 from flows.experiments import Project
 from flows.methods import METRIC_NEEDS
 from flows.pipeline import run_stage
@@ -41,6 +42,7 @@ from stages.params import STAGES, load_params
 from stages.progress import announce
 from stages.workspace import Workspace, digest_json
 
+DIGITS = 7  # of an experiment's name, from the digest of all that determines it
 SHOWN = (
     "metric",
     "allocator",
@@ -119,18 +121,9 @@ def sweep_flow(workspace: Path, combinations: list[Cell], others: list[str]) -> 
     """
     set_environment(flow_run=FlowRunContext.get().flow_run.id)
     project = Project.of(Workspace(workspace))
-    names = {cell: f"{cell}-{project.digest(cell.overrides(others))[:7]}" for cell in combinations}
-    finished = project.finished()
-    waiting = {name: cell.overrides(others) for cell, name in names.items() if name not in finished}
-    if len(waiting) < len(names):
-        announce("sweep", f"{len(names) - len(waiting)} of {len(names)} combinations are finished already")
-    futures = [run_cell.submit(project, name, overrides) for name, overrides in waiting.items()]
-    try:
-        wait(futures)
-    except BaseException:
-        ENDING.set()
-        raise
-    failed = [future.state for future in futures if not future.state.is_completed()]
+    names = {cell: f"{cell}-{project.digest(cell.overrides(others))[:DIGITS]}" for cell in combinations}
+    with exclusive(project.workspace, lambda message: announce("sweep", message), "sweep"):
+        failed = _run_unfinished(project, {name: cell.overrides(others) for cell, name in names.items()})
     if failed:
         end = Cancelled if any(state.is_cancelled() for state in failed) else Failed
         return end(message="; ".join(state.message or state.name for state in failed))
@@ -139,6 +132,24 @@ def sweep_flow(workspace: Path, combinations: list[Cell], others: list[str]) -> 
     create_table_artifact(rows, "sweep", f"Combinations of {workspace}")
     create_image_artifact(address("image/png", draw(rows)), "sweep-perplexity", f"Perplexity over ratio, {workspace}")
     return rows
+
+
+def _run_unfinished(project: Project, runs: dict[str, list[str]]) -> list[State]:
+    """Run what is no experiment yet (overrides by name); return how those ended that failed."""
+    kinds = {name[: -DIGITS - 1] for name in runs}
+    project.forget(
+        lambda name: name not in runs and name[: -DIGITS - 1] in kinds
+    )  # of files or parameters that changed
+    waiting = runs.keys() - project.finished()
+    if len(waiting) < len(runs):
+        announce("sweep", f"{len(runs) - len(waiting)} of {len(runs)} combinations are finished already")
+    futures = [run_cell.submit(project, name, overrides) for name, overrides in runs.items() if name in waiting]
+    try:
+        wait(futures)
+    except BaseException:
+        ENDING.set()
+        raise
+    return [future.state for future in futures if not future.state.is_completed()]
 
 
 def sweep(workspace: Workspace, combinations: Sequence[Cell], others: Sequence[str] = (), jobs: int = 1) -> list[dict]:

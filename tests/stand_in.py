@@ -1,8 +1,8 @@
 """A stand-in for the stages: what a project's dvc.yaml runs writes outputs that depend on every declared dependency, so that
 what drives the stages is tested without the seconds that real ones take.
 
-STAND_IN_RAN names the file that gets a line for each stage that ran (default: `ran` in the project); STAND_IN_PAUSE, such as
-``capture=2.5``, makes one stage take its time, as a single unit.
+STAND_IN_RAN names the file that gets a line for each stage that ran (default: `ran` in the project), and beside it one with
+the suffix .spans gets ``begin`` and ``end`` of each. STAND_IN_PAUSE, such as ``capture=2.5``, makes one stage take its time.
 """
 
 import stat
@@ -19,6 +19,9 @@ name = sys.argv[2]
 stage = YAML(typ="safe").load(pathlib.Path("dvc.yaml"))["stages"][name]
 params = YAML(typ="safe").load(pathlib.Path("params.yaml"))[name]
 print(name + ": stands in", file=sys.stderr, flush=True)
+ran = os.environ.get("STAND_IN_RAN", "ran")
+with open(ran + ".spans", "a") as log:
+    print("begin", file=log)
 slow, _, seconds = os.environ.get("STAND_IN_PAUSE", "=0").partition("=")
 if slow == name:
     time.sleep(float(seconds))
@@ -45,8 +48,10 @@ if name == "evaluate":
     metrics = {{"dense": {{"perplexity": 20.0, "knowledge_accuracy": 0.5}}, "size": size,
                "compressed": {{"perplexity": perplexity, "knowledge_accuracy": 0.25, "kl_to_dense": 0.5}}}}
     pathlib.Path("artifacts/evaluate/metrics.json").write_text(json.dumps(metrics, sort_keys=True))
-with open(os.environ.get("STAND_IN_RAN", "ran"), "a") as log:
+with open(ran, "a") as log:
     print(name, file=log)
+with open(ran + ".spans", "a") as log:
+    print("end", file=log)
 """
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 from project import QUIET, clone, command
@@ -161,6 +162,20 @@ def test_killed_run_resumes_with_the_same_bits(fresh, finished, tmp_path, stage)
     wait_until(lambda: list(folder.glob(f"artifacts/{stage}.partial/*/units/*")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    result = fisherfold(folder, "run")
+    assert result.returncode == 0, result.stderr
+    assert published(folder) == published(finished)
+
+
+def test_a_run_that_is_told_to_end_ends_its_stage_and_resumes_with_the_same_bits(fresh, finished, tmp_path):
+    """The signal that Prefect's runner sends when a run is cancelled, to the flow's process alone."""
+    folder = copy(fresh, tmp_path / "project")
+    process = start(folder)
+    wait_until(lambda: list(folder.glob("artifacts/capture.partial/*/units/*")), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(60) == 130
+    assert not [member for member in family if member.is_running()]
     result = fisherfold(folder, "run")
     assert result.returncode == 0, result.stderr
     assert published(folder) == published(finished)
