@@ -3,13 +3,13 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from project import QUIET, command
@@ -46,13 +46,13 @@ def test_a_killed_sweep_goes_on_and_computes_nothing_twice(project, tmp_path):
         [sys.executable, *SWEEP, "--jobs", "2"],
         cwd=project,
         env={**os.environ, **QUIET, **environment},
-        start_new_session=True,
         stderr=subprocess.DEVNULL,
     )
     while not (ran.exists() and "factorize" in ran.read_text()):
         assert process.poll() is None, "the sweep ended before it could be killed"
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    for member in [*(leader := psutil.Process(process.pid)).children(recursive=True), leader]:
+        member.kill()
     process.wait()
     killed = Counter(ran.read_text().split())
     result = command(project, sys.executable, *SWEEP, environment=environment)
