@@ -10,7 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,10 +65,6 @@ class Project:
         """Where git keeps the experiments of this commit."""
         return f"refs/exps/{self.commit[:2]}/{self.commit[2:]}"
 
-    def finished(self) -> set[str]:
-        """Names of the experiments of this commit."""
-        return set(_git(self.workspace.root, "for-each-ref", "--format=%(refname:lstrip=4)", self.refs).split())
-
     def digest(self, overrides: Sequence[str]) -> str:
         """What determines an experiment: parameters, and every file that dvc.yaml names and no stage writes."""
         root = self.workspace.root
@@ -103,14 +99,14 @@ class Project:
         _git(clone.root, "push", "--quiet", "--force", "origin", f"{self.refs}/{name}:{self.refs}/{name}")
         shutil.rmtree(self._clones / name)
 
-    def metrics(self, names: Sequence[str]) -> dict[str, dict]:
-        """metrics.json of each experiment, as DVC has it."""
+    def metrics(self, names: Collection[str]) -> dict[str, dict]:
+        """metrics.json of those of these experiments that are finished, and whose results DVC still has."""
         shown = json.loads(_dvc(self.workspace.root, "exp", "show", "--json", "--rev", self.commit))
         found = {}
         for entry in (entry for baseline in shown for entry in baseline.get("experiments") or ()):
-            values = list(entry["revs"][0]["data"]["metrics"].values())
-            if entry["name"] in names and values:
-                found[entry["name"]] = values[0]["data"]
+            values = entry["revs"][0]["data"]["metrics"].get("artifacts/evaluate/metrics.json", {})
+            if entry["name"] in names and "data" in values:
+                found[entry["name"]] = values["data"]
         return found
 
     def _populate(self, root: Path) -> None:
@@ -140,7 +136,7 @@ def _share_cache(project: Workspace, clone: Workspace) -> None:
     from dvc.repo import Repo
 
     with asking, Repo(str(project.root)) as repo:
-        cache = repo.cache.local.path
+        cache = repo.cache.local_cache_dir
     with asking, Repo(str(clone.root)) as repo, repo.config.edit("local") as config:
         config["cache"]["dir"] = cache
 

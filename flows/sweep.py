@@ -127,7 +127,7 @@ def sweep_flow(workspace: Path, combinations: list[Cell], others: list[str]) -> 
     if failed:
         end = Cancelled if any(state.is_cancelled() for state in failed) else Failed
         return end(message="; ".join(state.message or state.name for state in failed))
-    metrics = project.metrics(list(names.values()))
+    metrics = project.metrics(names.values())
     rows = [row(cell, name, metrics[name]) for cell, name in names.items()]
     create_table_artifact(rows, "sweep", f"Combinations of {workspace}")
     create_image_artifact(address("image/png", draw(rows)), "sweep-perplexity", f"Perplexity over ratio, {workspace}")
@@ -140,7 +140,7 @@ def _run_unfinished(project: Project, runs: dict[str, list[str]]) -> list[State]
     project.forget(
         lambda name: name not in runs and name[: -DIGITS - 1] in kinds
     )  # of files or parameters that changed
-    waiting = runs.keys() - project.finished()
+    waiting = runs.keys() - project.metrics(runs).keys()
     if len(waiting) < len(runs):
         announce("sweep", f"{len(runs) - len(waiting)} of {len(runs)} combinations are finished already")
     futures = [run_cell.submit(project, name, overrides) for name, overrides in runs.items() if name in waiting]
