@@ -1,6 +1,7 @@
 """The Ray cluster of a run: one of this host alone, or one that is running already."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from stages.errors import EngineError
 
 HERE = {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
 """A new Ray, whatever runs on this host already; nothing of it can be reached from outside."""
+KNOCK_SECONDS = 10.0
 PASSED_ON = (
     *DEFAULTS,
     "PREFECT_API_URL",
@@ -42,8 +44,9 @@ def joined_cluster(settings: Settings) -> Iterator[None]:
     where = {"address": settings.ray_address} if settings.ray_address else HERE
     variables = {name: value for name, value in os.environ.items() if name in PASSED_ON}
     try:
+        _knock(settings.ray_address)
         _join(**where, runtime_env={"env_vars": variables})
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise EngineError(
             f"The Ray cluster at {settings.ray_address or 'this host'} cannot be used: {error}. Look at `ray status "
             "--address HOST:PORT`; a cluster with a token wants RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here, too; "
@@ -53,6 +56,13 @@ def joined_cluster(settings: Settings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Raise OSError if nobody listens at host:port; Ray itself would try for minutes. Other forms are left to Ray."""
+    host, colon, port = (address or "").rpartition(":")
+    if colon and port.isdecimal() and "://" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
 
 
 def _join(**options: object) -> None:

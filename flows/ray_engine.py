@@ -9,14 +9,17 @@ same safetensors file, so its weights are read once a node (the system's page ca
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from uuid import UUID, uuid4
 
 import ray
+from httpx import HTTPError
 from prefect import Flow, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
+from prefect.exceptions import ObjectNotFound
 from prefect.flow_engine import run_flow
 from prefect.states import Crashed, Pending
 from prefect.tasks import Task
@@ -58,7 +61,7 @@ def run_stage_flow(stage: str, work: Callable[[], None], settings: Settings, thr
         with use_engine(engine):
             work()
 
-    with prefect_api(settings.api_host), joined_cluster(settings):
+    with prefect_api(settings.api_host, told=settings.flow_run is not None), joined_cluster(settings):
         run_flow(stage_flow, flow_run=_subflow_run(stage_flow, settings.flow_run))
 
 
@@ -130,7 +133,7 @@ class _Batch:
     def results(self) -> Iterator[tuple[str, Files]]:
         while self.unfinished:
             self._submit()
-            finished, _ = ray.wait(list(self.working), timeout=POLL) if self.working else (time.sleep(POLL / 10), ())
+            finished, _ = ray.wait(list(self.working), timeout=POLL) if self.working else ((), time.sleep(POLL / 10))
             for reference in finished:
                 name, task_run = self.working.pop(reference)
                 try:
@@ -198,8 +201,8 @@ def _prepare_process() -> None:
 
 
 def _tell(task_run: UUID, state: State) -> None:
-    """Tell the Prefect API how a task ended that cannot tell it any more."""
-    with get_client(sync_client=True) as client:
+    """Tell the Prefect API how a task ended that cannot tell it any more, if it knows of that task and is there."""
+    with suppress(HTTPError, ObjectNotFound), get_client(sync_client=True) as client:
         client.set_task_run_state(task_run, state, force=True)
 
 
