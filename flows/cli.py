@@ -8,11 +8,14 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from stages.errors import FisherfoldError, ParameterError
 from stages.params import STAGES, load_params
 from stages.workspace import Workspace
+
+if TYPE_CHECKING:
+    from flows.settings import Settings
 
 PARAMS_FILE = "params.yaml"
 
@@ -107,6 +110,18 @@ def _parser() -> argparse.ArgumentParser:
         "--project", type=Path, action="append", default=[], help="another project that shares the prefix"
     )
     clean.set_defaults(command=_clean_store)
+
+    doctor = commands.add_parser("doctor", help="find what would stop a run, here and on the cluster, with the cure")
+    _add_engine_options(doctor)
+    doctor.set_defaults(command=_doctor)
+
+    plan = commands.add_parser("plan", help="time, disk, network and memory of a run, on paper, with what limits it")
+    plan.add_argument("--model", metavar="NAME", help="of data/shapes, a folder, a hub name (default: prepare.model)")
+    plan.add_argument("--gpus", default="1", metavar="1,4,32", help="numbers of devices to plan for")
+    plan.add_argument("--gpu", default="cpu", metavar="PROFILE", help="of data/hardware.yaml: cpu, a100, h100")
+    plan.add_argument("--set", dest="assignments", action="append", default=[], metavar="STAGE.KEY=VALUE")
+    plan.add_argument("--json", action="store_true", help="for machines")
+    plan.set_defaults(command=_plan)
     return parser
 
 
@@ -124,8 +139,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--memory", metavar="BYTES", help="memory of a unit, such as 16GB")
 
 
-def _choose_engine(options: argparse.Namespace) -> None:
-    from flows.engines import require_engine
+def _read_engine_options(options: argparse.Namespace) -> "Settings":
     from flows.settings import read_settings, set_environment
 
     set_environment(
@@ -135,7 +149,17 @@ def _choose_engine(options: argparse.Namespace) -> None:
         num_gpus=options.num_gpus,
         memory=options.memory,
     )
-    require_engine(read_settings())
+    return read_settings()
+
+
+def _choose_engine(options: argparse.Namespace, workspace: Workspace) -> None:
+    from flows.doctor import check_cluster, require
+    from flows.engines import require_engine
+
+    settings = _read_engine_options(options)
+    require_engine(settings)
+    if settings.engine == "ray":
+        require(check_cluster(settings, workspace))
 
 
 def _add_assignments(parser: argparse.ArgumentParser, text: str) -> None:
@@ -162,8 +186,8 @@ def _run(options: argparse.Namespace) -> int:
     from flows.overrides import overridden
     from flows.staleness import stale_reasons
 
-    _choose_engine(options)
     workspace = workspace_here()
+    _choose_engine(options, workspace)
     path = workspace.root / PARAMS_FILE
     if options.assignments:
         overridden(path, options.assignments)  # a mistake is found before a server starts, not after
@@ -250,6 +274,38 @@ def _clean_store(options: argparse.Namespace) -> int:
     from flows.storage import clean_store
 
     return clean_store([workspace_here(), *map(Workspace, options.project)], options.days, options.delete)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from flows.doctor import examine, print_findings
+
+    return print_findings(examine(workspace_here(), _read_engine_options(options)))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from flows.overrides import overridden
+    from flows.plan import as_json, plan_run, print_plans, read_hardware
+    from flows.shapes import find_shapes
+
+    workspace = workspace_here()
+    path = workspace.root / PARAMS_FILE
+    params = overridden(path, options.assignments)[1] if options.assignments else load_params(path)
+    hardware = read_hardware(workspace, options.gpu)
+    shapes = find_shapes(workspace, options.model or params.prepare.model)
+    plans = {number: plan_run(shapes, params, hardware, number) for number in _counts(options.gpus)}
+    if options.json:
+        print(as_json(shapes, plans, options.gpu))
+    else:
+        print_plans(shapes, plans, options.gpu)
+    return 0
+
+
+def _counts(text: str) -> list[int]:
+    """Numbers of devices from a list such as ``1,4,32``."""
+    numbers = text.split(",")
+    if not all(number.isdigit() and int(number) > 0 for number in numbers):
+        raise ParameterError(f"--gpus {text}: expected positive numbers, for instance 1,4,32.")
+    return [int(number) for number in numbers]
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ class ChunkWriter:
 class GroupSize(GroupWriter):
     """Counts the bytes of the file that a group would be, to the byte, and writes nothing.
 
-    Arrays are float32. `total` is right at any time for the arrays counted so far.
+    `total` is right at any time for the arrays counted so far.
     """
 
     def __init__(self) -> None:
@@ -200,14 +200,21 @@ class GroupSize(GroupWriter):
     def add(self, key: str, content: bytes | memoryview) -> None:
         self._count(key, len(content))
 
-    def array(self, name: str, shape: tuple[int, ...], rows_per_chunk: int | None = None) -> None:
+    def array(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        rows_per_chunk: int | None = None,
+    ) -> None:
         """Count one array, in the chunks of `write` or, if given, in those of a `RowWriter`."""
-        chunks = chunk_shape(shape, 4) if rows_per_chunk is None else (rows_per_chunk, *shape[1:])
-        ChunkWriter(self, name, shape, np.dtype(np.float32), chunks, {})
+        nothing, attributes = _to_numpy(torch.empty(0, dtype=dtype))
+        chunks = chunk_shape(shape, nothing.itemsize) if rows_per_chunk is None else (rows_per_chunk, *shape[1:])
+        ChunkWriter(self, name, shape, nothing.dtype, chunks, attributes)
         number = (-(-shape[0] // chunks[0]) if math.prod(shape) else 0) if shape else 1
         for index in range(number):
             key = ".".join(["c", str(index), *["0"] * (len(shape) - 1)]) if shape else "c"
-            self._count(f"{name}/{key}", 4 * math.prod(chunks) + 4)
+            self._count(f"{name}/{key}", nothing.itemsize * math.prod(chunks) + 4)
 
     def _count(self, key: str, content: int) -> None:
         far = self._contents > zipfile.ZIP64_LIMIT  # its offset takes an entry of its own

@@ -56,8 +56,9 @@ def shards_ahead(at_once: int) -> int:
 
 
 def parts_at_once(shards: int, at_once: int = 1) -> int:
-    """The most parts that exist while `at_once` steps at a time are made, with those being written: ⌊log₂ S⌋ + 2 W."""
-    return 1 if shards == 1 else shards.bit_length() - 1 + 2 * at_once
+    """The most parts that exist while `at_once` steps at a time are made, with those being written: ⌊log₂ S⌋ + 2 W, but
+    never more than all shards and the sums of their pairs."""
+    return 1 if shards == 1 else min(shards.bit_length() - 1 + 2 * at_once, shards + shards // 2)
 
 
 def add_parts(folder: Path, left: Path, right: Path) -> None:

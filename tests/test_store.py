@@ -147,10 +147,12 @@ def test_the_size_of_a_large_group_counts_its_wide_offsets(tmp_path, monkeypatch
 def test_the_size_of_rows_appended_is_known_too(tmp_path):
     size = GroupSize()
     size.array("a/x", (7, 3, 2), rows_per_chunk=3)
+    size.array("a/y", (7, 5), torch.bfloat16, 3)
     with GroupWriter(tmp_path) as group:
-        writer = RowWriter(group, {"a/x": (7, 3, 2)}, 3)
+        writer = RowWriter(group, {"a/x": (7, 3, 2), "a/y": (7, 5)}, 3, {"a/y": torch.bfloat16})
         for part in torch.zeros(7, 3, 2).split(3):
             writer.append("a/x", part)
+            writer.append("a/y", part.new_zeros(len(part), 5, dtype=torch.bfloat16))
     assert group_file(tmp_path).stat().st_size == size.total
 
 
