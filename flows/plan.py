@@ -27,7 +27,7 @@ KINDS = {
     "products": "Gram products and sketches",
     "eigen": "eigendecompositions",
     "svd": "singular value decompositions",
-    "host": "float64 on the processor (pivoted gauge)",
+    "host": "work on the processor (conversion, pivoted gauge)",
     "traffic": "the device's memory bandwidth",
     "read": "reading and checking",
     "written": "writing, checksums and digests",
@@ -210,7 +210,7 @@ def disk_needed(stages: Sequence[StagePlan]) -> float:
 
 
 def _cells(one: StagePlan) -> tuple[str, ...]:
-    workers = f"{one.workers}" if one.devices == 1 else f"{one.workers} of {one.devices}"
+    workers = f"{one.workers}" if one.devices == 1 else f"{one.workers} x {one.devices}"
     sizes = (_bytes(one.disk), _bytes(one.published), _bytes(one.network), _bytes(one.memory))
     return (one.stage, _time(one.seconds), str(one.units), workers, *sizes, one.limit)
 

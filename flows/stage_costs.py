@@ -32,6 +32,7 @@ DECOMPOSITION = {
 }  # operations / p³ for eigenvectors; / (larger · smaller²) for singular vectors
 GRADIENT_TRAFFIC = 6  # times that a sequence's gradient passes through memory: written, squared, added up, sketched
 CONVERSION = 600  # operations a parameter: dequantising, checking, casting
+LOGIT_BYTES = 12  # held a logit: two models' in float32, and their product
 LOGIT_TRAFFIC = 40  # bytes a logit: probabilities of two models in float32, their losses and divergence
 
 
@@ -178,7 +179,7 @@ def prepare_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost
     """Fetch, convert and tokenise, on the head."""
     weights = shapes.parameters * DTYPES[params.prepare.dtype].itemsize
     write = Demand(read=weights, written=weights, host=CONVERSION * shapes.parameters)
-    return StageCost({"model": (write, ())}, peak=weights, published=weights, memory=weights)
+    return StageCost({"model": (write, ())}, peak=weights, published=weights)
 
 
 @STAGE_COSTS.register("capture")
@@ -382,7 +383,7 @@ def evaluate_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCos
             units[f"{model}-{first}"] = (Demand(model=forward_operations(shapes, tokens, QUESTION_TOKENS)), ())
     weights = shapes.parameters * DTYPES[own.dtype].itemsize
     both = weights * (2 - params.ranks.ratio)
-    memory = both + activation_bytes(shapes, own.batch_size * length, own.dtype)
+    memory = both + LOGIT_BYTES * own.batch_size * length * shapes.vocabulary
     return StageCost(units, memory=memory, loads=both, dtype=own.dtype)
 
 
