@@ -11,8 +11,7 @@ import torch
 from test_nearest_kronecker import dense_fisher, symmetric_sigmas, van_loan
 from tiny_capture import LAYERS, TinyCapture
 
-from stages import gradient_samples, kronecker
-from stages import statistics as statistics_module
+from stages import gradient_samples, kronecker, store
 from stages.errors import CorruptArtifact, NotEnoughDisk, NumericalError, ParameterError
 from stages.estimators import ESTIMATORS, Evidence
 from stages.fisher_diagnostics import describe_estimate
@@ -333,10 +332,7 @@ def test_a_step_reads_every_shard_once_and_holds_two_blocks_at_most(tmp_path: Pa
     statistics = Statistics(make(tmp_path, "sketch", shard=1).workspace.out("capture"))
     monkeypatch.setattr(gradient_samples, "BLOCK_COLUMNS", 5)  # one sequence a block
     reads, alive, most = [], weakref.WeakSet(), []
-    original = statistics_module.read_array
-    monkeypatch.setattr(
-        statistics_module, "read_array", lambda shard, name: (reads.append(name), original(shard, name))[1]
-    )
+    monkeypatch.setattr(store, "read_array", lambda shard, name: (reads.append(name), read_array(shard, name))[1])
     evidence = Evidence(statistics, LAYERS[0], KroneckerParams())
     fisher = evidence.fisher
     blocks = fisher.blocks
