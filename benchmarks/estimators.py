@@ -31,6 +31,7 @@ from stages.metrics import METRICS, MetricSources
 from stages.models import load_model
 from stages.params import KroneckerParams, SubspaceParams
 from stages.shrinkage import SHRINKAGES, read_sampling
+from stages.sites import Site
 from stages.statistics import Statistics
 from stages.tables import read_sequences
 from stages.workspace import Workspace
@@ -202,7 +203,7 @@ def times(matrix: torch.Tensor, root: tuple | None, after: bool = False) -> torc
 
 def uniform_rank(layer: LinearLayer, ratio: float) -> int:
     """The largest rank that stores no more than 1 − ratio of the layer."""
-    costs = rank_costs(layer, "pivoted")
+    costs = rank_costs(Site(layer.name, (layer,)), "pivoted")
     return int(np.flatnonzero(costs <= (1 - ratio) * layer.outputs * layer.inputs)[-1])
 
 
