@@ -7,8 +7,8 @@
 Needs a project that has run stages prepare and capture (`--project`), for `empirical` with capture.tokens_per_sequence. W_c x becomes W_c (P x)
 in the dense model, P shared by all layers that read x: no spectrum, rank allocation or rounding comes in between.
 
-rank share: rank of P by the dimension of the input, summed over inputs (a layer with fewer outputs than inputs needs no more than those).
-parameter share: stored numbers by dense ones, k (m + Σ n) an input with its right factor counted once; PivGa: k (m + Σ n − k).
+rank: rank of P by the dimension of the input, summed over inputs. numbers: stored by dense ones, k (m + Σ n) an input with its right
+factor counted once and k at most Σ n (down projections: fewer outputs than half their inputs); PivGa: k (m + Σ n − k).
 """
 
 import argparse
@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from stages.fasc import OBJECTIVES, VARIANCE, GroupInput, group_input, optimal_projector, unreadable
 from stages.harness import SharedContextModel, run_tasks
+from stages.input_gradients import stacked_weight
 from stages.layers import LinearLayer, by_group, linear_modules
 from stages.losses import compare_tokens
 from stages.metrics import MetricSources
@@ -33,6 +34,7 @@ from stages.tasks import KNOWLEDGE, knowledge_task
 from stages.workspace import Workspace
 
 METHODS = ",".join(["variance", *(f"{name}:{kind}" for name in OBJECTIVES for kind in ("orthonormal", "oblique"))])
+MINIMISED = ("gaussian", "empirical")
 QUICK = {"methods": "variance,gaussian:oblique", "groups": 8, "sequences": 4, "questions": 40}
 
 
@@ -81,14 +83,21 @@ class Bench:
         self.known: dict[str, GroupInput] = {}
 
     def projectors(self, method: str, share: float) -> dict[str, torch.Tensor]:
-        """P of every input at a rank of `share` of its dimension, but never more than the layers have outputs."""
+        """P of every input at a rank of `share` of its dimension."""
         name, _, kind = method.partition(":")
         objective = VARIANCE if name == "variance" else OBJECTIVES.lookup(name)
         params = FascParams(projector=kind or "orthonormal", steps=self.steps)
         return {
-            group: optimal_projector(objective, self.input_of(group), params, self.rank(members, share)).float()
+            group: self._row_space(members)
+            if name in MINIMISED and self.rank(members, share) >= outputs(members)
+            else optimal_projector(objective, self.input_of(group), params, self.rank(members, share)).float()
             for group, members in self.groups.items()
         }
+
+    def _row_space(self, group: list[LinearLayer]) -> torch.Tensor:
+        """The projector on what the weights read: loses nothing, so no objective finds a better one of that rank."""
+        Q = torch.linalg.qr(stacked_weight(self.folder, group).T).Q
+        return (Q @ Q.T).float()
 
     def input_of(self, group: str) -> GroupInput:
         """Found once for all methods."""
@@ -98,7 +107,7 @@ class Bench:
 
     @staticmethod
     def rank(group: list[LinearLayer], share: float) -> int:
-        return min(max(1, round(share * group[0].inputs)), sum(layer.outputs for layer in group))
+        return max(1, round(share * group[0].inputs))
 
     def print_row(self, method: str, share: float, projectors: dict[str, torch.Tensor], start: float) -> dict:
         self._project(projectors)
@@ -134,23 +143,25 @@ class Bench:
         return run_tasks(harness, knowledge_task(self.questions))["results"][KNOWLEDGE]["acc,none"]
 
     def _sizes(self, share: float) -> dict[str, float]:
-        sizes = [
-            (self.rank(group, share), group[0].inputs, sum(layer.outputs for layer in group))
-            for group in self.groups.values()
-        ]
+        sizes = [(self.rank(group, share), group[0].inputs, outputs(group)) for group in self.groups.values()]
         dense = sum(m * n for _, m, n in sizes)
         return {
             "rank_share": sum(k for k, _, _ in sizes) / sum(m for _, m, _ in sizes),
-            "numbers": sum(k * (m + n) for k, m, n in sizes) / dense,
-            "pivoted": sum(k * (m + n - k) for k, m, n in sizes) / dense,
+            "numbers": sum(min(k, m, n) * (m + n) for k, m, n in sizes) / dense,
+            "pivoted": sum(min(k, m, n) * (m + n - min(k, m, n)) for k, m, n in sizes) / dense,
         }
+
+
+def outputs(group: list[LinearLayer]) -> int:
+    """Σ n of the layers that read one input."""
+    return sum(layer.outputs for layer in group)
 
 
 def report(found: dict[tuple[str, float], dict]) -> None:
     """One line of JSON a share: the best of gaussian and empirical against principal components, on both figures."""
     for share in sorted({share for _, share in found}):
         rows = {method: row for (method, of), row in found.items() if of == share}
-        rivals = {method: row for method, row in rows.items() if method.startswith(("gaussian", "empirical"))}
+        rivals = {method: row for method, row in rows.items() if method.startswith(MINIMISED)}
         if "variance" not in rows or not rivals:
             continue
         base, name = rows["variance"], min(rivals, key=lambda method: rivals[method]["perplexity"])
