@@ -5,8 +5,8 @@
     ρ_kfac = |E[(gᵀx)²] − tr(S_xx S_gg)| / tr(S_xx S_gg)          how far the Fisher of a step along x is from K-FAC's
 
 The source leaves the formula open (METHODS: section 4), so each has its name. A finite sample is never exactly 0: each comes with
-the 95 % interval of its permutation null (g shuffled over the tokens) and a 95 % bootstrap interval (sequences drawn with
-replacement). All are inner products of N x N kernels of the sampled tokens, so a permutation or a resample costs N² and not N m²:
+the 95 % interval of its permutation null (g shuffled over the tokens) and a 95 % interval of ± 1.96 bootstrap standard errors (sequences
+drawn with replacement; a sequence drawn twice raises every norm, so resamples give the spread and not the place). All are inner products of N x N kernels of the sampled tokens, so a permutation or a resample costs N² and not N m²:
 
     ‖S_xg‖_F² = Σ_tu w_t w_u (x_t·x_u)(g_t·g_u),   tr(S_xx S_gg) = Σ_tu w_t w_u (x_t·g_u)²,   Σ_t w_t = 1
 
@@ -30,13 +30,13 @@ from stages.models import decomposing_device
 from stages.params import KroneckerParams
 from stages.scratch import Scratch
 from stages.statistics import Statistics
-from stages.weighted_svd import metric_root
 from stages.workspace import Workspace
 
 RIDGE = 0.01
 MOST_TOKENS = 512  # a draw costs their square
 ROW = "dependence.json"
 INTERVAL = (0.025, 0.975)
+NORMAL = 1.96  # standard errors to either side
 TABLE = "dependence.parquet"
 FORMS = ("rho_F", "rho_cca", "rho_kfac")
 PARTS = ("", "_low", "_high", "_null_low", "_null_high")
@@ -110,13 +110,19 @@ class Kernels:
 
 def kernels(x: torch.Tensor, g: torch.Tensor) -> Kernels:
     """Of tokens x and g [N, m]."""
-    white_x, white_g = _whitened(x), _whitened(g)
-    return Kernels(x @ x.T, g @ g.T, x @ g.T, white_x @ white_x.T, white_g @ white_g.T, x.shape[1])
+    plain_x, plain_g = x @ x.T, g @ g.T
+    return Kernels(plain_x, plain_g, x @ g.T, whitened(plain_x, x.shape[1]), whitened(plain_g, x.shape[1]), x.shape[1])
 
 
-def _whitened(rows: torch.Tensor) -> torch.Tensor:
-    root = metric_root(rows.T @ rows / len(rows), RIDGE, "a second moment of tokens")
-    return (rows @ root.vectors) / root.scales
+def whitened(kernel: torch.Tensor, dimension: int) -> torch.Tensor:
+    """X M⁻¹ Xᵀ [N, N] for K = X Xᵀ and the damped M = (1 − δ) Xᵀ X / N + δ tr(Xᵀ X) / (N m) I, without M itself.
+
+    It is K ((1 − δ) K / N + μ I)⁻¹, μ the multiple of I.
+    """
+    count = len(kernel)
+    level = RIDGE * kernel.trace() / (count * dimension)
+    damped = (1 - RIDGE) * kernel / count + level * torch.eye(count).to(kernel)
+    return torch.linalg.solve(damped, kernel)
 
 
 def measure_dependence(x: torch.Tensor, g: torch.Tensor, draws: int, seed: int) -> dict[str, float]:
@@ -135,7 +141,11 @@ def measure_dependence(x: torch.Tensor, g: torch.Tensor, draws: int, seed: int) 
     if draws:
         null = torch.stack([found.permuted(torch.randperm(count, generator=generator)) for _ in range(draws)])
         weights = torch.stack([_resample(sequences, length, generator) for _ in range(draws)])
-        row |= _interval(null, "_null") | _interval(found.resampled(weights), "")
+        low, high = null.quantile(torch.tensor(INTERVAL).double(), dim=0)
+        spread = NORMAL * found.resampled(weights).std(0)
+        for i, form in enumerate(FORMS):
+            row |= {f"{form}_null_low": low[i].item(), f"{form}_null_high": high[i].item()}
+            row |= {f"{form}_low": max(0.0, row[form] - spread[i].item()), f"{form}_high": row[form] + spread[i].item()}
     return row
 
 
@@ -178,12 +188,6 @@ def measure_group(
 def _resample(sequences: int, length: int, generator: torch.Generator) -> torch.Tensor:
     drawn = torch.randint(sequences, (sequences,), generator=generator)
     return torch.bincount(drawn, minlength=sequences).double().repeat_interleave(length) / (sequences * length)
-
-
-def _interval(scores: torch.Tensor, kind: str) -> dict[str, float]:
-    low, high = scores.quantile(torch.tensor(INTERVAL).double(), dim=0)
-    ends = {"low": low.tolist(), "high": high.tolist()}
-    return {f"{form}{kind}_{end}": value for end, values in ends.items() for form, value in zip(FORMS, values)}
 
 
 def read_dependence(kronecker: Path, form: str) -> dict[str, float]:

@@ -8,16 +8,19 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_capture
 import torch
+from tiny import random_ids, tiny_workspace
 from tiny_capture import LAYERS, TinyCapture, input_gradients
+from tiny_subspace import FACTS
+from transformers import AutoModelForCausalLM
 
-from stages import kronecker, subspace
+from stages import capture, factorize, kronecker, ranks, subspace
 from stages.dependence import DEPENDENCE, TABLE
 from stages.errors import InputError, NumericalError, ParameterError
 from stages.fasc import OBJECTIVES, group_input
 from stages.input_gradients import Moments, input_gradient_shards, input_moments
 from stages.layers import by_group
 from stages.metrics import MetricSources
-from stages.params import FascParams, KroneckerParams, SubspaceParams
+from stages.params import CaptureParams, FactorizeParams, FascParams, KroneckerParams, RanksParams, SubspaceParams
 from stages.projectors import Empirical, Gaussian
 from stages.statistics import Statistics
 from stages.store import array_names, read_array
@@ -125,6 +128,11 @@ def publish_rho(tiny: TinyCapture, rho: dict[str, float]) -> None:
     out = tiny.workspace.out("kronecker")
     rows = [{"module": name, "rho_kfac": value} for name, value in rho.items()]
     pq.write_table(pa.Table.from_pylist(rows, DEPENDENCE), out / TABLE)
+    republish(out)
+
+
+def republish(out: Path) -> None:
+    """Bring the manifest up to date with what was changed by hand."""
     manifest = json.loads((out / MANIFEST).read_text())
     (out / MANIFEST).unlink()
     (out / MANIFEST).write_text(json.dumps(manifest | {"files": describe_files(out)}))
@@ -197,3 +205,22 @@ def test_damping_is_that_of_kfac(tmp_path):
             W, d = tiny.weights[layer.name], tiny.gradients[layer.name]
             added = added + 0.3 * d.square().mean() * W.T @ W
         torch.testing.assert_close(moments.gg, 0.7 * g.T @ g / len(x) + added, rtol=1e-4, atol=1e-8)
+
+
+def test_shared_projectors_become_a_model(tmp_path):
+    """The whole way to a checkpoint; full rank of every input gives the dense model back."""
+    workspace = tiny_workspace(tmp_path, sequences=4)
+    (workspace.out("prepare") / "prepare.json").write_text(json.dumps({"model": FACTS}))
+    republish(workspace.out("prepare"))
+    capture.run(workspace, CaptureParams(sketch_rank=2, knowledge_questions=0))
+    kronecker.run(workspace, KroneckerParams())
+    subspace.run(workspace, SubspaceParams(metric="fasc", fasc=FascParams(threshold=0.2)))
+    ranks.run(workspace, RanksParams(ratio=0.3))
+    factorize.run(workspace, FactorizeParams())
+    methods = json.loads((workspace.out("subspace") / "subspace.json").read_text())["methods"]
+    rows = pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()
+    assert {row["site"]: row["method"] for row in rows} == methods
+    assert sum(row["stored_parameters"] for row in rows) <= 0.7 * sum(row["dense_parameters"] for row in rows)
+    assert any(row["site"] != row["module"] and row["storage"] != "dense" for row in rows)
+    model = AutoModelForCausalLM.from_pretrained(workspace.out("factorize") / "model", trust_remote_code=True)
+    assert model(random_ids(1, 6)).logits.isfinite().all()
