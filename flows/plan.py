@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from ruamel.yaml import YAML
 
-from flows.simulation import Schedule, Task, simulate
 from flows.shapes import ModelShapes
+from flows.simulation import Schedule, Task, simulate
 from flows.stage_costs import STAGE_COSTS, Demand, StageCost
 from stages.errors import ParameterError
 from stages.params import Params
