@@ -117,6 +117,7 @@ def _settings(workspace: Workspace, counts: dict) -> str:
     ranks = pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()
     settings = {f"subspace.{key}": value for key, value in sorted(subspace.items()) if key != "dense"} | {
         "ranks.ratio": budget["ratio"],
+        "ranks.budget": budget.get("unit", "parameters"),
         "ranks.allocator": ranks[0]["allocator"],
         "factorize.dtype": counts["dtype"],
     }

@@ -21,6 +21,7 @@ MODELS = ("dense", "compressed")
 COMPARED = (*MODELS, "difference")
 ACCURACIES = {"acc": "knowledge questions right", "acc_norm": "the same, by likelihood per character"}
 LONGEST_FACT = 300
+WHAT_RATIO_IS_OF = {"model_bytes": "the whole model's bytes"}
 SETTINGS = {"kronecker": ("estimator",), "subspace": ("metric", "input_damping", "output_damping"), "ranks": ("ratio",)}
 LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,8 +73,9 @@ def _model_name(record: Record) -> str:
 
 def _kicker(record: Record, ranks: list[dict]) -> str:
     ratio, metric = record.facts["ranks"].get("ratio"), record.facts["subspace"].get("metric")
+    what = WHAT_RATIO_IS_OF.get(record.facts["ranks"].get("unit"), "the targeted parameters")
     parts = [_model_name(record)]
-    parts += [f"{percent(ratio, 0)} of the targeted parameters removed"] if ratio is not None else []
+    parts += [f"{percent(ratio, 0)} of {what} removed"] if ratio is not None else []
     parts += [f"metric {metric}"] if metric else []
     parts += [f"ranks by {ranks[0]['allocator']}"] if ranks else []
     return " · ".join(parts)
@@ -361,6 +363,7 @@ def _fact(value: object) -> str:
 def _reproduce(record: Record, ranks: list[dict]) -> Markup:
     values = {f"{stage}.{key}": record.facts[stage].get(key) for stage, keys in SETTINGS.items() for key in keys}
     values["ranks.allocator"] = ranks[0]["allocator"] if ranks else None
+    values["ranks.budget"] = record.facts["ranks"].get("unit")
     settings = [f"  --set {key}={value}" for key, value in values.items() if value is not None]
     again = " \\\n".join(["fisherfold run", *settings])
     return section(

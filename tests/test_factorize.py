@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FAMILIES, tiny_workspace
+from tiny import FAMILIES, random_ids, tiny_workspace
 from tiny_subspace import mixed_ranks, publish_ranks, stacked_weight, subspace_workspace, truncated_weight
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -100,6 +100,9 @@ def test_shared_right_factors_are_stored_once(tmp_path, family, storage):
                 stored = [name for name in saved if name.startswith(layer.name) and not name.endswith("bias")]
                 assert stored == [f"{layer.name}.up.weight"]
     assert facts["targeted_parameters_compressed"] < facts["targeted_parameters_dense"]
+    compressed = AutoModelForCausalLM.from_pretrained(workspace.out("factorize") / "model", trust_remote_code=True)
+    ids = random_ids(2, 9)
+    torch.testing.assert_close(compressed.eval()(ids).logits, dense(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_counts_come_from_the_saved_tensors(llama):

@@ -14,6 +14,7 @@ from tiny_subspace import subspace_workspace
 
 from stages import capture, fermi_descent, kronecker, measured_allocation, ranks, subspace, zero_sum
 from stages.allocation import ALLOCATORS, Allocation, pose
+from stages.engine import use_engine
 from stages.errors import NumericalError
 from stages.fermi_descent import round_ranks, softened_model
 from stages.fermigrad import next_token_loss
@@ -126,6 +127,43 @@ def test_killed_allocator_resumes_with_the_same_bytes(workspace, allocator, monk
     ranks.run(workspace, parameters(allocator))
     assert read_manifest(workspace.out("ranks")) == expected
     assert len(calls) == {"fermigrad": 8 - 3}.get(allocator, 14 - 5)  # of the first five units, two are states
+
+
+@pytest.mark.parametrize("allocator", list(ALLOCATORS))
+def test_allocator_killed_after_its_last_unit_resumes_with_the_same_bytes(workspace, allocator, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ranks, "choose_storage", killed)
+        ranks.run(workspace, parameters(allocator))
+    assert not workspace.out("ranks").exists()
+    softened_model.cache_clear()
+    ranks.run(workspace, parameters(allocator))
+    resumed = read_manifest(workspace.out("ranks"))
+    shutil.rmtree(workspace.artifacts / "ranks.partial")
+    ranks.run(workspace, parameters(allocator))
+    assert read_manifest(workspace.out("ranks")) == resumed
+
+
+class Backwards:
+    """An engine that takes the last unit first."""
+
+    slots = 1
+
+    def run(self, write, units):
+        for name in reversed(units):
+            yield name, write(name, units[name])
+
+
+@pytest.mark.parametrize("allocator", MEASURING)
+def test_units_in_another_order_give_the_same_bytes(workspace, allocator):
+    ranks.run(workspace, parameters(allocator))
+    expected = read_manifest(workspace.out("ranks"))
+    shutil.rmtree(workspace.artifacts / "ranks.partial")
+    with use_engine(Backwards()):
+        ranks.run(workspace, parameters(allocator))
+    assert read_manifest(workspace.out("ranks")) == expected
 
 
 def test_descent_lowers_the_loss_at_one_temperature(workspace):
