@@ -99,7 +99,7 @@ def draw(project: Path, folder: Path, params: Params) -> Workspace:
     corpus, questions = find_corpus(source, params.prepare), find_questions(source, params.prepare)
     prepare.write_tables(folder, workspace.model, corpus, questions, params.prepare)
     shutil.copytree(folder / "tables", workspace.table("tuning").parent)
-    capture.run(workspace, params.capture.model_copy(update={"gradients": "none"}))
+    capture.run(workspace, params.capture.model_copy(update={"gradients": "none", "knowledge_questions": 0}))
     kronecker.run(workspace, params.kronecker)
     return workspace
 
