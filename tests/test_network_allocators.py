@@ -12,7 +12,7 @@ import tiny
 import torch
 from tiny_subspace import subspace_workspace
 
-from stages import capture, fermi_descent, kronecker, measured_allocation, ranks, subspace, zero_sum
+from stages import capture, fermi_descent, kronecker, measured_allocation, ranks, scratch, subspace, zero_sum
 from stages.allocation import ALLOCATORS, Allocation, pose
 from stages.engine import use_engine
 from stages.errors import NumericalError
@@ -21,7 +21,6 @@ from stages.fermigrad import next_token_loss
 from stages.layers import LinearLayer
 from stages.models import load_model
 from stages.params import CaptureParams, KroneckerParams, RanksParams, SubspaceParams
-from stages.scratch import Scratch
 from stages.sites import Site, find_sites, read_sites
 from stages.statistics import Statistics
 from stages.store import read_array
@@ -110,15 +109,15 @@ def test_killed_allocator_resumes_with_the_same_bytes(workspace, allocator, monk
     expected = read_manifest(workspace.out("ranks"))
     shutil.rmtree(workspace.artifacts / "ranks.partial")
     shutil.rmtree(workspace.out("ranks"))
-    units, unit = itertools.count(), Scratch.unit
+    units, write_unit = itertools.count(), scratch.write_unit
 
-    def dying_unit(self, name):
-        if next(units) == 5:
+    def dying_unit(*arguments):
+        if next(units) == 3:
             raise KeyboardInterrupt
-        return unit(self, name)
+        return write_unit(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Scratch, "unit", dying_unit)
+        patch.setattr(scratch, "write_unit", dying_unit)
         ranks.run(workspace, parameters(allocator))
     calls = []
     for module, name in ((fermi_descent, "measure_batch"), (measured_allocation, "measure_site")):
@@ -126,7 +125,7 @@ def test_killed_allocator_resumes_with_the_same_bytes(workspace, allocator, monk
         monkeypatch.setattr(module, name, lambda *arguments, work=work: (calls.append(arguments), work(*arguments)))
     ranks.run(workspace, parameters(allocator))
     assert read_manifest(workspace.out("ranks")) == expected
-    assert len(calls) == {"fermigrad": 8 - 3}.get(allocator, 14 - 5)  # of the first five units, two are states
+    assert len(calls) == {"fermigrad": 8}.get(allocator, 14) - 3
 
 
 @pytest.mark.parametrize("allocator", list(ALLOCATORS))
