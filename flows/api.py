@@ -76,6 +76,7 @@ def _own_server(url: str) -> Iterator[None]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for the run, which still has to tell the server of its end
     )
     try:
         _await_health(process, url)
@@ -111,6 +112,7 @@ def _temporary_server(host: str) -> Iterator[str]:
         [sys.executable, "-c", DIE_WITH_PARENT, "--factory", "prefect.server.api.server:create_app", *where],
         env={**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"},
         stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for the run, which still has to tell the server of its end
     )
     try:
         _await_health(process, url)

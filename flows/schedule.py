@@ -105,4 +105,6 @@ def _runs_ended() -> Iterator[None]:
         for run in runs:
             with suppress(psutil.NoSuchProcess):
                 run.terminate()
-        psutil.wait_procs(runs, timeout=GRACE + 10)
+        _, alive = psutil.wait_procs(runs, timeout=GRACE + 10)
+        for run in alive:  # its stage has ended; what it cannot tell Prefect, nobody waits for
+            run.kill()
