@@ -23,6 +23,7 @@ pytest.importorskip("prefect_ray", reason="needs the extra `cluster`")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why := reason_for_none()), reason=str(why))]
 PYTHON = sys.executable
 SHARDS = 24
+ATTEMPTS = 5
 TOKEN = uuid4().hex
 
 
@@ -57,28 +58,25 @@ class TwoHosts:
         path = self.folder / log
         return host.start(*words, folder=folder or self.folder, environment=self.environment, log=path)
 
-    def start_ray(self, host: Host, *where: str) -> subprocess.Popen:
+    def start_ray(self, host: Host, *where: str) -> None:
+        """Start Ray on a host; again, if that did not end within the 30 s that Ray gives itself (a busy machine)."""
         sizes = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
-        words = [
-            PYTHON,
-            "-m",
-            "ray.scripts.scripts",
-            "start",
-            "--block",
-            f"--node-ip-address={host.address}",
-            *where,
-            *sizes,
-        ]
-        return self.launch(host, *words, log=f"{host.name}.log")
+        words = ["-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={host.address}"]
+        for attempt in range(ATTEMPTS):
+            log = f"{host.name}-{attempt}.log"
+            process = self.launch(host, PYTHON, *words, *where, *sizes, log=log)
+            while process.poll() is None:
+                if "will now block" in (self.folder / log).read_text():
+                    return
+                time.sleep(0.2)
+        raise AssertionError((self.folder / log).read_text()[-3000:])
 
     def join(self) -> None:
         """Start Ray on the other host, and wait until it is there."""
-        ray = self.start_ray(self.other, f"--address={self.head.address}:6379")
+        self.start_ray(self.other, f"--address={self.head.address}:6379")
         asking = f"import ray, sys; ray.init('{self.head.address}:6379', log_to_driver=False, logging_level='ERROR')"
         asking += "; sys.exit(sum(node['Alive'] for node in ray.nodes()) != 2)"
-        while self.launch(self.head, PYTHON, "-c", asking, log="join.log").wait() != 0:
-            if ray.poll() is not None:  # Ray gives a node 30 s to start, which on a busy machine are not enough
-                ray = self.start_ray(self.other, f"--address={self.head.address}:6379")
+        wait_until(lambda: self.launch(self.head, PYTHON, "-c", asking, log="join.log").wait() == 0, "the other host")
 
     def answers(self) -> bool:
         word = f"import httpx; httpx.get('{self.environment['PREFECT_API_URL']}/health').raise_for_status()"
