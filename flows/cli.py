@@ -152,14 +152,14 @@ def _read_engine_options(options: argparse.Namespace) -> "Settings":
     return read_settings()
 
 
-def _choose_engine(options: argparse.Namespace, workspace: Workspace) -> None:
+def _choose_engine(options: argparse.Namespace) -> None:
     from flows.doctor import check_cluster, require
     from flows.engines import require_engine
 
     settings = _read_engine_options(options)
     require_engine(settings)
     if settings.engine == "ray":
-        require(check_cluster(settings, workspace))
+        require(check_cluster(settings, workspace_here()))
 
 
 def _add_assignments(parser: argparse.ArgumentParser, text: str) -> None:
@@ -187,7 +187,7 @@ def _run(options: argparse.Namespace) -> int:
     from flows.staleness import stale_reasons
 
     workspace = workspace_here()
-    _choose_engine(options, workspace)
+    _choose_engine(options)
     path = workspace.root / PARAMS_FILE
     if options.assignments:
         overridden(path, options.assignments)  # a mistake is found before a server starts, not after
