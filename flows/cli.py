@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(command=_status)
     store = commands.add_parser("store", help="look after what FISHERFOLD_STORE holds of this project")
     actions = store.add_subparsers(required=True)
-    check = actions.add_parser("check", help="is every object that artifacts/ names there in full?")
+    check = actions.add_parser(
+        "check", help="can it be written and read, and is every object that artifacts/ names there in full?"
+    )
     check.set_defaults(command=_check_store)
     clean = actions.add_parser("gc", help="list objects that neither artifacts/ nor DVC's cache names, or delete them")
     clean.add_argument("--delete", action="store_true", help="delete them for good")

@@ -10,17 +10,44 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from uuid import uuid4
 
 from stages.errors import CorruptArtifact, StoreError
-from stages.objects import SETTING, file_system, persist, require_object, store_url
+from stages.objects import SETTING, file_system, persist, read_range, require_object, store_url
 from stages.pointers import SUFFIX, StoredObject, read_pointer
 from stages.workspace import Workspace
 
 OBJECT_NAME = re.compile(r"[0-9a-f]{64}\.zarr\.zip")
 
 
+def probe_store() -> None:
+    """Write, read and remove a small object, if shared storage is set: what a run would need, found out before it starts.
+
+    Raises:
+        StoreError, CorruptArtifact: the setting, the credentials, the bucket or the server; see stages/objects.py.
+    """
+    base = store_url()
+    if base is None:
+        return
+    content = uuid4().bytes
+    url = f"{base}/probe-{content.hex()}"
+    system, path = file_system(url)
+    try:
+        persist("Writing a probe", url, lambda: system.pipe_file(path, content))
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{SETTING}: {url} cannot be written ({error}). Create the bucket, or correct the setting."
+        ) from None
+    if read_range(url, 0, len(content)) != content:
+        raise StoreError(
+            f"{SETTING}: {url} reads back as something else. Use storage that shows what was written at once."
+        )
+    remove_objects([url])
+
+
 def check_store(workspace: Workspace) -> int:
-    """Print what is wrong with the objects that artifacts/ names; 1 if anything is."""
+    """Probe shared storage, and print what is wrong with the objects that artifacts/ names; 1 if anything is."""
+    probe_store()
     faults = damaged_objects(workspace)
     for fault in faults:
         print(fault)

@@ -445,8 +445,18 @@ def test_garbage_is_what_neither_artifacts_nor_the_cache_names(storage, project,
     assert "1 objects" in capsys.readouterr().out
 
 
-def test_check_names_what_is_gone(storage, project, capsys):
+def test_check_probes_and_names_what_is_gone(storage, project, capsys, monkeypatch):
+    before = storage.objects()
     assert check_store(project) == 0
+    assert storage.objects() == before
+    storage.always["PUT"] = "403"
+    with pytest.raises(StoreError, match="was refused"):
+        check_store(project)
+    storage.calm()
+    monkeypatch.setenv("FISHERFOLD_STORE", "s3://no-such-bucket/x")
+    with pytest.raises(StoreError, match="Create the bucket"):
+        check_store(project)
+    monkeypatch.delenv("FISHERFOLD_STORE")  # pointers are read without it
     stored = the_object(project.root / "artifacts/capture/gradients/shard")
     storage.client().delete_object(Bucket=BUCKET, Key=key_of(stored))
     assert check_store(project) == 1

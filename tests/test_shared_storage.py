@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from object_storage import BUCKET, Storage
 from project import command
-from test_pipeline import copy
+from test_pipeline import copy, fresh  # noqa: F401
 
 from stages.params import STAGES, load_params
 from stages.shard import loaded_model
@@ -38,7 +38,7 @@ def git(folder: Path, *words: str) -> None:
 
 
 @pytest.fixture
-def finished(storage: Storage, fresh: Path, tmp_path, monkeypatch) -> Path:
+def finished(storage: Storage, fresh: Path, tmp_path, monkeypatch) -> Path:  # noqa: F811
     """A finished project whose shards lie on the server, committed to git and to DVC."""
     folder = copy(fresh, tmp_path / "project")
     monkeypatch.chdir(folder)
@@ -51,7 +51,7 @@ def finished(storage: Storage, fresh: Path, tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_every_stage_has_the_same_bits_as_on_the_file_system(finished, fresh, tmp_path, monkeypatch):
+def test_every_stage_has_the_same_bits_as_on_the_file_system(finished, fresh, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.delenv("FISHERFOLD_STORE")
     folder = copy(fresh, tmp_path / "local")
     monkeypatch.chdir(folder)
