@@ -13,7 +13,7 @@ import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from object_storage import BUCKET
+from object_storage import BUCKET, READ_TIMEOUT, configure
 from tiny import tiny_workspace
 
 from flows.storage import check_store, clean_store, unnamed_objects
