@@ -74,7 +74,7 @@ def test_each_layer_computes_its_product_from_one_shared(block, shape):
     for passes in (1, 2):
         assert_same(block(x), [nn.functional.linear(x, up.weight @ right, up.bias) for up in ups])
         assert len(block.calls) == passes
-        assert not block.q.memory
+        assert not block.q.waiting
 
 
 def test_the_shared_factor_is_stored_once(block):
@@ -108,7 +108,7 @@ def test_nothing_stale_is_read(block):
     x = inputs(4)
     with torch.no_grad():
         block.q(x)
-        assert block.q.memory
+        assert block.q.waiting
         x.mul_(2)
         changed = [block.k(x), block.v(x)]
         assert_same(changed, block(x)[1:])
@@ -152,7 +152,7 @@ def test_a_copy_shares_with_itself(block):
     x = inputs(4)
     block.q(x)  # something waits to be read, and is not a leaf
     other = copy.deepcopy(block)
-    assert not other.q.memory
+    assert not other.q.waiting
     with torch.no_grad():
         other.get_parameter("q.up.weight").zero_()
         for parameter in other.q.down.parameters():
