@@ -120,6 +120,18 @@ def test_accelerate_places_it(found):
     }
 
 
+def test_accelerate_loads_and_dispatches_it(found):
+    assert max(found["dispatched"]) < 1e-5
+
+
+def test_inner_layers_can_be_quantized_later(found):
+    inner, left, moved, finite = found["quantized"]
+    assert inner > 10
+    assert left == 0
+    assert moved < 0.15
+    assert finite
+
+
 def test_shards_load(found):
     assert found["sharded"] == 0
 
