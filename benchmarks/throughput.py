@@ -29,11 +29,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
-from stages.allocation import ALLOCATORS, Limits, allocate, pose
+from stages.allocation import ALLOCATORS, allocate, pose
 from stages.cost import choose_storage
 from stages.layers import LinearLayer, find_layers
 from stages.params import RanksParams
 from stages.ranks import read_spectra
+from stages.sites import find_sites
 from stages.templates import modeling_fisherfold as runtime
 
 SMOLLM2 = {
@@ -101,12 +102,13 @@ def plan_layers(
 ) -> dict[str, tuple[LinearLayer, int, int]]:
     """(layer, rank, stored numbers) of every layer that is not dense: `fisher` on the project's spectra, else uniform."""
     name = "fisher" if project else "uniform"
-    none = [torch.zeros(min(layer.outputs, layer.inputs)).numpy() for layer in layers]
-    spectra = read_spectra(project / "artifacts/subspace/spectra.parquet", layers) if project else none
+    sites = find_sites(layers, shared=False)
+    none = [torch.zeros(site.full_rank).numpy() for site in sites]
+    spectra = read_spectra(project / "artifacts/subspace/spectra.parquet", sites) if project else none
     params = RanksParams(ratio=ratio, allocator=name, round_to=round_to)
-    ranks = allocate(pose(layers, spectra, params, Limits(round_to)), ALLOCATORS.lookup(name))
-    choices = {layer.name: (layer, choose_storage(layer, int(rank), "pivoted")) for layer, rank in zip(layers, ranks)}
-    return {name: (layer, choice.rank, choice.numbers) for name, (layer, choice) in choices.items()}
+    ranks = allocate(pose(sites, spectra, params), ALLOCATORS.lookup(name))
+    choices = [choose_storage(site, int(rank), "pivoted") for site, rank in zip(sites, ranks)]
+    return {layer.name: (layer, choice.rank, sum(choice.numbers)) for layer, choice in zip(layers, choices)}
 
 
 def compressed_model(dense: PreTrainedModel, plan: Mapping[str, tuple], storage: str) -> PreTrainedModel:
