@@ -2,7 +2,8 @@
 
 Every site's basis (see ``stages.sites``) is cut to its rank and brought into its gauge, one site at a time; then the checkpoint is written one
 tensor at a time, so memory is bounded by the largest tensor. Writes model/, on request dense/ (the same weights
-multiplied out, in the dense architecture), and factorize.json with sizes counted from the saved tensors.
+multiplied out, in the dense architecture) and model.gguf (those in GGUF), and factorize.json with sizes counted from the saved
+tensors.
 """
 
 import json
@@ -20,6 +21,7 @@ from stages.checkpoint import SHARD_BYTES, StoredTensor, count_bytes, count_numb
 from stages.cost import DENSE
 from stages.errors import CorruptArtifact
 from stages.gauges import SHARED_MEMBER, gauge_site, product, right_factor
+from stages.gguf_export import gguf_format, write_gguf
 from stages.layers import LinearLayer
 from stages.model_card import compressed_card, dense_card
 from stages.models import DTYPES, read_weight
@@ -71,12 +73,14 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         if scratch.republish():
             return
         architecture = dense_architecture(workspace.model)
+        if params.gguf_export:
+            gguf_format(architecture.config)  # before the work, if at all
         sites = read_sites(workspace.out("subspace"))
         plan = {row["module"]: row for row in pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()}
         stored = read_tensors(workspace.model)
         dtype = DTYPES[params.dtype or architecture.dtype]
         dense = {name: tensor.cast(dtype) for name, tensor in stored.items()}
-        scratch.require_disk(count_bytes(dense) * (3 if params.dense_export else 2))
+        scratch.require_disk(count_bytes(dense) * (2 + params.dense_export + params.gguf_export))
         low_rank = [site for site in sites if plan[site.name]["storage"] != DENSE]
         bases = workspace.out("subspace") / "bases"
         if params.alternations:
@@ -94,13 +98,14 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         with scratch.publish() as out:
             write_model(out / "model", workspace, architecture, dense, compressed, dtype)
             facts = _count(out / "model", stored, plan, compressed)
-            (out / "model" / "README.md").write_text(
-                compressed_card(workspace, architecture, facts, params.dense_export)
-            )
+            (out / "model" / "README.md").write_text(compressed_card(workspace, architecture, facts, params))
             (out / "factorize.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
             if params.dense_export:
                 write_dense(out / "dense", workspace, dense, compressed, dtype)
                 (out / "dense" / "README.md").write_text(dense_card(workspace, architecture, facts))
+            if params.gguf_export:
+                tensors = dense_tensors(dense, compressed, dtype)
+                write_gguf(out / "model.gguf", architecture.config, workspace.model, tensors, dtype)
 
 
 def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
@@ -209,14 +214,21 @@ def write_dense(
 ) -> None:
     """The same model with every product multiplied out, in the dense architecture, for tools that know no low-rank layer."""
     folder.mkdir(parents=True)
+    write_tensors(folder, dense_tensors(dense, compressed, dtype))
+    config = json.loads((workspace.model / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    copy_companions(workspace.model, folder)
+
+
+def dense_tensors(
+    dense: Mapping[str, StoredTensor], compressed: Mapping[str, StoredLayer], dtype: torch.dtype
+) -> dict[str, StoredTensor]:
+    """The dense model's tensors, with the weight of every layer in `compressed` multiplied out when it is read."""
     rebuilt = {
         f"{name}.weight": StoredTensor(dense[f"{name}.weight"].shape, dtype, partial(_multiply_out, stored, dtype))
         for name, stored in compressed.items()
     }
-    write_tensors(folder, dict(sorted({**dense, **rebuilt}.items())))
-    config = json.loads((workspace.model / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    copy_companions(workspace.model, folder)
+    return dict(sorted({**dense, **rebuilt}.items()))
 
 
 def _multiply_out(stored: StoredLayer, dtype: torch.dtype) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from stages.architecture import DenseArchitecture
+from stages.params import FactorizeParams
 from stages.workspace import Workspace
 
 LICENCE_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.\-]*")
@@ -37,9 +38,12 @@ Counted from the saved tensors, index arrays included. Removed share of the targ
 ## How it was made
 {settings}
 """
-DENSE_HINT = """
-
-The folder `dense` beside this one holds the same model multiplied out, for tools that know no low-rank layer."""
+BESIDE = "The same model, multiplied out to the dense architecture, as large and as slow as the dense one, lies beside this folder:"
+HINTS = {
+    "dense_export": "the folder `dense`: an ordinary checkpoint for tools that load, convert or quantize dense models",
+    "gguf_export": "the file `model.gguf`: for llama.cpp and the tools built on it",
+}
+"""What lies beside the checkpoint, by parameter of stage factorize, and what it is for."""
 MULTIPLIED_OUT = """\
 # {name}, low-rank, multiplied out
 
@@ -57,14 +61,17 @@ SIZES = {
 }
 
 
-def compressed_card(workspace: Workspace, architecture: DenseArchitecture, counts: dict, dense_export: bool) -> str:
+def compressed_card(
+    workspace: Workspace, architecture: DenseArchitecture, counts: dict, params: FactorizeParams
+) -> str:
     """The card of the checkpoint with low-rank layers; `counts` is the content of factorize.json."""
+    beside = [f"- {hint}" for name, hint in HINTS.items() if getattr(params, name)]
     sizes = [(label, counts[f"{key}_dense"], counts[f"{key}_compressed"]) for label, key in SIZES.items()]
     rows = [f"| {label} | {dense:,} | {kept:,} | {kept / dense:.4f} |" for label, dense, kept in sizes]
     _, dense, kept = sizes[0]
     return _front_matter(workspace) + LOW_RANK.format(
         **_origin(workspace),
-        dense=DENSE_HINT if dense_export else "",
+        dense="\n\n".join(["", BESIDE, "\n".join(beside)]) if beside else "",
         sizes="\n".join(rows),
         removed=1 - kept / dense,
         settings=_settings(workspace, counts),

@@ -139,6 +139,7 @@ class FactorizeParams(ComputeBlock):
     dtype: Dtype | None = None
     dense_export: bool = False
     alternations: Annotated[int, Field(ge=0)] = 0
+    gguf_export: bool = False
 
 
 class EvaluateParams(ComputeBlock):
