@@ -57,6 +57,10 @@ class LowRankQuantizer(HfQuantizer):
         """
         layers = self.quantization_config.layers
         replace_layers(model, layers)
+        for (
+            name
+        ) in layers:  # their initial weights are set by some classes (GPT-2) through the dense layers that are gone
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
         wanted = {f"{name}.{key}" for name in layers for key in model.get_submodule(name).state_dict()}
         missing = sorted(wanted - _tensor_names(checkpoint_files)) if checkpoint_files else []
         if missing:
