@@ -120,10 +120,6 @@ def test_accelerate_places_it(found):
     }
 
 
-def test_accelerate_loads_and_dispatches_it(found):
-    assert max(found["dispatched"]) < 1e-5
-
-
 def test_inner_layers_can_be_quantized_later(found):
     inner, left, moved, finite = found["quantized"]
     assert inner > 10
