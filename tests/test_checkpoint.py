@@ -229,7 +229,7 @@ def low_rank(storage, n, m, rank, bias):
     layer = runtime.replace(dense, stored.kind, rank).double()
     state = {name: torch.from_numpy(values.copy()) for name, values in stored.parameters.items()}
     if bias:
-        state[factorize.BIAS[stored.kind]] = dense.bias.data
+        state["bias" if stored.kind in factorize.OWN_BIAS else "up.bias"] = dense.bias.data
     layer.load_state_dict(state)
     return layer, torch.from_numpy(product(stored.kind, stored.parameters, n, m)), dense.bias
 
