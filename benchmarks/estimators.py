@@ -1,36 +1,33 @@
 """Perplexity of gfwsvd's estimators against svd_llm with the same ranks, from one capture, damping chosen on the tuning split.
 
     python benchmarks/estimators.py --project P                          # all settings; minutes each
-    python benchmarks/estimators.py --project P --settings svd_llm,token,sequence
+    python benchmarks/estimators.py --project P --settings 'svd_llm;token;sequence'
     python benchmarks/estimators.py --project P --quick                  # svd_llm and kfac at one damping, a few sequences
+    python benchmarks/estimators.py --project P --blocks 4,12,20,28      # those blocks alone are compressed: a tenth of the time
 
-The project has run stages prepare and capture (for the published figure: 256 calibration sequences, capture.sketch_rank 16,
-capture.tokens_per_sequence 16); its params.yaml is not read. Each setting's Kronecker factors are kept in the project's
-estimators.partial. Ranks are uniform (the same share of every layer, pivoted storage). Weights are replaced by their truncations in
-place, in float32, which gives the same perplexity as stages factorize and evaluate. `best` is the damping of least perplexity on the
-tuning sequences; the figures are of the evaluation sequences.
+The project has run stages prepare and capture (here: 256 calibration sequences, capture.sketch_rank 16, capture.tokens_per_sequence
+16); its params.yaml is not read. Ranks are uniform (the same share of every layer, pivoted storage). Weights are replaced by their
+truncations in place, all in float32; the stages decompose in float64 and give the same perplexity to its last digits. The damping of
+least perplexity on the tuning sequences is chosen; the figures are of the evaluation sequences.
 """
 
 import argparse
 import json
 import math
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
-from stages import kronecker
 from stages.cost import rank_costs
+from stages.estimators import ESTIMATORS, Evidence
+from stages.layer_views import place
 from stages.layers import LinearLayer, linear_modules
-from stages.metrics import METRICS, MetricSources
 from stages.models import load_model
-from stages.params import KroneckerParams, SubspaceParams
-from stages.shrinkage import SHRINKAGES, read_sampling
+from stages.params import KroneckerParams
+from stages.shrinkage import SHRINKAGES, FactorSampling
 from stages.sites import Site
 from stages.statistics import Statistics
 from stages.tables import read_sequences
@@ -53,9 +50,10 @@ Eigen = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Bench:
-    """The project, its model with dense weights, and token ids by split."""
+    """What was captured, the layers to compress, the model, its dense weights, and token ids by split."""
 
-    project: Path
+    statistics: Statistics
+    layers: list[LinearLayer]
     model: torch.nn.Module
     weights: dict[str, torch.Tensor]
     ids: dict[str, torch.Tensor]
@@ -65,10 +63,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--project", type=Path, default=Path())
     parser.add_argument("--settings", default=";".join(SETTINGS), help="names, between semicolons")
+    parser.add_argument(
+        "--blocks", default=None, help="numbers of the decoder blocks to compress, between commas; all by default"
+    )
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     names = ["svd_llm", "kfac"] if options.quick else options.settings.split(";")
-    bench = open_bench(options.project.resolve(), 4 if options.quick else None)
+    blocks = "0" if options.quick else options.blocks
+    bench = open_bench(
+        options.project.resolve(),
+        4 if options.quick else None,
+        {int(block) for block in blocks.split(",")} if blocks else None,
+    )
     dense = perplexity(bench, "evaluation")
     print(
         f"dense {dense:.2f}; ratios {RATIOS}\n{'setting':24} {'damping':26} {'tuning':>18} {'evaluation':>18}",
@@ -78,14 +84,16 @@ def main() -> None:
     report(best)
 
 
-def open_bench(project: Path, sequences: int | None) -> Bench:
+def open_bench(project: Path, sequences: int | None, blocks: set[int] | None) -> Bench:
     workspace = Workspace(project)
     model = load_model(workspace.model, torch.float32)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     counts = {"tuning": sequences or TUNING, "evaluation": sequences}
     ids = {split: read_sequences(workspace.table(split), vocabulary)[:count] for split, count in counts.items()}
     weights = {name: module.weight.detach().clone() for name, module in linear_modules(model).items()}
-    return Bench(project, model, weights, ids)
+    statistics = Statistics(workspace.out("capture"))
+    layers = [layer for layer in statistics.layers if blocks is None or place(layer.name)[0] in blocks]
+    return Bench(statistics, layers, model, weights, ids)
 
 
 @torch.no_grad()
@@ -104,17 +112,12 @@ def perplexity(
 
 def compare_dampings(bench: Bench, name: str, dampings: tuple) -> dict[float, tuple[float, tuple]]:
     """For each ratio, (evaluation perplexity, damping) of the damping that is best on the tuning split."""
-    metric, params = SETTINGS[name]
-    sources = MetricSources(
-        Statistics(bench.project / "artifacts" / "capture"), factors_of(bench, params), SubspaceParams()
-    )
-    layers = sources.statistics.layers
-    eigen = decompose_factors(sources, metric, layers)
+    layers, known = bench.layers, {layer.name: estimated(bench, layer, *SETTINGS[name]) for layer in bench.layers}
     found: dict[float, tuple] = {ratio: (math.inf, None, None) for ratio in RATIOS}
     for damping in dampings:
-        chosen = {layer.name: resolved(sources, metric, layer, damping, eigen[layer.name]) for layer in layers}
+        chosen = {module: resolved(damping, *sides) for module, sides in known.items()}
         cuts = [
-            truncations(bench.weights[layer.name], layer, eigen[layer.name], chosen[layer.name]) for layer in layers
+            truncations(bench.weights[layer.name], layer, known[layer.name][0], chosen[layer.name]) for layer in layers
         ]
         for index, ratio in enumerate(RATIOS):
             cut = [parts[index] for parts in cuts]
@@ -128,40 +131,27 @@ def compare_dampings(bench: Bench, name: str, dampings: tuple) -> dict[float, tu
     return best
 
 
-def factors_of(bench: Bench, params: KroneckerParams) -> Path:
-    """The output of stage `kronecker` with these parameters, computed once."""
-    described = "-".join(f"{key}={value}" for key, value in params.model_dump(exclude_defaults=True).items()) or "kfac"
-    workspace = Workspace(bench.project / "estimators.partial" / described)
-    if not workspace.out("capture").exists():
-        shutil.copytree(bench.project / "artifacts" / "capture", workspace.out("capture"), copy_function=os.link)
-    quick = params.model_copy(update={"diagnostics": "none"})  # the fit to the gradients takes longer than the factors
-    kronecker.run(workspace, quick)
-    table = pq.read_table(workspace.out("kronecker") / "comparison.parquet").to_pandas()
-    print(table.groupby("estimator", sort=False).median(numeric_only=True).dropna(axis=1).T.to_string(), flush=True)
-    return workspace.out("kronecker")
+def estimated(
+    bench: Bench, layer: LinearLayer, metric: str, params: KroneckerParams
+) -> tuple[list[Eigen | None], list[FactorSampling]]:
+    """Eigenvalues and vectors of A and B (None for the identity) and what is known of their sampling."""
+    estimate = ESTIMATORS.lookup(params.estimator).estimate(Evidence(bench.statistics, layer, params))
+    variances = estimate.variances or (None, None)
+    eigen = [
+        torch.linalg.eigh(estimate.A.float()),
+        None if metric == "svd_llm" else torch.linalg.eigh(estimate.B.float()),
+    ]
+    return eigen, [FactorSampling(*pair) for pair in zip(estimate.samples, variances)]
 
 
-def decompose_factors(
-    sources: MetricSources, metric: str, layers: Sequence[LinearLayer]
-) -> dict[str, list[Eigen | None]]:
-    """Eigenvalues and vectors of both factors of every layer, float32; None for the identity. Equal factors of a group once."""
-    found, last, shared = {}, None, None
-    for layer in layers:
-        A, B = METRICS.lookup(metric)(sources, layer)
-        if last is None or not torch.equal(A, last):
-            last, shared = A, torch.linalg.eigh(A)
-        found[layer.name] = [shared, None if B is None else torch.linalg.eigh(B)]
-    return found
-
-
-def resolved(sources: MetricSources, metric: str, layer: LinearLayer, damping: tuple, eigen: list) -> tuple[float, ...]:
-    """δ of both sides as numbers."""
-    rules = [isinstance(rule, str) and side is not None for rule, side in zip(damping, eigen)]
-    if not any(rules):
-        return tuple(0.0 if side is None else delta for delta, side in zip(damping, eigen))
-    sampling = read_sampling(sources.kronecker, metric, layer.name)
+def resolved(damping: tuple, eigen: list[Eigen | None], sampling: list[FactorSampling]) -> tuple[float, ...]:
+    """δ of both sides as numbers; 0 for the identity."""
     return tuple(
-        0.0 if side is None else SHRINKAGES.lookup(rule)(side[0].double().clamp(min=0), known)
+        0.0
+        if side is None
+        else SHRINKAGES.lookup(rule)(side[0].double().clamp(min=0), known)
+        if isinstance(rule, str)
+        else rule
         for rule, side, known in zip(damping, eigen, sampling)
     )
 
