@@ -77,7 +77,7 @@ def main() -> None:
     )
     dense = perplexity(bench, "evaluation")
     print(
-        f"dense {dense:.2f}; ratios {RATIOS}\n{'setting':24} {'damping':26} {'tuning':>18} {'evaluation':>18}",
+        f"dense {dense:.2f}\n{'setting':24} ratio {'damping':30} {'used (median)':14} {'tuning':>10}",
         flush=True,
     )
     best = {name: compare_dampings(bench, name, DAMPINGS[1:2] if options.quick else DAMPINGS) for name in names}
