@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import resource_tracker
 
 import psutil
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
@@ -101,7 +102,8 @@ def _runs_ended() -> Iterator[None]:
     try:
         yield
     finally:
-        runs = set(psutil.Process().children()) - before
+        tracker = resource_tracker._resource_tracker._pid  # multiprocessing's own helper ends only with this process
+        runs = {child for child in psutil.Process().children() if child not in before and child.pid != tracker}
         for run in runs:
             with suppress(psutil.NoSuchProcess):
                 run.terminate()

@@ -116,7 +116,7 @@ def served(tmp_path_factory) -> Iterator[Served]:
             yield Served(folder, process, client, {**environment, "PREFECT_API_URL": url})
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(PATIENCE)
 
 
 def listening(port: int) -> bool:
