@@ -22,7 +22,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.dependence import RHO_FIELDS, measure_dependence
-from stages.errors import NumericalError
+from stages.errors import InputError, NumericalError
 from stages.gradient_pass import gradient_pass
 from stages.layers import LinearLayer, by_group, forward_hooks, input_gradient_hooks, linear_modules
 from stages.params import CaptureParams
@@ -52,6 +52,7 @@ def ask(folder: Path, model_folder: Path, table: Path, params: CaptureParams) ->
     """Unit of work: the first `capture.knowledge_questions` questions, one at a time.
 
     Raises:
+        InputError: a question has no tokens.
         NumericalError: a question's gradient is not finite and capture.skip_nonfinite is off.
     """
     model, layers = loaded_model(model_folder, params.dtype)
@@ -69,9 +70,18 @@ def ask(folder: Path, model_folder: Path, table: Path, params: CaptureParams) ->
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, question: dict) -> tuple[torch.Tensor, int]:
-    """Token ids [T] of a question with its right answer, as stage `evaluate` scores it, and where the answer begins."""
+    """Token ids [T] of a question with its right answer, as stage `evaluate` scores it, and where the answer begins.
+
+    Raises:
+        InputError: the tokenizer makes fewer than two tokens of it, so no token is predicted.
+    """
     text = question["question"]
     whole = tokenizer(f"{text} {question['choices'][question['answer']]}").input_ids
+    if len(whole) < 2:
+        raise InputError(
+            f"Stage 'capture': the tokenizer makes {len(whole)} tokens of question {text!r} and its answer. Mend the questions "
+            "(prepare.questions) or the tokenizer, or set capture.knowledge_questions: 0."
+        )
     return torch.tensor(whole), min(len(tokenizer(text).input_ids), len(whole) - 1)
 
 

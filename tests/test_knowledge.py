@@ -3,11 +3,12 @@
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import tiny_workspace
+from tiny import tiny_tokenizer, tiny_workspace
 from torch import nn
 from transformers import AutoTokenizer
 
 from stages import capture
+from stages.errors import InputError
 from stages.gradient_pass import loss_gradient
 from stages.knowledge import TABLE, encode_answer
 from stages.knowledge_view import knowledge_view, mass_shares, mean_rho
@@ -69,3 +70,8 @@ def test_the_view_sums_masses_and_averages_rho():
     assert mean_rho(rows) == pytest.approx({0: 0.3, 1: 0.5})
     page = str(knowledge_view(rows, []))
     assert "Where knowledge sits" in page and "37.5 %" in page.replace("\u202f", " ").replace("\xa0", " ")
+
+
+def test_a_question_without_tokens_is_named():
+    with pytest.raises(InputError, match="makes 0 tokens of question ''"):
+        encode_answer(tiny_tokenizer(), {"question": "", "choices": ["", "w3"], "answer": 0})
