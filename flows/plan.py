@@ -126,7 +126,8 @@ def plan_stage(stage: str, shapes: ModelShapes, params: Params, hardware: Hardwa
     workers = max(1, devices // each)
     cost = STAGE_COSTS.lookup(stage)(shapes, params, workers)
     moved = sum((demand.read + demand.written for demand, _ in cost.units.values()), start=0.0)
-    loads = cost.loads * min(workers, -(-workers * each // hardware.devices))
+    busy = min(workers, len(cost.units))  # a worker without a unit reads nothing
+    loads = cost.loads * min(busy, -(-busy * each // hardware.devices))
     plan = StagePlan(
         stage, None, len(cost.units), workers, each, cost.peak, cost.published, moved + loads, cost.memory, ""
     )
@@ -134,9 +135,9 @@ def plan_stage(stage: str, shapes: ModelShapes, params: Params, hardware: Hardwa
         return _changed(
             plan, limit=f"does not fit: a unit needs {each} devices ({cost.memory / 1e9:.0f} GB)" + _slices(stage)
         )
-    spent = {name: hardware.seconds(demand, cost.dtype, workers) for name, (demand, _) in cost.units.items()}
+    spent = {name: hardware.seconds(demand, cost.dtype, busy) for name, (demand, _) in cost.units.items()}
     tasks = {name: Task(hardware.unit + sum(spent[name].values()), after) for name, (_, after) in cost.units.items()}
-    start = hardware.start + hardware.seconds(Demand(read=cost.loads), cost.dtype, workers)["read"]
+    start = hardware.start + hardware.seconds(Demand(read=cost.loads), cost.dtype, busy)["read"]
     schedule = simulate(tasks, workers, start)
     joined = sum(hardware.seconds(cost.serial, cost.dtype, 1).values())
     head = hardware.stage + joined + cost.published / hardware.hash
