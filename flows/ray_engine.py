@@ -127,6 +127,7 @@ class _Batch:
         self.unfinished = set(units)
         self.losses: dict[str, int] = {}
         self.due: dict[str, float] = {}
+        self.untold: dict[UUID, State] = {}
         # a queue in front of the workers hides the time between two units; where units wait for others, order matters more
         self.window = engine.slots * (1 if any(unit.after for unit in units.values()) else 2)
 
@@ -140,7 +141,8 @@ class _Batch:
                     state: State = ray.get(reference)
                 except LOST as error:
                     state = Crashed(message=f"{type(error).__name__}: {error}")
-                    _tell(task_run, state)
+                    if not _tell(task_run, state):
+                        self.untold[task_run] = state
                 if state.is_crashed():
                     self._lose(name, state.message)
                     continue
@@ -177,7 +179,9 @@ class _Batch:
         self.due[name] = time.monotonic() + pause
 
     def cancel(self) -> None:
-        """Stop what is still in work: the stage ended early."""
+        """Stop what is still in work: the stage ended early. Tell of lost tasks that Prefect did not know of when they were."""
+        for task_run, state in self.untold.items():
+            _tell(task_run, state)
         for reference, (_, task_run) in self.working.items():
             ray.cancel(reference, force=True)
             _tell(task_run, Crashed(message="the stage ended"))
@@ -200,10 +204,15 @@ def _prepare_process() -> None:
     compute_deterministically()
 
 
-def _tell(task_run: UUID, state: State) -> None:
-    """Tell the Prefect API how a task ended that cannot tell it any more, if it knows of that task and is there."""
+def _tell(task_run: UUID, state: State) -> bool:
+    """Tell the Prefect API how a task ended that cannot tell it any more; whether it is there and knows of that task.
+
+    A worker's last events can arrive there after the news of its death.
+    """
     with suppress(HTTPError, ObjectNotFound), get_client(sync_client=True) as client:
         client.set_task_run_state(task_run, state, force=True)
+        return True
+    return False
 
 
 def _fitting(offered: Mapping[str, float], asked: Mapping[str, float]) -> int:

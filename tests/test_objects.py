@@ -14,6 +14,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from object_storage import BUCKET, READ_TIMEOUT, configure
+from project import command
 from tiny import tiny_workspace
 
 from flows.storage import check_store, clean_store, unnamed_objects
@@ -425,10 +426,9 @@ def test_a_run_goes_on_with_the_setting_changed(storage, prepared, local, tmp_pa
 @pytest.fixture
 def project(storage, tmp_path) -> Workspace:
     """A project with one shard on shared storage, and one object there that nothing names."""
-    from dvc.repo import Repo
-
-    Repo.init(str(tmp_path / "project"), no_scm=True).close()
     workspace = Workspace(tmp_path / "project")
+    workspace.root.mkdir()
+    command(workspace.root, "dvc", "init", "--no-scm", "--quiet", check=True)
     for name, seed in (("artifacts/capture/gradients/shard", 0), ("forgotten", 1)):
         write_shard(workspace.root / name, arrays(seed))
         offload_group(workspace.root / name)
