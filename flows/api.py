@@ -116,8 +116,10 @@ def _temporary_server(host: str) -> Iterator[str]:
     )
     try:
         _await_health(process, url)
-        yield url
-        _send_what_waits()
+        try:
+            yield url
+        finally:
+            _send_what_waits()  # of an interrupted run too: Prefect would try a server that is gone for minutes
     finally:
         process.terminate()
         try:
