@@ -65,7 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="fisherfold", description="Low-rank compression of language models, weighted by the Fisher information."
     )
     commands = parser.add_subparsers(title="commands", required=True)
+    _add_running(commands)
+    _add_looking(commands)
+    return parser
 
+
+def _add_running(commands: argparse._SubParsersAction) -> None:
+    """The commands that compute: run, serve, sweep, stage."""
     run = commands.add_parser("run", help="run the whole pipeline; stages that are up to date are skipped")
     _add_assignments(run, "change params.yaml first, e.g. ranks.ratio=0.4")
     run.add_argument("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage")
@@ -97,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("name", choices=STAGES)
     stage.set_defaults(command=_stage)
 
+
+def _add_looking(commands: argparse._SubParsersAction) -> None:
+    """The commands that tell or tidy: status, store, doctor, plan."""
     status = commands.add_parser("status", help="show which stages are up to date, interrupted or stale")
     status.set_defaults(command=_status)
     store = commands.add_parser("store", help="look after what FISHERFOLD_STORE holds of this project")
@@ -121,10 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--model", metavar="NAME", help="of data/shapes, a folder, a hub name (default: prepare.model)")
     plan.add_argument("--gpus", default="1", metavar="1,4,32", help="numbers of devices to plan for")
     plan.add_argument("--gpu", default="cpu", metavar="PROFILE", help="of data/hardware.yaml: cpu, a100, h100")
-    plan.add_argument("--set", dest="assignments", action="append", default=[], metavar="STAGE.KEY=VALUE")
+    _add_assignments(plan, "plan with this instead of what params.yaml says")
     plan.add_argument("--json", action="store_true", help="for machines")
     plan.set_defaults(command=_plan)
-    return parser
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
