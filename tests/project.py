@@ -1,5 +1,6 @@
 """A project folder as a fresh clone has it, in a temporary place."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -37,3 +38,11 @@ def command(
         text=True,
         **options,
     )
+
+
+def last_line(folder: Path, *words: str, hub: Path) -> dict:
+    """What a fresh Python without a hub prints last, as JSON; a question on the terminal finds no one there."""
+    environment = {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
+    process = command(folder, sys.executable, *words, environment=environment, stdin=subprocess.DEVNULL)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from project import last_line
 from tiny import FAMILIES
 from tiny_subspace import mixed_ranks, publish_ranks, subspace_workspace
 from transformers.pytorch_utils import Conv1D
@@ -37,16 +38,7 @@ def outcomes(tmp_path_factory):
         shard(root / "users" / family / "model", root / "users" / family / "sharded")
     elsewhere = root / "elsewhere"
     elsewhere.mkdir()
-    process = subprocess.run(
-        [sys.executable, "-I", str(SCRIPT), str(root / "users")],
-        cwd=elsewhere,
-        env={**os.environ, "HF_HOME": str(root / "hub"), "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    return last_line(elsewhere, "-I", str(SCRIPT), str(root / "users"), hub=root / "hub")
 
 
 def shard(folder, target):

@@ -1,12 +1,9 @@
 """The registered quantizer: with `import stages.runtime` checkpoints load without remote code, in a fresh interpreter."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from project import last_line
 from tiny import FAMILIES
 from tiny_subspace import mixed_ranks, publish_ranks, subspace_workspace
 
@@ -101,21 +98,9 @@ def outcomes(tmp_path_factory):
         tear(users / family / "model", users / family / "torn")
     found = {}
     for mode in ("check", "check_without_import"):
-        for family, row in in_fresh_interpreter(mode, root).items():
+        for family, row in last_line(Path.cwd(), "-c", SCRIPT, mode, str(root / "users"), hub=root / "hub").items():
             found[family] = found.get(family, {}) | row
     return found
-
-
-def in_fresh_interpreter(mode: str, root: Path) -> dict:
-    process = subprocess.run(
-        [sys.executable, "-c", SCRIPT, mode, str(root / "users")],
-        env={**os.environ, "HF_HOME": str(root / "hub"), "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.fixture(params=CHECKED)
