@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,6 +50,10 @@ def main() -> None:
     parser.add_argument("--storage", default=None, help="factors or pivoted, instead of params.yaml's")
     parser.add_argument("--seeds", default=None, help="calibration draws (prepare.seed), such as 0,1,2")
     parser.add_argument("--calibration", type=int, default=None, help="sequences of a draw, instead of params.yaml's")
+    parser.add_argument("--tuning", type=int, default=None, help="tuning sequences of a draw, likewise")
+    parser.add_argument(
+        "--draws", type=Path, default=None, help="folder to keep the draws in, for a run that goes on from them"
+    )
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     project = options.project.resolve()
@@ -57,50 +62,59 @@ def main() -> None:
     ratios = [float(ratio) for ratio in options.ratios.split(",")]
     if options.seeds:
         seeds = [int(seed) for seed in options.seeds.split(",")]
-        return report_draws(measure_draws(project, params, runs, ratios, seeds, options.calibration))
+        sizes = {"calibration_sequences": options.calibration, "tuning_sequences": options.tuning}
+        drawn = params.prepare.model_copy(update={name: size for name, size in sizes.items() if size})
+        params = params.model_copy(update={"prepare": drawn})
+        with keeping(options.draws, project) as folder:
+            return report_draws(measure_draws(project, folder, params, runs, ratios, seeds))
     combinations = [Cell(metric, allocator, ratio) for metric, allocator in runs for ratio in ratios]
     rows = sweep(Workspace(project), combinations, [f"ranks.storage={options.storage}"] if options.storage else [])
     print_results(rows)
     report({(row["metric"], row["allocator"], row["ratio"]): row for row in rows}, ratios[0])
 
 
+def keeping(folder: Path | None, project: Path) -> AbstractContextManager[str]:
+    """A folder for the draws: `folder`, or one in the project that goes away."""
+    return nullcontext(str(folder.resolve())) if folder else tempfile.TemporaryDirectory(dir=project, suffix=".partial")
+
+
 def measure_draws(
-    project: Path, params: Params, runs: list[tuple], ratios: list[float], seeds: list[int], calibration: int | None
+    project: Path, folder: str, params: Params, runs: list[tuple], ratios: list[float], seeds: list[int]
 ) -> dict[tuple, float]:
     """Perplexity over that of the dense model by (metric, allocator, ratio, seed), printed as they come."""
     print(f"{'seed':>4} {'metric':10} {'allocator':12} {'ratio':>5} {'dense':>8} {'compressed':>12} {'× dense':>8}")
     found: dict[tuple, float] = {}
     for seed in seeds:
-        with tempfile.TemporaryDirectory(dir=project, suffix=".partial") as folder:
-            drawn = params.prepare.model_copy(
-                update={"seed": seed, "calibration_sequences": calibration or params.prepare.calibration_sequences}
-            )
-            workspace = draw(project, Path(folder), params.model_copy(update={"prepare": drawn}))
-            dense, last = perplexity(workspace, {}), None
-            for metric, allocator in runs:
-                if metric != last:
-                    subspace.run(workspace, params.subspace.model_copy(update={"metric": metric}))
-                    last = metric
-                for ratio in ratios:
-                    ranks.run(workspace, params.ranks.model_copy(update={"allocator": allocator, "ratio": ratio}))
-                    compressed = perplexity(workspace, read_ranks(workspace))
-                    found[metric, allocator, ratio, seed] = compressed / dense
-                    print(
-                        f"{seed:4} {metric:10} {allocator:12} {ratio:5.2f} {dense:8.2f} {compressed:12.2f} {compressed / dense:8.3f}",
-                        flush=True,
-                    )
+        drawn = params.prepare.model_copy(update={"seed": seed})
+        workspace = draw(project, Path(folder) / f"seed-{seed}", params.model_copy(update={"prepare": drawn}))
+        dense, last = perplexity(workspace, {}), None
+        for metric, allocator in runs:
+            if metric != last:
+                subspace.run(workspace, params.subspace.model_copy(update={"metric": metric}))
+                last = metric
+            for ratio in ratios:
+                ranks.run(workspace, params.ranks.model_copy(update={"allocator": allocator, "ratio": ratio}))
+                compressed = perplexity(workspace, read_ranks(workspace))
+                found[metric, allocator, ratio, seed] = compressed / dense
+                print(
+                    f"{seed:4} {metric:10} {allocator:12} {ratio:5.2f} {dense:8.2f} {compressed:12.2f} {compressed / dense:8.3f}",
+                    flush=True,
+                )
     return found
 
 
 def draw(project: Path, folder: Path, params: Params) -> Workspace:
     """A workspace with the project's model, tables drawn by ``params.prepare.seed``, and the stages up to kronecker."""
     source, workspace = Workspace(project), Workspace(folder)
-    shutil.copytree(source.out("prepare"), workspace.out("prepare"), copy_function=os.link)
-    corpus, questions = find_corpus(source, params.prepare), find_questions(source, params.prepare)
-    prepare.write_tables(folder, workspace.model, corpus, questions, params.prepare)
-    shutil.copytree(folder / "tables", workspace.table("tuning").parent)
-    capture.run(workspace, params.capture.model_copy(update={"gradients": "none", "knowledge_questions": 0}))
-    kronecker.run(workspace, params.kronecker)
+    if not workspace.table("tuning").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(source.out("prepare"), workspace.out("prepare"), copy_function=os.link)
+        corpus, questions = find_corpus(source, params.prepare), find_questions(source, params.prepare)
+        prepare.write_tables(folder, workspace.model, corpus, questions, params.prepare)
+        shutil.copytree(folder / "tables", workspace.table("tuning").parent)
+    sums = {"gradients": "none", "knowledge_questions": 0, "tokens_per_sequence": 0}
+    capture.run(workspace, params.capture.model_copy(update=sums))
+    kronecker.run(workspace, params.kronecker.model_copy(update={"diagnostics": "none", "dependence_draws": 0}))
     return workspace
 
 
