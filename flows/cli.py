@@ -163,8 +163,9 @@ def _read_engine_options(options: argparse.Namespace) -> "Settings":
 
 
 def _choose_engine(options: argparse.Namespace) -> None:
-    from flows.doctor import check_cluster, require
+    from flows.cluster_checks import check_cluster
     from flows.engines import require_engine
+    from flows.findings import require
 
     settings = _read_engine_options(options)
     require_engine(settings)
@@ -287,7 +288,8 @@ def _clean_store(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from flows.doctor import examine, print_findings
+    from flows.doctor import examine
+    from flows.findings import print_findings
 
     return print_findings(examine(workspace_here(), _read_engine_options(options)))
 

@@ -4,8 +4,11 @@ import fcntl
 import hashlib
 import os
 import platform
+import secrets
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -73,6 +76,24 @@ def code_digest() -> str:
         for path in sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.py")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def locked_probe(folder: Path) -> Iterator[Path | None]:
+    """A file in `folder` with a text of its own, locked while the block runs; None if it cannot be locked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"doctor-{secrets.token_hex(8)}.partial"
+    path.write_text(path.stem)
+    try:
+        with path.open("r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield None
+            else:
+                yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def is_excluded(path: Path) -> bool | None:

@@ -1,0 +1,47 @@
+"""What a check of `fisherfold doctor` found, and what is done with it: shown, or a run is refused."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from stages.errors import EngineError
+
+Level = Literal["ok", "warn", "fail"]
+
+
+class Outcome(NamedTuple):
+    """What a check found: nothing (ok), something to know (warn), something that stops a run (fail)."""
+
+    level: Level
+    says: str
+    cure: str = ""
+
+
+class Finding(NamedTuple):
+    """An outcome with the name of its check."""
+
+    check: str
+    level: Level
+    says: str
+    cure: str = ""
+
+
+def require(findings: Sequence[Finding]) -> None:
+    """Raise EngineError if one of the findings stops a run; it holds all of them, with their cures."""
+    stops = [f"{finding.check}: {finding.says}. {finding.cure}." for finding in findings if finding.level == "fail"]
+    if stops:
+        raise EngineError("; ".join(stops) + " `fisherfold doctor` checks again.")
+
+
+def print_findings(findings: Sequence[Finding]) -> int:
+    """Print a table; return the exit status, 1 if something stops a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    table = Table(box=None, pad_edge=False)
+    for heading in ("check", "", "what", "cure"):
+        table.add_column(heading, overflow="fold")
+    for check, level, says, cure in findings:
+        table.add_row(check, f"[{styles[level]}]{level}[/]", says, cure)
+    Console().print(table)
+    return int(any(finding.level == "fail" for finding in findings))
