@@ -4,6 +4,7 @@
     python benchmarks/throughput.py --project FOLDER         # ranks of `fisher` from that project's spectra
     python benchmarks/throughput.py --quick                  # ratio 0.4, prefill of one sequence and decoding
     python benchmarks/throughput.py --round-to 1             # ranks as they come, not multiples of 32
+    python benchmarks/throughput.py --side inputs            # ranks.storage: pivoted_inputs
 
 The model has the shapes of SmolLM2-135M (or the project's) and random weights, for time depends on shapes alone. Prefill is a pass
 over 512 tokens that returns the last logits; decoding adds tokens one by one to a cache of 128. Dense, pivoted and plain factors of
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--uses", default=",".join(USES))
     parser.add_argument("--round-to", type=int, default=32)
+    parser.add_argument("--side", choices=("shorter", "outputs", "inputs"), default="shorter", help="that is pivoted")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=None, help="all cores if not given")
     parser.add_argument("--quick", action="store_true")
@@ -82,7 +84,7 @@ def main() -> None:
         for ratio in map(float, options.ratios.split(",")):
             plan = plan_layers(layers, options.project, ratio, options.round_to)
             models = {"dense": dense} | {
-                storage: compressed_model(dense, plan, storage) for storage in ("pivoted", "plain")
+                storage: compressed_model(dense, plan, storage, options.side) for storage in ("pivoted", "plain")
             }
             for use in options.uses.split(","):
                 cells.append({"dtype": dtype, "ratio": ratio, "use": use} | measure(models, plan, use, options.repeats))
@@ -111,7 +113,7 @@ def plan_layers(
     return {layer.name: (layer, choice.rank, sum(choice.numbers)) for layer, choice in zip(layers, choices)}
 
 
-def compressed_model(dense: PreTrainedModel, plan: Mapping[str, tuple], storage: str) -> PreTrainedModel:
+def compressed_model(dense: PreTrainedModel, plan: Mapping[str, tuple], storage: str, side: str) -> PreTrainedModel:
     """A copy of the dense model (untouched weights shared) with random layers of the planned ranks."""
     torch.manual_seed(0)
     model = type(dense)(dense.config).to(dense.dtype).eval()
@@ -121,7 +123,7 @@ def compressed_model(dense: PreTrainedModel, plan: Mapping[str, tuple], storage:
         n, m = layer.outputs, layer.inputs
         if numbers >= n * m:
             continue
-        kind = "zero" if not rank else "factors" if storage == "plain" else runtime_side(n, m)
+        kind = "zero" if not rank else "factors" if storage == "plain" else pivoted_kind(n, m, side)
         new = runtime.replace(model.get_submodule(name), kind, rank).to(dense.dtype).eval()
         if hasattr(new, "order"):
             new.order = torch.randperm(len(new.order))
@@ -129,8 +131,8 @@ def compressed_model(dense: PreTrainedModel, plan: Mapping[str, tuple], storage:
     return model
 
 
-def runtime_side(n: int, m: int) -> str:
-    return "pivoted_outputs" if n <= m else "pivoted_inputs"
+def pivoted_kind(n: int, m: int, side: str) -> str:
+    return f"pivoted_{side}" if side != "shorter" else "pivoted_outputs" if n <= m else "pivoted_inputs"
 
 
 def prefill(batch: int) -> Callable[[PreTrainedModel], Callable[[], None]]:

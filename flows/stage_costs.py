@@ -13,6 +13,7 @@ import torch
 
 from flows.shapes import ModelShapes
 from stages.capture import disk_bytes
+from stages.cost import PIVOTED_SIDES
 from stages.evaluate import BATCHES_PER_SHARD, QUESTIONS_PER_UNIT
 from stages.gram import NARROWEST, STRIPES
 from stages.layer_sums import GRADIENT_FORMS, Shapes
@@ -355,7 +356,7 @@ def gauge_demand(layer: LinearLayer, keep: float, storage: str) -> Demand:
     """Of a layer that keeps the share `keep` of its numbers: pivoted QR, rounding with feedback, and three products."""
     n, m = float(layer.outputs), float(layer.inputs)
     rank = kept_rank(n, m, keep, storage)
-    pivoting = 4 * min(n, m) * rank**2 + 2 * rank**2 * (n + m) if storage == "pivoted" else 0.0
+    pivoting = 4 * min(n, m) * rank**2 + 2 * rank**2 * (n + m) if storage in PIVOTED_SIDES else 0.0
     return Demand(host=pivoting + 6 * n * m * rank, read=4 * rank * (n + m) + 4 * n * m, written=4 * keep * n * m)
 
 

@@ -6,6 +6,7 @@ changes them).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -37,7 +38,9 @@ class Stored:
 Format = Callable[[Site, np.ndarray], Stored]
 FORMATS: Registry[Format] = Registry("ranks.storage")
 """What a site of rank r stores, by format: (site, ranks) -> Stored."""
-ALLOWED_FORMATS = {"factors": ("factors",), "pivoted": ("pivoted", "factors")}
+PIVOTED_SIDES = {"pivoted": None, "pivoted_outputs": "outputs", "pivoted_inputs": "inputs"}
+"""Formats in the pivoted gauge, and their side; None is the shorter one, whose order is the smaller. Layers that share inputs pivot those."""
+ALLOWED_FORMATS = {"factors": ("factors",)} | {name: (name, "factors") for name in PIVOTED_SIDES}
 """Formats that a value of ``ranks.storage`` may use: for few ranks a pivot order costs more than it saves."""
 
 
@@ -47,14 +50,15 @@ def plain_factors(site: Site, ranks: np.ndarray) -> Stored:
     return Stored(ranks * (site.outputs + site.inputs), np.zeros_like(ranks))
 
 
-@FORMATS.register("pivoted")
-def pivoted_factors(site: Site, ranks: np.ndarray) -> Stored:
-    """Pivoted factors and their order: r(n + m − r) + k; nothing at rank 0. See ``stages.pivoted``.
-
-    The order is that of the shorter side, but of the inputs where layers share them.
-    """
-    order = site.inputs if len(site.layers) > 1 else site.full_rank
+def pivoted_factors(site: Site, ranks: np.ndarray, side: str | None) -> Stored:
+    """Pivoted factors and the order of their side: r(n + m − r) + n, m or k; nothing at rank 0. See ``stages.pivoted``."""
+    orders = {"outputs": site.outputs, "inputs": site.inputs, None: site.full_rank}
+    order = orders["inputs" if len(site.layers) > 1 else side]
     return Stored(ranks * (site.outputs + site.inputs - ranks), np.where(ranks > 0, order, 0))
+
+
+for _name, _side in PIVOTED_SIDES.items():
+    FORMATS.register(_name)(partial(pivoted_factors, side=_side))
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ templates/modeling_fisherfold.py.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
+from stages.cost import PIVOTED_SIDES
 from stages.pivoted import Pivoted, pivot_factors
 from stages.registry import Registry
 from stages.rounding import nearest, round_pivoted
@@ -44,10 +46,9 @@ def plain_factors(left: np.ndarray, right: np.ndarray, dtype: torch.dtype) -> Ga
     return GaugedLayer("factors", {"up.weight": nearest(left, dtype), "down.weight": nearest(right, dtype)})
 
 
-@GAUGES.register("pivoted")
-def pivoted_factors(left: np.ndarray, right: np.ndarray, dtype: torch.dtype) -> GaugedLayer:
-    """The pivoted gauge (PivGa), on the side with the shorter order."""
-    stored = round_pivoted(pivot_factors(left, right), dtype)
+def pivoted_factors(left: np.ndarray, right: np.ndarray, dtype: torch.dtype, side: str | None) -> GaugedLayer:
+    """The pivoted gauge (PivGa) on a side, None being that with the shorter order."""
+    stored = round_pivoted(pivot_factors(left, right, side), dtype)
     up, down = (stored.rest, stored.pivot) if stored.side == "outputs" else (stored.pivot, stored.rest)
     parameters = {"up.weight": up, "down.weight": down, "order": stored.order}
     return GaugedLayer(f"pivoted_{stored.side}", parameters, stored.largest_coefficient)
@@ -71,12 +72,16 @@ def shared_factors(left: np.ndarray, right: np.ndarray, dtype: torch.dtype):
     return "shared_factors", nearest(left, dtype), {"down.weight": nearest(right, dtype)}, 0.0
 
 
-@SHARED_GAUGES.register("pivoted")
 def shared_pivoted_factors(left: np.ndarray, right: np.ndarray, dtype: torch.dtype):
     """The pivoted gauge on the side of the inputs, which the layers share: z = x_pivot + rest x_rest."""
     stored = round_pivoted(pivot_factors(left, right, "inputs"), dtype)
     right_factor = {"down.rest.weight": stored.rest, "down.order": stored.order}
     return "shared_pivoted_inputs", stored.pivot, right_factor, stored.largest_coefficient
+
+
+for _name, _side in PIVOTED_SIDES.items():
+    GAUGES.register(_name)(partial(pivoted_factors, side=_side))
+    SHARED_GAUGES.register(_name)(shared_pivoted_factors)
 
 
 def gauge_site(lefts: Sequence[np.ndarray], right: np.ndarray, storage: str, dtype: torch.dtype) -> list[GaugedLayer]:

@@ -125,7 +125,7 @@ class RanksParams(ComputeBlock):
     ratio: Share = 0.2
     budget: str = "parameters"
     allocator: str = "fisher"
-    storage: Literal["factors", "pivoted"] = "pivoted"
+    storage: Literal["factors", "pivoted", "pivoted_outputs", "pivoted_inputs"] = "pivoted"
     round_to: Count = 1
     floor: Floor | dict[str, Floor] = 0.0
     ceiling: Ceiling | dict[str, Ceiling] = 1.0

@@ -68,5 +68,7 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
     "fermigrad": (FERMIGRAD,),
     "ilp": (LEMS,),
     "pivoted": (FERMIGRAD, PIFA),
+    "pivoted_outputs": (FERMIGRAD, PIFA),
+    "pivoted_inputs": (FERMIGRAD, PIFA),
 }
 """Metrics, estimators, allocators and storage formats; one that is absent needs no paper or is this project's own."""

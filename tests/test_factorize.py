@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from stages import factorize
 from stages.architecture import dense_architecture
 from stages.checkpoint import read_tensors
+from stages.cost import FORMATS
 from stages.errors import CorruptArtifact, InputError, NotEnoughDisk
 from stages.layers import read_layers
 from stages.params import FactorizeParams
@@ -75,7 +76,7 @@ def test_the_dense_export_is_the_truncated_model(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize("storage", FORMATS)
 def test_shared_right_factors_are_stored_once(tmp_path, family, storage):
     """Every layer of a site is its part of the truncated stacked weight; the right factor is with the first."""
     workspace = subspace_workspace(tmp_path, family, shared=True)

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.cost import FORMATS, PIVOTED_SIDES
 from stages.gauges import gauge, product
 from stages.pivoted import BOUND, interpolate, pivot_factors
 from stages.rounding import nearest, round_pivoted, round_with_feedback
@@ -109,11 +110,13 @@ def test_error_feedback_beats_rounding_to_nearest_under_its_own_metric():
     assert np.array_equal(identity, nearest(values, torch.bfloat16))
 
 
-@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize("storage", FORMATS)
 def test_float32_gauges_are_exact_to_float32(storage):
     left, right = factors(40, 30, 12)
     stored = gauge(left, right, storage, torch.float32)
     assert relative_error(product(stored.kind, stored.parameters, 40, 30), left @ right) < 3e-7
+    side = PIVOTED_SIDES.get(storage) or "inputs"  # the shorter one
+    assert stored.kind == ("factors" if storage == "factors" else f"pivoted_{side}")
 
 
 def test_a_product_of_rank_0_has_no_parameters():

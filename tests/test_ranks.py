@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from tiny_subspace import subspace_workspace
 
 from stages import factorize, ranks
+from stages.cost import FORMATS
 from stages.errors import CorruptArtifact, NumericalError, ParameterError
 from stages.layers import LinearLayer, read_layers
 from stages.limits import Limits
@@ -29,7 +30,7 @@ def run(workspace, **params):
 
 
 @pytest.mark.parametrize("allocator", ["uniform", "fisher"])
-@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize("storage", FORMATS)
 def test_rows_and_budget(workspace, allocator, storage):
     rows, budget = run(workspace, ratio=0.4, allocator=allocator, storage=storage)
     layers = read_layers(workspace.out("ranks"))
@@ -82,7 +83,7 @@ def test_rank_0_is_allowed_and_said(workspace, capsys):
     assert dropped[0] in said
 
 
-@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize("storage", FORMATS)
 def test_a_budget_of_the_models_bytes(workspace, storage):
     """What factorize counts of the whole model is within the budget, by less than a rank of a layer."""
     rows, budget = run(workspace, ratio=0.2, budget="model_bytes", storage=storage)
