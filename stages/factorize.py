@@ -82,13 +82,20 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         dense = {name: tensor.cast(dtype) for name, tensor in stored.items()}
         scratch.require_disk(count_bytes(dense) * (2 + params.dense_export + params.gguf_export))
         low_rank = [site for site in sites if plan[site.name]["storage"] != DENSE]
-        bases = workspace.out("subspace") / "bases"
+        bases = dict.fromkeys((site.name for site in low_rank), workspace.out("subspace") / "bases")
         if params.alternations:
-            layers = {site.name: site.layers[0] for site in low_rank}
+            layers = {site.name: site.layers[0] for site in low_rank if plan[site.name]["rank"]}
             ranks = {name: plan[name]["rank"] for name in layers}
-            bases = refined_bases(scratch, workspace, layers, ranks, params.alternations)
+            bases |= dict.fromkeys(layers, refined_bases(scratch, workspace, layers, ranks, params.alternations))
         units = {
-            site.name: (bases, workspace.model, site, plan[site.name]["rank"], plan[site.name]["storage"], dtype)
+            site.name: (
+                bases[site.name],
+                workspace.model,
+                site,
+                plan[site.name]["rank"],
+                plan[site.name]["storage"],
+                dtype,
+            )
             for site in low_rank
         }
         folders = scratch.map("factorizing layers", factorize_site, units)

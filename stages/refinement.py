@@ -30,7 +30,7 @@ def refined_bases(
         scratch: of the stage that asks.
         workspace: the project.
         layers: by name.
-        ranks: k of the layers that are to be refined.
+        ranks: k > 0 of the layers that are to be refined.
         sweeps: alternations at most.
 
     Raises:
@@ -40,11 +40,7 @@ def refined_bases(
     table = pq.read_table(workspace.out("subspace") / "diagnostics.parquet").to_pylist()
     dampings = {row["module"]: (row["input_damping"], row["output_damping"]) for row in table}
     folders = workspace.model, workspace.out("subspace") / "bases", workspace.out("kronecker") / "factors"
-    units = {
-        f"refined.{name}": (*folders, layers[name], rank, dampings[name], sweeps)
-        for name, rank in ranks.items()
-        if rank > 0
-    }
+    units = {f"refined.{name}": (*folders, layers[name], rank, dampings[name], sweeps) for name, rank in ranks.items()}
     done = scratch.map("refining under the sum of pairs", refine_layer, units)
     target = scratch.units / "refined"
     gather_groups(target, [folder / "bases" for folder in done.values()])

@@ -24,7 +24,12 @@ FACTS = {"name": "/somewhere/tiny", "origin": "local", "licence": None, "digest"
 
 
 def subspace_workspace(
-    root: Path, family: str = "llama", seed: int = 0, dense: dict[str, str] | None = None, shared: bool = False
+    root: Path,
+    family: str = "llama",
+    seed: int = 0,
+    dense: dict[str, str] | None = None,
+    shared: bool = False,
+    metric: str = "svd",
 ) -> Workspace:
     """`dense` names sites that the metric says nothing about, which have no basis; `shared`: layers of a group are one site."""
     workspace = Workspace(root)
@@ -33,11 +38,13 @@ def subspace_workspace(
         (out / "prepare.json").write_text(json.dumps({"model": FACTS}))
     write_sequences(workspace.table("tuning"), random_ids(2, 12).numpy(), [["a"], ["b"]], VOCABULARY)
     layers = find_layers(load_model(workspace.model, torch.float32))
-    publish_subspace(workspace, layers, dense or {}, shared)
+    publish_subspace(workspace, layers, dense or {}, shared, metric)
     return workspace
 
 
-def publish_subspace(workspace: Workspace, layers: list[LinearLayer], dense: dict[str, str], shared: bool) -> None:
+def publish_subspace(
+    workspace: Workspace, layers: list[LinearLayer], dense: dict[str, str], shared: bool, metric: str
+) -> None:
     rows, arrays = [], {}
     with Scratch(workspace, "capture", CaptureParams(), {}) as scratch, scratch.publish() as out:
         write_layers(out, layers)  # all that is looked at of it here
@@ -55,9 +62,15 @@ def publish_subspace(workspace: Workspace, layers: list[LinearLayer], dense: dic
             arrays[f"{site.name}/right"] = (root[:, None] * right).float()
             rows += [{"module": site.name, "component": i, "sigma": value} for i, value in enumerate(sigma.tolist())]
         write_arrays(out / "bases", arrays)
+        damped = [
+            {"module": row["module"], "input_damping": 0.0, "output_damping": 0.0}
+            for row in rows
+            if not row["component"]
+        ]
+        pq.write_table(pa.Table.from_pylist(damped), out / "diagnostics.parquet")
         schema = pa.schema([("module", pa.string()), ("component", pa.int32()), ("sigma", pa.float64())])
         pq.write_table(pa.Table.from_pylist(rows, schema), out / "spectra.parquet")
-        facts = {"metric": "svd", "input_damping": 0.01, "dense": dense, "shared": shared}
+        facts = {"metric": metric, "input_damping": 0.01, "dense": dense, "shared": shared}
         (out / "subspace.json").write_text(json.dumps(facts))
         write_layers(out, layers)
 
