@@ -5,8 +5,9 @@
     python benchmarks/throughput.py --quick                  # ratio 0.4, prefill of one sequence and decoding
     python benchmarks/throughput.py --round-to 1             # ranks as they come, not multiples of 32
     python benchmarks/throughput.py --side inputs            # ranks.storage: pivoted_inputs
+    python benchmarks/throughput.py --shapes llama-7b --blocks 2 --ratios 0.4,0.6 --uses 'prefill 1,decode 1' --repeats 3    # larger layers
 
-The model has the shapes of SmolLM2-135M (or the project's) and random weights, for time depends on shapes alone. Prefill is a pass
+The model has the shapes of SmolLM2-135M (or of another file in data/shapes, or the project's) and random weights, for time depends on shapes alone. Prefill is a pass
 over 512 tokens that returns the last logits; decoding adds tokens one by one to a cache of 128. Dense, pivoted and plain factors of
 the same ranks take turns; medians.
 
@@ -16,6 +17,7 @@ and s the share of their numbers that is stored. `products` is the bound with th
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -26,9 +28,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from ruamel.yaml import YAML
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from stages.allocation import ALLOCATORS, allocate, pose
 from stages.cost import choose_storage
@@ -38,16 +41,7 @@ from stages.ranks import read_spectra
 from stages.sites import find_sites
 from stages.templates import modeling_fisherfold as runtime
 
-SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
+SHAPES = Path(__file__).parents[1] / "data/shapes"
 TARGET = 0.9  # of the bound, at ratios 0.4 and 0.6
 PREFILL, CONTEXT, DECODED = 512, 128, 8
 ALLOCATION = {
@@ -62,6 +56,8 @@ ALLOCATION = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--project", type=Path, default=None)
+    parser.add_argument("--shapes", default="smollm2-135m-instruct", help="a file in data/shapes")
+    parser.add_argument("--blocks", type=int, default=None, help="decoder blocks, instead of all of them")
     parser.add_argument("--ratios", default="0.2,0.4,0.6")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--uses", default=",".join(USES))
@@ -79,7 +75,7 @@ def main() -> None:
     print(f"{'dtype':9} {'ratio':>5} {'use':10} {'dense':>9} {'share':>6} {'stored':>6} {'bound':>6}", end="")
     print(f" {'pivoted':>8} {'plain':>6} {'of bound':>8} {'products':>8} {'of these':>8}")
     for dtype in options.dtypes.split(","):
-        dense = dense_model(options.project, getattr(torch, dtype))
+        dense = dense_model(read_config(options), getattr(torch, dtype))
         layers = find_layers(dense)
         for ratio in map(float, options.ratios.split(",")):
             plan = plan_layers(layers, options.project, ratio, options.round_to)
@@ -92,10 +88,17 @@ def main() -> None:
     report(cells)
 
 
-def dense_model(project: Path | None, dtype: torch.dtype) -> PreTrainedModel:
+def read_config(options: argparse.Namespace) -> PreTrainedConfig:
+    if options.project:
+        return AutoConfig.from_pretrained(options.project / "artifacts/prepare/model")
+    shapes = YAML(typ="safe").load(SHAPES / f"{options.shapes}.yaml")
+    blocks = {"num_hidden_layers": options.blocks} if options.blocks else {}
+    return AutoConfig.for_model(**shapes | blocks)
+
+
+def dense_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The dense model with random weights."""
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(project / "artifacts/prepare/model") if project else LlamaConfig(**SMOLLM2)
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
@@ -116,9 +119,7 @@ def plan_layers(
 def compressed_model(dense: PreTrainedModel, plan: Mapping[str, tuple], storage: str, side: str) -> PreTrainedModel:
     """A copy of the dense model (untouched weights shared) with random layers of the planned ranks."""
     torch.manual_seed(0)
-    model = type(dense)(dense.config).to(dense.dtype).eval()
-    model.load_state_dict(dense.state_dict(), assign=True)
-    model.tie_weights()
+    model = copy.deepcopy(dense, {id(weight): weight for weight in dense.parameters()})
     for name, (layer, rank, numbers) in plan.items():
         n, m = layer.outputs, layer.inputs
         if numbers >= n * m:
