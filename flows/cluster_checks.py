@@ -157,7 +157,7 @@ def _connected(address: str):
         if ours:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
     except Exception as error:  # Ray raises what it likes: ConnectionError, RuntimeError, its own
-        raise EngineError(f"Ray at {address} cannot be joined: {error}") from None
+        raise EngineError(f"Ray at {address} cannot be joined: {' '.join(str(error).split())}") from None
     try:
         yield ray
     finally:

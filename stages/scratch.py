@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
@@ -37,7 +38,18 @@ from stages.workspace import MANIFEST, Workspace, code_digest, describe_files, d
 UNIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 SYNC_THREADS = 16
 DISK_RESERVE = 64 * 2**20  # bytes left free for everything else on the disk
-SIGHT_SECONDS = 60.0  # that a unit written on another host may take to appear here: file systems cache folders
+SIGHT_SECONDS = 60.0  # that what another host has written may take to appear here: file systems cache folders
+SHARED = "The project folder has to lie on a file system that all nodes share, under one path; `fisherfold doctor` names those without."
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where the units of a stage are written and by which source text; sent with each to the process that computes it."""
+
+    stage: str
+    code: str
+    units: Path
+    threads: int | None
 
 
 class Scratch:
@@ -122,7 +134,7 @@ class Scratch:
         if len(pending) < len(units):
             announce(self.stage, f"{doing}: {len(units) - len(pending)} of {len(units)} units are finished already")
         yield from [name for name in units if name in self._finished]
-        write = partial(write_unit, self.units, self.threads)
+        write = partial(write_unit, Desk(self.stage, code_digest(self.stage), self.units, self.threads))
         for name, files in track(self.stage, doing, current_engine().run(write, pending), len(pending)):
             self._list(name, files)
             yield name
@@ -189,16 +201,36 @@ class Scratch:
         return finished
 
 
-def write_unit(units: Path, threads: int | None, name: str, unit: Unit) -> Files:
-    """Run one unit, here and now, into ``units/name``; return its files. Runs on whichever host the engine chose."""
-    attempt = attempt_folder(units, name)
+def write_unit(desk: Desk, name: str, unit: Unit) -> Files:
+    """Run one unit, here and now, into ``units/name``; return its files. Runs on whichever host the engine chose.
+
+    Raises:
+        EngineError: this host must not, see `require_fellow`; and whatever the unit raises.
+    """
+    require_fellow(desk)
+    attempt = attempt_folder(desk.units, name)
     try:
-        with computing_threads(threads):
+        with computing_threads(desk.threads):
             unit.work(attempt, *unit.arguments)
-        return finish_unit(attempt, units / name)
+        return finish_unit(attempt, desk.units / name)
     except BaseException:
         shutil.rmtree(attempt.parent, ignore_errors=True)
         raise
+
+
+def require_fellow(desk: Desk) -> None:
+    """Refuse to compute where the result could differ from that of other hosts, or never reach them.
+
+    Raises:
+        EngineError: this host has another source text, or does not see the stage's scratch folder.
+    """
+    if code_digest(desk.stage) != desk.code:
+        raise EngineError(
+            f"Stage {desk.stage!r}: {socket.gethostname()} has fisherfold with another source text, so its results could differ. "
+            "Install the same version on all nodes; `fisherfold doctor` compares them."
+        )
+    if not _comes_true(desk.units.is_dir):
+        raise EngineError(f"Stage {desk.stage!r}: {desk.units} is not to be seen on {socket.gethostname()}. {SHARED}")
 
 
 def attempt_folder(units: Path, name: str) -> Path:
@@ -227,14 +259,21 @@ def require_sight(folder: Path, files: Files, stage: str) -> None:
     Raises:
         EngineError: it does not, so that the workers' file system is not this one.
     """
+    if not _comes_true(lambda: not any(file_fault(folder / name, file) for name, file in files.items())):
+        raise EngineError(
+            f"Stage {stage!r}: a worker has written unit {folder.name!r} and {folder} is not to be seen in full on "
+            f"{socket.gethostname()}. {SHARED}"
+        )
+
+
+def _comes_true(condition: Callable[[], bool]) -> bool:
+    """Whether a condition that depends on what another host has written holds within SIGHT_SECONDS."""
     deadline = time.monotonic() + SIGHT_SECONDS
-    while any(file_fault(folder / name, file) for name, file in files.items()):
+    while not condition():
         if time.monotonic() > deadline:
-            raise EngineError(
-                f"Stage {stage!r}: a worker has written unit {folder.name!r} and {folder} is not to be seen in full on "
-                f"{socket.gethostname()}. The project folder has to lie on a file system that all nodes share, under one path."
-            )
+            return False
         time.sleep(0.2)
+    return True
 
 
 def _check_name(name: str) -> None:

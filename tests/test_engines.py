@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from stages import scratch
 from stages.determinism import computing_threads
 from stages.engine import Files, Unit, use_engine
 from stages.errors import EngineError, ParameterError
-from stages.scratch import Scratch, attempt_folder, finish_unit, write_unit
-from stages.workspace import Workspace
+from stages.scratch import Desk, Scratch, attempt_folder, finish_unit, write_unit
+from stages.workspace import Workspace, code_digest
 
 
 class NoParams(BaseModel):
@@ -47,10 +48,25 @@ def test_of_two_attempts_at_a_unit_the_first_stays(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["unit"]
 
 
+def desk(folder: Path, **changes: object) -> Desk:
+    return replace(Desk("report", code_digest("report"), folder, None), **changes)
+
+
 def test_a_failed_attempt_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
-        write_unit(tmp_path, None, "unit", Unit(write_number, ()))
+        write_unit(desk(tmp_path), "unit", Unit(write_number, ()))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"code": "another"}, "another source text"), ({"units": Path("/nowhere")}, "is not to be seen on")],
+)
+def test_a_host_that_could_compute_something_else_or_in_vain_refuses(tmp_path, monkeypatch, changes, says):
+    monkeypatch.setattr(scratch, "SIGHT_SECONDS", 0.1)
+    with pytest.raises(EngineError, match=says):
+        write_unit(desk(tmp_path, **changes), "unit", Unit(write_number, (1,)))
+    assert not list(tmp_path.iterdir()) and not Path("/nowhere").exists()
 
 
 class Elsewhere:

@@ -1,4 +1,4 @@
-"""A real Ray of two hosts with addresses of their own, and what can happen to them in mid-capture."""
+"""A real Ray of two hosts with addresses of their own, what can happen to them in mid-capture, and hosts that do not fit."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -54,29 +55,28 @@ class TwoHosts:
             "OMP_WAIT_POLICY": "PASSIVE",
         }
 
-    def launch(self, host: Host, *words: str, folder: Path | None = None, log: str) -> subprocess.Popen:
+    def launch(
+        self, host: Host, *words: str, folder: Path | None = None, log: str, **environment: str
+    ) -> subprocess.Popen:
         path = self.folder / log
-        return host.start(*words, folder=folder or self.folder, environment=self.environment, log=path)
+        return host.start(*words, folder=folder or self.folder, environment=self.environment | environment, log=path)
 
-    def start_ray(self, host: Host, *where: str) -> None:
+    def start_ray(self, host: Host, *where: str, before: tuple[str, ...] = (), **environment: str) -> None:
         """Start Ray on a host; again, if that did not end within the 30 s that Ray gives itself (a busy machine)."""
         sizes = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
         words = ["-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={host.address}"]
         for attempt in range(ATTEMPTS):
             log = f"{host.name}-{attempt}.log"
-            process = self.launch(host, PYTHON, *words, *where, *sizes, log=log)
+            process = self.launch(host, *before, PYTHON, *words, *where, *sizes, log=log, **environment)
             while process.poll() is None:
                 if "will now block" in (self.folder / log).read_text():
                     return
                 time.sleep(0.2)
         raise AssertionError((self.folder / log).read_text()[-3000:])
 
-    def join(self) -> None:
-        """Start Ray on the other host, and wait until it is there."""
-        self.start_ray(self.other, f"--address={self.head.address}:6379")
-        asking = f"import ray, sys; ray.init('{self.head.address}:6379', log_to_driver=False, logging_level='ERROR')"
-        asking += "; sys.exit(sum(node['Alive'] for node in ray.nodes()) != 2)"
-        wait_until(lambda: self.launch(self.head, PYTHON, "-c", asking, log="join.log").wait() == 0, "the other host")
+    def join(self, host: Host, before: tuple[str, ...] = (), **environment: str) -> None:
+        """Start Ray on another host, which has joined when that is done."""
+        self.start_ray(host, f"--address={self.head.address}:6379", before=before, **environment)
 
     def answers(self) -> bool:
         word = f"import httpx; httpx.get('{self.environment['PREFECT_API_URL']}/health').raise_for_status()"
@@ -93,7 +93,7 @@ def hosts(tmp_path_factory):
         ports = ["--port=6379", "--include-dashboard=false"]
         two.start_ray(two.head, "--head", *ports)
         wait_until(two.answers, "the Prefect API")
-        two.join()
+        two.join(two.other)
         yield two
     finally:
         for host in (two.head, two.other):
@@ -186,3 +186,70 @@ def test_a_killed_host_costs_only_what_it_held(hosts, project, expected):
         raylet.send_signal(signal.SIGKILL)
     ends_well(hosts, process)
     assert published(project) == expected
+
+
+@pytest.fixture(scope="module")
+def misfits(hosts, prepared, tmp_path_factory) -> Iterator[Path]:
+    """A project, and two more hosts: the third has another version of this package, the fourth an empty folder for the project."""
+    folder = copy(prepared, tmp_path_factory.mktemp("misfits"))
+    third, fourth = Host(3), Host(4)
+    try:
+        hosts.join(third, PYTHONPATH=str(another_version(tmp_path_factory.mktemp("another"))))
+        hosts.join(
+            fourth, before=("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {folder} && exec "$@"', "sh")
+        )
+        yield folder
+    finally:
+        third.remove()
+        fourth.remove()
+
+
+def another_version(folder: Path) -> Path:
+    """What `pip install --target` makes of another version of this package."""
+    for package in ("stages", "flows"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "flows" / "__init__.py").write_text((ROOT / "flows" / "__init__.py").read_text() + "# another\n")
+    metadata = folder / "fisherfold-9.9.9.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: fisherfold\nVersion: 9.9.9\n")
+    return folder
+
+
+def said(hosts: TwoHosts, folder: Path, *words: str) -> tuple[int, str]:
+    """Exit status and output of `fisherfold` on the head."""
+    log = f"{uuid4().hex}.log"
+    process = hosts.launch(hosts.head, PYTHON, "-m", "flows.cli", *words, folder=folder, log=log, COLUMNS="1000")
+    return process.wait(), (hosts.folder / log).read_text()
+
+
+def test_hosts_that_do_not_fit_are_named_with_the_cure_before_anything_runs(hosts, misfits):
+    before = sorted(misfits.glob("artifacts/**/*"))
+    status, text = said(hosts, misfits, "doctor", "--num-gpus", "1")
+    found = {
+        name: line
+        for line in text.splitlines()
+        for name in ("versions", "shared store", "GPUs")
+        if line.startswith(name)
+    }
+    assert status == 1 and all(" fail " in line for line in found.values()), text
+    for name, expected in {
+        "versions": (
+            "10.77.0.3: fisherfold 9.9.9, here ",
+            "10.77.0.3: fisherfold has other source",
+            "Install the same environment",
+        ),
+        "shared store": ("is not seen on 10.77.0.4", "all nodes mount at the same path"),
+        "GPUs": ("asks for 1 GPUs and no node has more than 0", "FISHERFOLD_NUM_GPUS"),
+    }.items():
+        assert all(words in found[name] for words in expected), found[name]
+    assert "10.77.0.4" not in found["versions"] and "10.77.0.3" not in found["shared store"]
+    status, text = said(hosts, misfits, "run", "--num-gpus", "1")
+    assert status == 1 and text.startswith("error: ") and text.count("\n") == 1, text
+    assert all(f"{name}: " in text for name in found)
+    assert sorted(misfits.glob("artifacts/**/*")) == before
+
+
+def test_a_cluster_that_cannot_be_reached_is_named_with_the_cure(hosts, project):
+    for words in (("doctor",), ("run",)):
+        status, text = said(hosts, project, *words, "--address", "10.77.0.9:6379")
+        assert status == 1 and "nothing answers at 10.77.0.9:6379" in text and "ray start --head" in text
