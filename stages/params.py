@@ -105,7 +105,7 @@ class FermigradParams(Block):
     objective: Literal["kl", "cross_entropy"] = "kl"
     steps: Count = 40
     batches: Count = 1
-    sequences: Count = 2
+    sequences: Count = 4
     tau_first: Share = 0.03
     tau_last: Share = 0.007
     rate_first: Share = 0.03
