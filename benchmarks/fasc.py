@@ -112,7 +112,8 @@ class Bench:
     def print_row(self, method: str, share: float, projectors: dict[str, torch.Tensor], start: float) -> dict:
         self._project(projectors)
         perplexity, divergence = self._read_text()
-        row = {"perplexity": perplexity, "knowledge": self._answer(), **self._sizes(share)}
+        right = self._answer().double()
+        row = {"perplexity": perplexity, "knowledge": right.mean().item(), "right": right, **self._sizes(share)}
         print(
             f"{method:24} {share:5.2f} {row['rank_share']:6.3f} {row['numbers']:8.3f} {row['pivoted']:7.3f} {perplexity:11.2f} "
             f"{divergence:8.4f} {row['knowledge']:10.3f} {perf_counter() - start:6.0f}",
@@ -137,10 +138,11 @@ class Bench:
         )
         return torch.tensor(loss).exp().item(), divergence
 
-    def _answer(self) -> float:
-        """Share of the questions answered right."""
+    def _answer(self) -> torch.Tensor:
+        """Of each question, whether it is answered right: 0 or 1."""
         harness = SharedContextModel(self.model, self.tokenizer, 1024, 4)
-        return run_tasks(harness, knowledge_task(self.questions))["results"][KNOWLEDGE]["acc,none"]
+        answers = run_tasks(harness, knowledge_task(self.questions), samples=True)["samples"][KNOWLEDGE]
+        return torch.tensor([answer["acc"] for answer in sorted(answers, key=lambda answer: answer["doc_id"])])
 
     def _sizes(self, share: float) -> dict[str, float]:
         sizes = [(self.rank(group, share), group[0].inputs, outputs(group)) for group in self.groups.values()]
@@ -167,9 +169,11 @@ def report(found: dict[tuple[str, float], dict]) -> None:
         base, name = rows["variance"], min(rivals, key=lambda method: rivals[method]["perplexity"])
         best = rivals[name]
         holds = best["perplexity"] < base["perplexity"] and best["knowledge"] > base["knowledge"]
+        gain = best["right"] - base["right"]
         value = {
             "perplexity": [base["perplexity"], best["perplexity"]],
             "knowledge": [base["knowledge"], best["knowledge"]],
+            "gain": [gain.mean().item(), gain.std().item() / len(gain) ** 0.5],
         }
         figure = f"principal components, then {name}, at {share:.0%} of every input's dimension"
         print(
@@ -177,7 +181,7 @@ def report(found: dict[tuple[str, float], dict]) -> None:
                 {
                     "figure": figure,
                     "value": value,
-                    "unit": "perplexity; share right",
+                    "unit": "perplexity; share right; its gain and the standard error of that",
                     "target": "both better",
                     "holds": holds,
                 }
