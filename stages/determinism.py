@@ -17,7 +17,7 @@ def compute_deterministically() -> None:
     import torch
 
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms does no more, for this, and imports the compiler
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import PreTrainedModel
 
 from stages.allocation import ALLOCATORS, Allocation, fisher
 from stages.errors import NumericalError
@@ -38,6 +37,9 @@ from stages.scratch import Scratch
 from stages.sites import read_sites
 from stages.tables import read_sequences
 from stages.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OBJECTIVES = {"kl": divergence, "cross_entropy": next_token_loss}
 ROUNDING = 1.5  # ranks: how far from μ a whole rank may end
@@ -169,7 +171,7 @@ def measure_batch(folder: Path, softened: Softened, params: FermigradParams, sta
 class SoftModel(NamedTuple):
     """A model in memory with the soft ranks of its sites, those of settled sites, and the tuning sequences [S, T]."""
 
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     ranks: list[SoftRank]
     settled: list[SoftRank]
     sequences: torch.Tensor

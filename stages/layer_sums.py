@@ -6,7 +6,6 @@ X [T, m] and D [T, n] those of one sequence, G = D^T X [n, m] the sequence's gra
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +17,7 @@ from stages.gradient_pass import GradientPass, gradient_pass
 from stages.gram import add_gram, exact_products, mirror
 from stages.layers import LinearLayer, by_group, forward_hooks, input_gradient_hooks, linear_modules
 from stages.registry import Registry
-from stages.sketch import gaussian_probes, products_need_gradient, sketch, sketch_width
+from stages.sketch import GradientBatch, gaussian_probes, products_need_gradient, sketch, sketch_width
 from stages.token_sample import TokenSample
 
 ROWS_IN_CACHE = 256
@@ -45,18 +44,8 @@ class GradientForm(Protocol):
     def needs_gradients(self, tokens: int) -> bool:
         """Whether the gradients of sequences of T = `tokens` must be written out, all of a batch at once."""
 
-    def arrays(
-        self,
-        D: torch.Tensor,
-        X: torch.Tensor,
-        G: torch.Tensor | None,
-        norms: torch.Tensor,
-        coarse: AbstractContextManager,
-    ) -> Arrays:
-        """What is kept of a batch, from D [B, T, n], X [B, T, m], G [B, n, m] if needed and ||G||_F^2 [B].
-
-        Products inside `coarse` are as precise as the dtype that D and X come from, and as fast.
-        """
+    def arrays(self, batch: GradientBatch) -> Arrays:
+        """What is kept of a batch, with its G written out if needed."""
 
 
 GRADIENT_FORMS: Registry[type[GradientForm] | None] = Registry("capture.gradients")
@@ -79,16 +68,9 @@ class SketchedGradient:
     def needs_gradients(self, tokens: int) -> bool:
         return products_need_gradient(tokens, self.layer.outputs, self.layer.inputs)
 
-    def arrays(
-        self,
-        D: torch.Tensor,
-        X: torch.Tensor,
-        G: torch.Tensor | None,
-        norms: torch.Tensor,
-        coarse: AbstractContextManager,
-    ) -> Arrays:
-        self.probes = self.probes.to(D)
-        return sketch(D, X, G, norms, self.probes, coarse)._asdict()
+    def arrays(self, batch: GradientBatch) -> Arrays:
+        self.probes = self.probes.to(batch.D)
+        return sketch(batch, self.probes)._asdict()
 
 
 @GRADIENT_FORMS.register("exact")
@@ -105,15 +87,8 @@ class ExactGradient:
     def needs_gradients(self, tokens: int) -> bool:
         return True
 
-    def arrays(
-        self,
-        D: torch.Tensor,
-        X: torch.Tensor,
-        G: torch.Tensor | None,
-        norms: torch.Tensor,
-        coarse: AbstractContextManager,
-    ) -> Arrays:
-        return {"gradient": G}
+    def arrays(self, batch: GradientBatch) -> Arrays:
+        return {"gradient": batch.G}
 
 
 class InputSums:
@@ -185,7 +160,7 @@ class OutputSums:
             with exact:
                 torch.mm(D[s].T, X[s], out=one)
             norms[s] = self._add_gradient(one, squares)
-        arrays = self.form.arrays(D, X, G if needed else None, norms, coarse=exact)
+        arrays = self.form.arrays(GradientBatch(D, X, G if needed else None, norms, coarse=exact))
         for name, values in {**arrays, "norm": norms}.items():
             self.kept[name].append(values)
 

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from stages.errors import CorruptArtifact, InputError
+
+if TYPE_CHECKING:  # seconds, which a stage that loads no model need not spend
+    from transformers import PreTrainedModel
 
 LAYERS_FILE = "layers.json"
 LAYER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*(\.[A-Za-z0-9_][A-Za-z0-9_\-]*)*")
@@ -40,7 +42,7 @@ class LinearLayer:
     group: str
 
 
-def find_layers(model: PreTrainedModel) -> list[LinearLayer]:
+def find_layers(model: "PreTrainedModel") -> list[LinearLayer]:
     """Every nn.Linear and Conv1D of the model but the output embedding, in the order of its modules.
 
     Layers are grouped by the very tensor that they read in one small forward pass, so no name is looked at. A layer that
@@ -58,7 +60,7 @@ def find_layers(model: PreTrainedModel) -> list[LinearLayer]:
     return [_describe(name, module, groups[name]) for name, module in modules.items()]
 
 
-def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+def linear_modules(model: "PreTrainedModel") -> dict[str, nn.Module]:
     """The modules behind `find_layers`, by name; modules that carry an embedding's weight are not among them."""
     embeddings = {
         id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module
@@ -66,7 +68,7 @@ def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in embeddings
+        if (isinstance(module, nn.Linear) or _is_transposed(module)) and id(module.weight) not in embeddings
     }
 
 
@@ -137,7 +139,7 @@ def by_group(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
 
 
 @torch.no_grad()
-def _shared_inputs(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, str]:
+def _shared_inputs(model: "PreTrainedModel", modules: dict[str, nn.Module]) -> dict[str, str]:
     """For every layer, the first one (in the order of modules) that reads the same tensors in the same order."""
     reads: dict[str, list[torch.Tensor]] = {name: [] for name in modules}  # held, so that no two share an address
     ids = torch.arange(PROBE_LENGTH, device=model.get_input_embeddings().weight.device)[None]
@@ -152,9 +154,15 @@ def _shared_inputs(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dic
 def _describe(name: str, module: nn.Module, group: str) -> LinearLayer:
     if not LAYER_NAME.fullmatch(name):
         raise InputError(f"The model has a linear layer called {name!r}, a name that cannot become a path.")
-    transposed = isinstance(module, Conv1D)
+    transposed = _is_transposed(module)
     outputs, inputs = module.weight.shape[::-1] if transposed else module.weight.shape
     return LinearLayer(name, outputs, inputs, module.bias is not None, transposed, group)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
 
 
 def write_layers(folder: Path, layers: Sequence[LinearLayer]) -> None:

@@ -3,14 +3,16 @@
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from stages.errors import InputError
 from stages.layers import LinearLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICE_VARIABLE = (
@@ -36,8 +38,11 @@ def decomposing_device() -> str:
     return device if device.startswith("cuda") else "cpu"
 
 
-def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> "PreTrainedModel":
     """Load a causal language model for measuring: evaluation mode, frozen parameters, on the chosen device."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, device_map=chosen_device(), trust_remote_code=trust_remote_code, local_files_only=True

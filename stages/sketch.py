@@ -6,16 +6,34 @@ R [B, m, k], Omega [max(n, m), k].
 
 import hashlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 SHIFT = 1e-14  # of the trace, added before a Cholesky factorization in float64: 50 times its rounding
 
-NO_CHANGE = nullcontext()
-
 Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class GradientBatch:
+    """The gradients G = D^T X [B, n, m] of one layer, one a sequence.
+
+    Attributes:
+        D: [B, T, n].
+        X: [B, T, m].
+        G: written out, where that was asked for.
+        norms: ||G||_F^2 [B].
+        coarse: inside, products are as precise as the dtype that D and X come from, and as fast.
+    """
+
+    D: torch.Tensor
+    X: torch.Tensor
+    G: torch.Tensor | None
+    norms: torch.Tensor
+    coarse: AbstractContextManager
 
 
 class Sketch(NamedTuple):
@@ -26,14 +44,7 @@ class Sketch(NamedTuple):
     kept: torch.Tensor
 
 
-def sketch(
-    D: torch.Tensor,
-    X: torch.Tensor,
-    G: torch.Tensor | None,
-    norms: torch.Tensor,
-    probes: torch.Tensor,
-    coarse: AbstractContextManager = NO_CHANGE,
-) -> Sketch:
+def sketch(batch: GradientBatch, probes: torch.Tensor) -> Sketch:
     """A sketch of G = D^T X with the k columns of `probes`; exact if k >= min(T, n, m).
 
     Otherwise the randomized range finder with one power step (Halko, Martinsson & Tropp, arXiv 0909.4061): L is an
@@ -41,24 +52,24 @@ def sketch(
     language model with k = 32 it loses 1.2 times the energy that the best rank-k approximation loses; without the
     power step, 2.4 times. Only products and k x k Cholesky factors are taken, nothing that makes a device wait.
 
+    Products that only search for the range of G are coarse: whatever basis they end with is orthonormal, and R and what
+    is kept are computed for that basis.
+
     Args:
-        G: the gradients written out, where `products_need_gradient`.
-        norms: ||G||_F^2 [B].
+        batch: with G where `products_need_gradient`.
         probes: Omega, see `gaussian_probes`.
-        coarse: entered for the products that only search for the range of G, which need not be precise: whatever
-            basis they end with is orthonormal, and R and what is kept are computed for that basis.
     """
-    width, outputs, inputs = probes.shape[1], D.shape[-1], X.shape[-1]
-    if width in (outputs, inputs) or D.shape[1] <= width:
-        return _exact_sketch(D, X, width)
-    times, transposed_times = _products(D, X, G)
+    width, outputs, inputs = probes.shape[1], batch.D.shape[-1], batch.X.shape[-1]
+    if width in (outputs, inputs) or batch.D.shape[1] <= width:
+        return _exact_sketch(batch.D, batch.X, width)
+    times, transposed_times = _products(batch)
     if outputs <= inputs:
-        left, right = _range_finder(times, transposed_times, probes, coarse)
+        left, right = _range_finder(times, transposed_times, probes, batch.coarse)
         energy = right.square().sum((1, 2))
     else:
-        right, left = _range_finder(transposed_times, times, probes, coarse)
+        right, left = _range_finder(transposed_times, times, probes, batch.coarse)
         energy = left.square().sum((1, 2))
-    return Sketch(left, right, torch.where(norms > 0, energy / norms, 1.0).clamp(max=1.0))
+    return Sketch(left, right, torch.where(batch.norms > 0, energy / batch.norms, 1.0).clamp(max=1.0))
 
 
 def sketch_width(outputs: int, inputs: int, rank: int) -> int:
@@ -90,8 +101,9 @@ def _exact_sketch(D: torch.Tensor, X: torch.Tensor, width: int) -> Sketch:
     return Sketch(D.mT @ X, identity, exactly)
 
 
-def _products(D: torch.Tensor, X: torch.Tensor, G: torch.Tensor | None) -> tuple[Product, Product]:
+def _products(batch: GradientBatch) -> tuple[Product, Product]:
     """V -> G V and U -> G^T U."""
+    D, X, G = batch.D, batch.X, batch.G
     if G is None:
         return lambda V: D.mT @ (X @ V), lambda U: X.mT @ (D @ U)
     return lambda V: G @ V, lambda U: (U.mT @ G).mT  # G^T U is half as fast on CPUs

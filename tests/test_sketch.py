@@ -1,9 +1,11 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.sketch import Sketch, gaussian_probes, orthonormal, products_need_gradient, sketch
+from stages.sketch import GradientBatch, Sketch, gaussian_probes, orthonormal, products_need_gradient, sketch
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -19,7 +21,8 @@ def decaying(tokens: int, outputs: int, inputs: int, sequences: int = 2) -> tupl
 def sketch_of(D: torch.Tensor, X: torch.Tensor, rank: int, written_out: bool = False, seed: int = 0) -> Sketch:
     G = D.mT @ X
     probes = gaussian_probes(D.shape[-1], X.shape[-1], rank, seed, "layer").to(D)
-    return sketch(D, X, G if written_out else None, G.square().sum((1, 2)), probes)
+    norms = G.square().sum((1, 2))
+    return sketch(GradientBatch(D, X, G if written_out else None, norms, coarse=nullcontext()), probes)
 
 
 @given(st.integers(1, 12), st.integers(1, 20), st.integers(1, 20), st.integers(0, 8), st.booleans())
