@@ -8,35 +8,26 @@ import argparse
 import json
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 
+from flows.shapes import find_shapes
 from stages.allocation import ALLOCATORS, pose
-from stages.layers import LinearLayer
 from stages.params import RanksParams
 from stages.sites import find_sites
+from stages.workspace import Workspace
 
-BLOCK = {
-    "q": (576, 576),
-    "k": (192, 576),
-    "v": (192, 576),
-    "o": (576, 576),
-    "gate": (1536, 576),
-    "up": (1536, 576),
-    "down": (576, 1536),
-}
-BLOCKS = 30
+MODEL = "smollm2-135m-instruct"  # a file in data/shapes
 TARGET = 1.0
 
 
 def draw_task(ratio: float, storage: str):
     """210 layers with power-law spectra of different steepness and scale."""
     generator = np.random.default_rng(0)
-    shapes = [(f"block{i}.{name}", *shape) for i in range(BLOCKS) for name, shape in BLOCK.items()]
-    layers = [LinearLayer(name, n, m, False, False, name) for name, n, m in shapes]
-    spectra = [
-        generator.lognormal() * np.arange(1, min(n, m) + 1) ** -generator.uniform(0.2, 1.0) for _, n, m in shapes
-    ]
+    layers = find_shapes(Workspace(Path()), MODEL).layers
+    sizes = [min(layer.outputs, layer.inputs) for layer in layers]
+    spectra = [generator.lognormal() * np.arange(1, size + 1) ** -generator.uniform(0.2, 1.0) for size in sizes]
     return pose(find_sites(layers, shared=False), spectra, RanksParams(ratio=ratio, storage=storage))
 
 

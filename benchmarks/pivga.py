@@ -10,42 +10,29 @@ Rounding to bfloat16 (error feedback) and what plain factors lose by it are show
 import argparse
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from flows.shapes import find_shapes
 from stages.cost import rank_costs
 from stages.layers import LinearLayer
 from stages.pivoted import pivot_factors
 from stages.rounding import nearest, round_pivoted
 from stages.sites import Site
+from stages.workspace import Workspace
 
-BLOCK = {
-    "q": (576, 576),
-    "k": (192, 576),
-    "v": (192, 576),
-    "o": (576, 576),
-    "gate": (1536, 576),
-    "up": (1536, 576),
-    "down": (576, 1536),
-}
-BLOCKS = 30
+MODEL = "smollm2-135m-instruct"  # a file in data/shapes
 KEPT = 0.8
 TARGET = 10.0
 
 
-def draw_factors(n: int, m: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_factors(layer: LinearLayer, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """left [n, r] and right [r, m] at the rank that stores KEPT of nm."""
-    rank = (
-        int(
-            np.searchsorted(
-                rank_costs(Site("x", (LinearLayer("x", n, m, False, False, "x"),)), "pivoted"),
-                KEPT * n * m,
-                side="right",
-            )
-        )
-        - 1
-    )
+    n, m = layer.outputs, layer.inputs
+    costs = rank_costs(Site(layer.name, (layer,)), "pivoted")
+    rank = int(np.searchsorted(costs, KEPT * n * m, side="right")) - 1
     generator = np.random.default_rng(seed)
     root = np.arange(1, rank + 1) ** -0.25
     return generator.standard_normal((n, rank)) * root, root[:, None] * generator.standard_normal((rank, m))
@@ -58,31 +45,32 @@ def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    blocks = 1 if parser.parse_args().quick else BLOCKS
+    shapes = find_shapes(Workspace(Path()), MODEL)
+    block = len(shapes.layers) // shapes.blocks
+    layers = shapes.layers[:block] if parser.parse_args().quick else shapes.layers
     print(
-        f"{'layer':>5} {'rank':>5} {'max |c|':>8} {'seconds':>8} {'float64':>9} {'bfloat16':>9} {'plain':>9} {'rounding, s':>12}"
+        f"{'layer':>9} {'rank':>5} {'max |c|':>8} {'seconds':>8} {'float64':>9} {'bfloat16':>9} {'plain':>9} {'rounding, s':>12}"
     )
     total = 0.0
-    for block in range(blocks):
-        for number, (name, (n, m)) in enumerate(BLOCK.items()):
-            left, right = draw_factors(n, m, 100 * block + number)
-            start = time.perf_counter()
-            pivoted = pivot_factors(left, right)
-            seconds = time.perf_counter() - start
-            total += seconds
-            if block:
-                continue
-            product = left @ right
-            start = time.perf_counter()
-            rounded = round_pivoted(pivoted, torch.bfloat16)
-            rounding = time.perf_counter() - start
-            plain = nearest(left, torch.bfloat16) @ nearest(right, torch.bfloat16)
-            errors = [relative_error(found, product) for found in (pivoted.product(), rounded.product(), plain)]
-            print(
-                f"{name:>5} {left.shape[1]:5} {pivoted.largest_coefficient:8.2f} {seconds:8.3f} {errors[0]:9.1e} {errors[1]:9.1e} "
-                f"{errors[2]:9.1e} {rounding:12.3f}"
-            )
-    total *= BLOCKS / blocks
+    for number, layer in enumerate(layers):
+        left, right = draw_factors(layer, number)
+        start = time.perf_counter()
+        pivoted = pivot_factors(left, right)
+        seconds = time.perf_counter() - start
+        total += seconds
+        if number >= block:
+            continue
+        product = left @ right
+        start = time.perf_counter()
+        rounded = round_pivoted(pivoted, torch.bfloat16)
+        rounding = time.perf_counter() - start
+        plain = nearest(left, torch.bfloat16) @ nearest(right, torch.bfloat16)
+        errors = [relative_error(found, product) for found in (pivoted.product(), rounded.product(), plain)]
+        print(
+            f"{layer.name.rpartition('.')[2]:>9} {left.shape[1]:5} {pivoted.largest_coefficient:8.2f} {seconds:8.3f} {errors[0]:9.1e} "
+            f"{errors[1]:9.1e} {errors[2]:9.1e} {rounding:12.3f}"
+        )
+    total *= len(shapes.layers) / len(layers)
     print(
         json.dumps(
             {

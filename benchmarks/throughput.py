@@ -28,11 +28,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from ruamel.yaml import YAML
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from flows.shapes import find_config
 from stages.allocation import ALLOCATORS, allocate, pose
 from stages.cost import choose_storage
 from stages.layers import LinearLayer, find_layers
@@ -40,8 +40,8 @@ from stages.params import RanksParams
 from stages.ranks import read_spectra
 from stages.sites import find_sites
 from stages.templates import modeling_fisherfold as runtime
+from stages.workspace import Workspace
 
-SHAPES = Path(__file__).parents[1] / "data/shapes"
 TARGET = 0.9  # of the bound, at ratios 0.4 and 0.6
 PREFILL, CONTEXT, DECODED = 512, 128, 8
 ALLOCATION = {
@@ -89,11 +89,12 @@ def main() -> None:
 
 
 def read_config(options: argparse.Namespace) -> PreTrainedConfig:
-    if options.project:
-        return AutoConfig.from_pretrained(options.project / "artifacts/prepare/model")
-    shapes = YAML(typ="safe").load(SHAPES / f"{options.shapes}.yaml")
-    blocks = {"num_hidden_layers": options.blocks} if options.blocks else {}
-    return AutoConfig.for_model(**shapes | blocks)
+    """Of the project's model, or of the shapes asked for."""
+    workspace = Workspace(options.project or Path())
+    config = find_config(workspace, str(workspace.model.resolve()) if options.project else options.shapes)
+    if options.blocks:
+        config.num_hidden_layers = options.blocks
+    return config
 
 
 def dense_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -48,7 +48,7 @@ def find_shapes(workspace: Workspace, name: str) -> ModelShapes:
         InputError: it is none of these, or its architecture has no causal language model in transformers.
     """
     try:
-        return shapes_of(name, _find_config(workspace, name))
+        return shapes_of(name, find_config(workspace, name))
     except (OSError, ValueError, KeyError) as error:
         known = ", ".join(sorted(path.stem for path in workspace.recipes("shapes").glob("*.yaml")))
         raise InputError(
@@ -57,7 +57,8 @@ def find_shapes(workspace: Workspace, name: str) -> ModelShapes:
         ) from None
 
 
-def _find_config(workspace: Workspace, name: str) -> PreTrainedConfig:
+def find_config(workspace: Workspace, name: str) -> PreTrainedConfig:
+    """The configuration of the model that a name means; see `find_shapes`."""
     recipe = workspace.recipes("shapes") / f"{Path(name).name}.yaml"
     if recipe.stem == name and recipe.exists():
         return AutoConfig.for_model(**YAML(typ="safe").load(recipe))
