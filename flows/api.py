@@ -28,12 +28,11 @@ DIE_WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 15); from uvicorn i
 
 
 @contextmanager
-def prefect_api(host: str, told: bool = False) -> Iterator[str]:
+def prefect_api(host: str) -> Iterator[str]:
     """The address of the Prefect API, which children of this process are told as well.
 
     Args:
         host: where a temporary server listens.
-        told: another process of this run has said which API it is.
 
     Raises:
         EngineError: the configured API does not answer, or a temporary one does not start.
@@ -41,8 +40,7 @@ def prefect_api(host: str, told: bool = False) -> Iterator[str]:
     configured = PREFECT_API_URL.value()
     if configured:
         _require_answer(configured)
-        if not told:
-            announce("fisherfold", f"Prefect API at {configured}")
+        announce("fisherfold", f"Prefect API at {configured}")
         yield configured
         return
     with _temporary_server(host) as url, temporary_settings({PREFECT_API_URL: url}), _exported("PREFECT_API_URL", url):

@@ -1,7 +1,9 @@
 """The Ray cluster of a run: one of this host alone, or one that is running already."""
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,9 +12,11 @@ import ray
 from flows import DEFAULTS
 from flows.settings import Settings
 from stages.errors import EngineError
+from stages.progress import announce
 
 HERE = {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
 """A new Ray, whatever runs on this host already; nothing of it can be reached from outside."""
+OURS = {"namespace": "fisherfold", "log_to_driver": False, "logging_level": "ERROR"}
 KNOCK_SECONDS = 10.0
 PASSED_ON = (
     *DEFAULTS,
@@ -26,36 +30,47 @@ PASSED_ON = (
 each node's own, and those of the API travel with Prefect's own settings, task by task."""
 
 
-def start_here() -> str:
-    """Start a Ray of this host alone, which ends with this process; its address."""
-    _join(**HERE)
-    return ray.get_runtime_context().gcs_address
+_joining = threading.Lock()  # stages of a sweep run side by side
 
 
 @contextmanager
 def joined_cluster(settings: Settings) -> Iterator[None]:
-    """Inside, this process belongs to the cluster at `settings.ray_address`, or to a Ray of this host alone.
+    """Inside, this process belongs to a cluster; see `join`."""
+    join(settings)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
-    Workers get the settings of this run and the address of its Prefect API.
+
+def join(settings: Settings) -> None:
+    """Make this process belong to the cluster at `settings.ray_address`, or to a Ray of this host that it starts, if it does not yet.
+
+    That is one job of Ray, with workers of its own, which get the settings of this run and the address of its Prefect API. A Ray
+    that is started here ends with the thread that did it at the latest, however that ends.
 
     Raises:
         EngineError: the cluster does not answer or runs other versions.
     """
+    with _joining:
+        if not ray.is_initialized():
+            _join(settings)
+            announce("fisherfold", f"Ray at {settings.ray_address or 'this host, for this run alone'}")
+
+
+def _join(settings: Settings) -> None:
     where = {"address": settings.ray_address} if settings.ray_address else HERE
     variables = {name: value for name, value in os.environ.items() if name in PASSED_ON}
     try:
         _knock(settings.ray_address)
-        _join(**where, runtime_env={"env_vars": variables})
+        with _kept_signals():
+            ray.init(**where, **OURS, runtime_env={"env_vars": variables})
     except (OSError, RuntimeError, ValueError) as error:
         raise EngineError(
             f"The Ray cluster at {settings.ray_address or 'this host'} cannot be used: {error}. Look at `ray status "
             "--address HOST:PORT`; a cluster with a token wants RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here, too; "
             "`fisherfold doctor` looks for the cause."
         ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _knock(address: str | None) -> None:
@@ -65,5 +80,12 @@ def _knock(address: str | None) -> None:
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
 
 
-def _join(**options: object) -> None:
-    ray.init(**options, namespace="fisherfold", log_to_driver=False, logging_level="ERROR")
+@contextmanager
+def _kept_signals() -> Iterator[None]:
+    """Ray's own handler of SIGTERM would end this process before it has cleaned up."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)

@@ -1,8 +1,12 @@
 """One stage in this process, its units on the engine that the settings name."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from flows.settings import Settings, set_environment
+from flows.settings import Settings, read_settings, variable
+from flows.unit_channel import engine_of_run
+from stages.engine import use_engine
 from stages.errors import EngineError
 from stages.registry import Registry
 
@@ -27,22 +31,43 @@ def run_inline(stage: str, work: Callable[[], None], settings: Settings, threads
 
 @ENGINES.register("ray")
 def run_on_ray(stage: str, work: Callable[[], None], settings: Settings, threads: int | None) -> None:
-    """Units as Prefect tasks on a Ray cluster."""
+    """Units as Prefect tasks on a Ray cluster: by the process of the run that this stage belongs to, else by this one."""
+    if settings.units:
+        with engine_of_run(settings.units, stage, threads) as engine, use_engine(engine):
+            work()
+        return
     require_engine(settings)
     from flows.ray_engine import run_stage_flow
 
     run_stage_flow(stage, work, settings, threads)
 
 
-def offer_cluster(settings: Settings) -> None:
-    """Before stages run in processes of their own: start the Ray of this host that they share, if they are to have one.
+@contextmanager
+def offered_engine(stage: str) -> Iterator[dict[str, str]]:
+    """Around a process of a stage: the variables by which it hands its units to this process, if the engine is one for a whole run.
 
-    It ends with this process.
+    Raises:
+        EngineError: the engine cannot be used as asked.
     """
-    if settings.engine == "ray" and settings.ray_address is None:
-        from flows.cluster import start_here
+    settings = read_settings()
+    if settings.engine == "inline":
+        yield {}
+        return
+    require_engine(settings)
+    from flows.ray_engine import taking_stage
 
-        set_environment(ray_address=start_here())
+    with taking_stage(stage, settings) as address:
+        yield {variable("units"): address}
+
+
+@contextmanager
+def ending_engine() -> Iterator[None]:
+    """Around a run: the engine that its stages have been offered ends with the block."""
+    try:
+        yield
+    finally:
+        if ray := sys.modules.get("ray"):
+            ray.shutdown()
 
 
 def require_engine(settings: Settings) -> None:

@@ -1,8 +1,8 @@
 """The Prefect flow: one task a stage, each run through DVC.
 
 Prefect decides when and shows what happens; DVC decides what is stale. A stage that DVC calls up to date ends in state
-*Cached*. With no Prefect API configured, a temporary server on the loopback interface serves this run alone. Processes of
-stages use the same API and, below this flow's run, the engine that the settings name.
+*Cached*. With no Prefect API configured, a temporary server on the loopback interface serves this run alone. The
+process of this flow keeps the engine that the settings name; those of the stages hand their units to it.
 """
 
 import time
@@ -19,10 +19,10 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows.api import prefect_api
 from flows.artifacts import StageProgress, announce_event, show_results
-from flows.engines import offer_cluster
+from flows.engines import ending_engine, offered_engine
 from flows.exclusive import exclusive
 from flows.overrides import override_params
-from flows.settings import read_settings, set_environment
+from flows.settings import read_settings
 from flows.staleness import reproduce, stale_reasons, summary
 from flows.watch import Stopped
 from stages.errors import FisherfoldError
@@ -69,9 +69,9 @@ def run_stage(workspace: Workspace, stage: str) -> State:
         return _ended(workspace, stage, Completed(name="Cached", message=f"up to date, {_digest(workspace, stage)}"))
     _say(stage, f"runs: {summary(reasons)}")
     announce_event(workspace, stage, "started", summary(reasons))
-    offer_cluster(read_settings())
     try:
-        status = reproduce(workspace, stage, StageView(stage))
+        with offered_engine(stage) as variables:
+            status = reproduce(workspace, stage, StageView(stage), variables)
     except Stopped:
         return _ended(workspace, stage, Cancelled(message=f"stage {stage!r} was cancelled; finished units are kept"))
     if status:
@@ -109,8 +109,7 @@ def pipeline(workspace: Path, stages: list[StageName] = list(STAGES), overrides:
         ParameterError: an override is not valid.
     """
     place = Workspace(Path(workspace).resolve())
-    set_environment(flow_run=FlowRunContext.get().flow_run.id)
-    with exclusive(place, lambda message: _say("fisherfold", message)):
+    with exclusive(place, lambda message: _say("fisherfold", message)), ending_engine():
         if overrides:
             override_params(place.root / "params.yaml", overrides)
         for stage in stages:

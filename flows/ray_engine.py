@@ -3,26 +3,28 @@
 Workers write units into the scratch folder on the file system that all nodes share; the process of the stage alone lists
 them. A unit that dies with its worker is given out again, after a while; one that fails by itself ends the stage.
 
-Ray keeps the worker processes of one stage for all its units, so a model is loaded once a process; processes of one node map the
-same safetensors file, so its weights are read once a node (the system's page cache).
+All stages of a run are one job of Ray, which keeps its worker processes: they import once a run, and load a model once a stage.
+Processes of one node map the same safetensors file, so its weights are read once a node (the system's page cache).
 """
 
+import gc
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from functools import cache
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from multiprocessing.connection import Connection
+from threading import current_thread, main_thread
 from uuid import UUID, uuid4
 
 import ray
 from httpx import HTTPError
-from prefect import Flow, flow, task
+from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
-from prefect.flow_engine import run_flow
-from prefect.states import Crashed, Pending
-from prefect.tasks import Task
+from prefect.states import Cancelled, Crashed
 from prefect_ray import RayTaskRunner
 from prefect_ray.context import remote_options
 from ray.exceptions import (
@@ -35,8 +37,9 @@ from ray.exceptions import (
 )
 
 from flows.api import prefect_api
-from flows.cluster import joined_cluster
-from flows.settings import PREFIX, Settings
+from flows.cluster import join, joined_cluster
+from flows.settings import PREFIX, Settings, variable
+from flows.unit_channel import answer, taking_units
 from stages.determinism import compute_deterministically
 from stages.engine import Files, Unit, use_engine
 from stages.errors import EngineError
@@ -49,30 +52,63 @@ POLL = 1.0  # seconds
 
 
 def run_stage_flow(stage: str, work: Callable[[], None], settings: Settings, threads: int | None) -> None:
-    """Run one stage as a Prefect flow, a subflow of `settings.flow_run`, its units on Ray.
+    """Run one stage that belongs to no run as a Prefect flow, its units on Ray.
 
     Raises:
         EngineError: cluster or API cannot be used, or a unit died too often; and whatever the stage raises.
     """
 
-    @flow(name=f"stage {stage}", task_runner=RayTaskRunner(), validate_parameters=False, persist_result=False)
-    def stage_flow() -> None:
-        engine = RayEngine(stage, settings, threads)
-        with use_engine(engine):
+    def on_engine() -> None:
+        with use_engine(RayEngine(stage, settings, threads)):
             work()
 
-    with prefect_api(settings.api_host, told=settings.flow_run is not None), joined_cluster(settings):
-        run_flow(stage_flow, flow_run=_subflow_run(stage_flow, settings.flow_run))
+    with prefect_api(settings.api_host), joined_cluster(settings):
+        _run_as_flow(stage, on_engine)
 
 
-def _subflow_run(stage_flow: Flow, parent: UUID | None):
-    """A run of `stage_flow` below the flow run of another process, as Prefect makes it within one: by a task of its name."""
-    if parent is None:
-        return None
-    with get_client(sync_client=True) as client:
-        twin = Task(fn=stage_flow.fn, name=stage_flow.name)
-        tracking = client.create_task_run(twin, parent, dynamic_key=str(uuid4()), name=stage_flow.name, state=Pending())
-        return client.create_flow_run(stage_flow, parent_task_run_id=tracking.id, state=Pending())
+@contextmanager
+def taking_stage(stage: str, settings: Settings) -> Iterator[str]:
+    """Join the cluster, if this process has not; the address at which a process of `stage` may hand over its units.
+
+    They run in a subflow of the flow that this is called in.
+
+    Raises:
+        EngineError: the cluster cannot be used.
+    """
+    join(settings)
+    lane = current_thread().name
+
+    def take(connection: Connection, threads: int | None) -> None:
+        def on_engine() -> State | None:
+            try:
+                answer(connection, RayEngine(stage, settings, threads, lane, connection.poll))
+            except (EOFError, ConnectionError):
+                return Cancelled(message="the stage's process has ended; finished units are kept")
+
+        _run_as_flow(stage, on_engine)
+
+    with taking_units(take) as address:
+        yield address
+
+
+def _run_as_flow(stage: str, work: Callable[[], State | None]) -> None:
+    here = _Here(work)
+
+    @flow(name=f"stage {stage}", task_runner=RayTaskRunner(), validate_parameters=False, persist_result=False)
+    def stage_flow() -> State | None:
+        return here.work()
+
+    stage_flow()
+
+
+class _Here:
+    """Holds what has no meaning in another process, such as an open socket: Prefect sends every task its flow's function."""
+
+    def __init__(self, work: Callable[[], State | None] | None = None) -> None:
+        self.work = work
+
+    def __reduce__(self) -> tuple:
+        return _Here, ()
 
 
 class RayEngine:
@@ -82,13 +118,23 @@ class RayEngine:
         stage: for messages.
         settings: what a unit asks of the cluster.
         threads: of a unit; the cores it asks for if the settings say nothing, as far as one node has them.
+        lane: units of stages that run side by side, each in its lane, have workers of their own, which need not load by turns.
+        ended: whether nobody waits for units any more.
 
     Raises:
         EngineError: no node offers what a unit asks for.
     """
 
-    def __init__(self, stage: str, settings: Settings, threads: int | None) -> None:
-        self.stage = stage
+    def __init__(
+        self,
+        stage: str,
+        settings: Settings,
+        threads: int | None,
+        lane: str = "",
+        ended: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.stage, self.ended = stage, ended
+        self._id = uuid4().hex
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = settings.num_cpus or min(threads or 1, max(node.get("CPU", 0) for node in nodes))
         asked = {"CPU": cores, "GPU": settings.num_gpus, "memory": settings.memory or 0}
@@ -100,6 +146,8 @@ class RayEngine:
                 "there is."
             )
         self._options = {"num_cpus": cores, "num_gpus": settings.num_gpus, "max_retries": 0}
+        if lane != main_thread().name:
+            self._options["runtime_env"] = {"env_vars": {variable("lane"): lane}}
         if settings.memory:
             self._options["memory"] = int(settings.memory)
         announce(stage, f"on Ray: {len(nodes)} nodes, {self.slots} units at once, each asks for {_listed(asked)}")
@@ -114,7 +162,7 @@ class RayEngine:
     def submit(self, write: Callable[[str, Unit], Files], name: str, unit: Unit):
         """Give out one unit; its Prefect future."""
         with remote_options(**self._options):
-            return run_unit.submit(write, name, unit)
+            return run_unit.submit(self._id, write, name, unit)
 
 
 class _Batch:
@@ -132,7 +180,7 @@ class _Batch:
         self.window = engine.slots * (1 if any(unit.after for unit in units.values()) else 2)
 
     def results(self) -> Iterator[tuple[str, Files]]:
-        while self.unfinished:
+        while self.unfinished and not self.engine.ended():
             self._submit()
             finished, _ = ray.wait(list(self.working), timeout=POLL) if self.working else ((), time.sleep(POLL / 10))
             for reference in finished:
@@ -188,19 +236,25 @@ class _Batch:
 
 
 @task(task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False, result_serializer="json", log_prints=True)
-def run_unit(write: Callable[[str, Unit], Files], name: str, unit: Unit) -> Files:
-    """Run one unit on a worker."""
-    return work_on(write, name, unit)  # Prefect ships this function's text, and imports that one
+def run_unit(stage: str, write: Callable[[str, Unit], Files], name: str, unit: Unit) -> Files:
+    """Run one unit on a worker; `stage` differs between any two runs of stages."""
+    return work_on(stage, write, name, unit)  # Prefect ships this function's text, and imports that one
 
 
-def work_on(write: Callable[[str, Unit], Files], name: str, unit: Unit) -> Files:
-    """Write one unit in this worker process, which keeps what it has loaded for its next units."""
-    _prepare_process()
+def work_on(stage: str, write: Callable[[str, Unit], Files], name: str, unit: Unit) -> Files:
+    """Write one unit in this worker process, which keeps what it has loaded for its next units of the stage."""
+    _begin_stage(stage)
     return write(name, unit)
 
 
-@cache
-def _prepare_process() -> None:
+@lru_cache(maxsize=1)
+def _begin_stage(stage: str) -> None:
+    """Forget what an earlier stage has loaded: models above all, which would crowd this one's out of memory."""
+    for module in [module for name, module in sys.modules.items() if name.startswith("stages.")]:
+        for kept in vars(module).values():
+            if hasattr(kept, "cache_clear"):
+                kept.cache_clear()
+    gc.collect()
     compute_deterministically()
 
 

@@ -6,12 +6,11 @@ FISHERFOLD_NUM_CPUS      cores a unit asks of Ray; unset: its stage's `threads`
 FISHERFOLD_NUM_GPUS      GPUs a unit asks of Ray, also a share of one
 FISHERFOLD_MEMORY        memory a unit asks of Ray, in bytes or such as 16GB
 FISHERFOLD_API_HOST      where a temporary Prefect API listens; other nodes reach it only there
-FISHERFOLD_FLOW_RUN      the Prefect flow run that a stage belongs to; set by `fisherfold run`
+FISHERFOLD_UNITS         where a stage's process hands its units to that of its run (flows/unit_channel.py); set by `fisherfold run`
 """
 
 import os
 from typing import Annotated, Literal
-from uuid import UUID
 
 from pydantic import ByteSize, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -32,7 +31,7 @@ class Settings(BaseSettings):
     num_gpus: Annotated[float, Field(ge=0)] = 0
     memory: Annotated[ByteSize, Field(gt=0)] | None = None
     api_host: str = "127.0.0.1"
-    flow_run: UUID | None = None
+    units: str | None = None
 
 
 def read_settings() -> Settings:

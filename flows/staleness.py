@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -90,14 +91,20 @@ def summary(reasons: list[str], shown: int = 3) -> str:
     return "; ".join(ordered[:shown]) + more
 
 
-def reproduce(workspace: Workspace, stage: str, watcher: Watcher) -> int:
+def reproduce(workspace: Workspace, stage: str, watcher: Watcher, variables: Mapping[str, str]) -> int:
     """Run one stage through DVC, or restore it from DVC's run-cache; return the exit status of `dvc repro`.
+
+    Args:
+        workspace: the project folder.
+        stage: its name.
+        watcher: is told what happens.
+        variables: of the environment, for the stage's process.
 
     Raises:
         Stopped: the watcher asked for it.
     """
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--quiet", "--single-item", stage]
-    return run_watched(command, workspace.root, tool_environment(), watcher)
+    return run_watched(command, workspace.root, {**tool_environment(), **variables}, watcher)
 
 
 def tool_environment() -> dict[str, str]:

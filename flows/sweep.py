@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from prefect import State, flow, task
 from prefect.artifacts import create_image_artifact, create_table_artifact
-from prefect.context import FlowRunContext
 from prefect.futures import wait
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -31,11 +30,12 @@ from rich.table import Table
 
 from flows.api import prefect_api
 from flows.artifacts import address
+from flows.engines import ending_engine
 from flows.exclusive import exclusive
 from flows.experiments import Project
 from flows.methods import METRIC_NEEDS
 from flows.pipeline import run_stage
-from flows.settings import read_settings, set_environment
+from flows.settings import read_settings
 from flows.watch import ENDING
 from stages.errors import FisherfoldError
 from stages.params import STAGES, load_params
@@ -119,10 +119,9 @@ def sweep_flow(workspace: Path, combinations: list[Cell], others: list[str]) -> 
     Raises:
         FisherfoldError: the workspace is not in git.
     """
-    set_environment(flow_run=FlowRunContext.get().flow_run.id)
     project = Project.of(Workspace(workspace))
     names = {cell: f"{cell}-{project.digest(cell.overrides(others))[:DIGITS]}" for cell in combinations}
-    with exclusive(project.workspace, lambda message: announce("sweep", message), "sweep"):
+    with exclusive(project.workspace, lambda message: announce("sweep", message), "sweep"), ending_engine():
         failed = _run_unfinished(project, {name: cell.overrides(others) for cell, name in names.items()})
     if failed:
         end = Cancelled if any(state.is_cancelled() for state in failed) else Failed

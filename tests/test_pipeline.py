@@ -143,13 +143,22 @@ def test_dvc_repro_alone_and_offline_gives_the_same_bits(fresh, finished, tmp_pa
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_bits_in_every_stage(fresh, finished, tmp_path):
+def test_ray_gives_the_same_bits_in_every_stage_though_the_run_was_killed(fresh, finished, tmp_path):
+    """Its own process alone is killed: nothing that it started lives on, neither Ray nor stage."""
     pytest.importorskip("prefect_ray", reason="needs the extra `cluster`")
     folder = copy(fresh, tmp_path / "project")
-    result = fisherfold(folder, "run", "--engine", "ray", "--num-cpus", "1")
+    on_ray = ("--engine", "ray", "--num-cpus", "1")
+    process = start(folder, *on_ray)
+    wait_until(lambda: list(folder.glob("artifacts/capture.partial/*/units/*")), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert {"raylet", "gcs_server"} <= {member.name() for member in family}
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(family, timeout=90)[1]
+    result = fisherfold(folder, "run", *on_ray)
     assert result.returncode == 0, result.stderr
-    assert stages_that("on Ray: 1 nodes", result.stderr) == list(STAGES)
-    assert result.stderr.count("for this run alone") == 1  # of the Prefect API
+    assert stages_that("on Ray: 1 nodes", result.stderr) == list(STAGES[1:])
+    assert result.stderr.count("for this run alone") == 2  # one Prefect API and one Ray
     assert published(folder) == published(finished)
     assert stages_that("is up to date", fisherfold(folder, "run").stderr) == list(STAGES)
 
@@ -191,10 +200,10 @@ def test_a_second_run_in_the_same_folder_is_refused(fresh, tmp_path):
     assert not (folder / "artifacts" / "prepare").exists()
 
 
-def start(folder: Path) -> subprocess.Popen:
+def start(folder: Path, *options: str) -> subprocess.Popen:
     """`fisherfold run` in the background, in a process group of its own."""
     environment = {**os.environ, **QUIET, "PREFECT_HOME": str(folder / ".prefect")}
-    words = [sys.executable, "-m", "flows.cli", "run"]
+    words = [sys.executable, "-m", "flows.cli", "run", *options]
     return subprocess.Popen(words, cwd=folder, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
 
 
