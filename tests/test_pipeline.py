@@ -84,7 +84,7 @@ def fisherfold(folder: Path, *words: str) -> subprocess.CompletedProcess:
         "-m",
         "flows.cli",
         *words,
-        environment={"PYTHONPATH": "", "PREFECT_HOME": str(folder / ".prefect")},
+        environment={"PREFECT_HOME": str(folder / ".prefect")},
     )
 
 
