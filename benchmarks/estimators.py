@@ -36,13 +36,17 @@ from stages.workspace import Workspace
 RATIOS = (0.2, 0.4)
 DAMPINGS = ((0.01, 0.1), (0.1, 0.3), ("ledoit_wolf", "ledoit_wolf"))
 TUNING = 8  # tuning sequences that a damping is chosen on
+TRIMMED = KroneckerParams(estimator="token", clip=3.0, trim_tokens=1)
 SETTINGS = {
     "svd_llm": ("svd_llm", KroneckerParams()),
     "kfac": ("kfac", KroneckerParams()),
     "sequence": ("gfwsvd", KroneckerParams(estimator="sequence")),
     "token": ("gfwsvd", KroneckerParams(estimator="token")),
+    "sequence, prior 0.7": ("gfwsvd", KroneckerParams(estimator="sequence", prior=0.7)),
     "token, clip 1": ("gfwsvd", KroneckerParams(estimator="token", clip=1.0)),
-    "token, clip 3, trim 1": ("gfwsvd", KroneckerParams(estimator="token", clip=3.0, trim_tokens=1)),
+    "token, clip 3, trim 1": ("gfwsvd", TRIMMED),
+    "token, clip 3, trim 1, prior 0.5": ("gfwsvd", TRIMMED.model_copy(update={"prior": 0.5})),
+    "token, clip 3, trim 1, prior 0.8": ("gfwsvd", TRIMMED.model_copy(update={"prior": 0.8})),
 }
 BATCH = 4
 Eigen = tuple[torch.Tensor, torch.Tensor]
@@ -77,7 +81,7 @@ def main() -> None:
     )
     dense = perplexity(bench, "evaluation")
     print(
-        f"dense {dense:.2f}\n{'setting':24} ratio {'damping':30} {'used (median)':14} {'tuning':>10}",
+        f"dense {dense:.2f}\n{'setting':32} ratio {'damping':30} {'used (median)':14} {'tuning':>10}",
         flush=True,
     )
     best = {name: compare_dampings(bench, name, DAMPINGS[1:2] if options.quick else DAMPINGS) for name in names}
@@ -125,9 +129,9 @@ def compare_dampings(bench: Bench, name: str, dampings: tuple) -> dict[float, tu
             found[ratio] = min(found[ratio], (tuning, damping, cut), key=lambda row: row[0])
             medians = [float(np.median([pair[side] for pair in chosen.values()])) for side in (0, 1)]
             used = f"{medians[0]:.2g}, {medians[1]:.2g}"
-            print(f"{name:24} {ratio:5.2f} {damping!s:30} {used:14} {tuning:10.2f}", flush=True)
+            print(f"{name:32} {ratio:5.2f} {damping!s:30} {used:14} {tuning:10.2f}", flush=True)
     best = {ratio: (perplexity(bench, "evaluation", layers, row[2]), row[1]) for ratio, row in found.items()}
-    print(f"{name:24} on evaluation: {best}", flush=True)
+    print(f"{name:32} on evaluation: {best}", flush=True)
     return best
 
 
@@ -201,7 +205,7 @@ def report(best: dict[str, dict[float, tuple[float, tuple]]]) -> None:
     """One line of JSON for each ratio: the best estimator of gfwsvd against svd_llm."""
     for ratio in RATIOS:
         for name, rows in best.items():
-            print(f"ratio {ratio}: {name:24} {rows[ratio][0]:8.2f}  damping {rows[ratio][1]}")
+            print(f"ratio {ratio}: {name:32} {rows[ratio][0]:8.2f}  damping {rows[ratio][1]}")
     ours = {name: rows for name, rows in best.items() if SETTINGS[name][0] == "gfwsvd"}
     for ratio in RATIOS if ours and "svd_llm" in best else ():
         name = min(ours, key=lambda key: ours[key][ratio][0])

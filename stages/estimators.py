@@ -138,7 +138,10 @@ def sequence(evidence: Evidence) -> Estimate:
     facts, layer, together = evidence.statistics.facts, evidence.layer, evidence.params.sequences_per_gradient
     of_sequence = facts["sketch_rank" if facts["gradients"] == "sketch" else "sequence_length"]
     rank = min(together * of_sequence, layer.outputs, layer.inputs)
-    return replace(_of_pair(pair, evidence.fisher.count * rank), nearest_norm=pair.sum_norm)
+    return replace(
+        _of_pair(evidence, pair, evidence.fisher.count * rank),
+        nearest_norm=None if evidence.params.prior else pair.sum_norm,
+    )
 
 
 def token(evidence: Evidence) -> Estimate:
@@ -149,13 +152,30 @@ def token(evidence: Evidence) -> Estimate:
     median norm, and kronecker.trim_tokens leaves out the first tokens of every sequence.
     """
     pair = evidence.nearest(evidence.token_fisher, with_variances=True, rank=evidence.params.rank)
-    return _of_pair(pair, evidence.token_fisher.count)
+    return _of_pair(evidence, pair, evidence.token_fisher.count)
 
 
-def _of_pair(pair: KroneckerPair, samples: int) -> Estimate:
-    return Estimate(
-        pair.A, pair.B, (samples, samples), pair.variances, pair.iterations, pair.converged, further=pair.further
-    )
+def _of_pair(evidence: Evidence, pair: KroneckerPair, samples: int) -> Estimate:
+    statistics, layer = evidence.statistics, evidence.layer
+    A, of_A = shrink(pair.A, statistics.input_covariance(layer), evidence.params.prior)
+    B, of_B = shrink(pair.B, statistics.output_covariance(layer), evidence.params.prior)
+    variances = pair.variances and (of_A * pair.variances[0], of_B * pair.variances[1])
+    return Estimate(A, B, (samples, samples), variances, pair.iterations, pair.converged, further=pair.further)
+
+
+def shrink(factor: torch.Tensor, target: torch.Tensor, share: float) -> tuple[torch.Tensor, float]:
+    """(1 − π) M + π (tr M / tr T) T: a factor of few effective samples shrunk towards a target T with share π.
+
+    T is the token-wise factor, a sum over all tokens, where damping's target is a multiple of the identity (Ledoit and Wolf 2004).
+
+    Returns:
+        The matrix, and what its relative variance is to be multiplied by, T taken as exact: ((1 − π) ‖M‖ / ‖result‖)².
+    """
+    trace = target.trace()
+    if not share or not trace > 0:
+        return factor, 1.0
+    mixed = (1 - share) * factor + share * (factor.trace() / trace) * target.to(factor)
+    return mixed, float(((1 - share) * factor.norm() / mixed.norm()) ** 2)
 
 
 ESTIMATORS.register("kfac")(Estimator(kfac))

@@ -127,6 +127,8 @@ def _require(statistics: Statistics, params: KroneckerParams) -> None:
     reads = ESTIMATORS.lookup(params.estimator).reads
     if reads is not None and not getattr(statistics, reads):
         raise ParameterError(f"kronecker.estimator = {params.estimator!r} needs {NEEDED[reads]}, or choose 'kfac'.")
+    if params.prior and params.rank > 1:
+        raise ParameterError("kronecker.prior shrinks a single pair: set kronecker.rank = 1, or kronecker.prior = 0.")
 
 
 def estimate_layer(folder: Path, capture: Path, layer: LinearLayer, params: KroneckerParams) -> None:

@@ -72,6 +72,7 @@ class KroneckerParams(ComputeBlock):
     dtype: Literal["float32", "float64"] = "float32"
     rank: Count = 1
     sequences_per_gradient: Count = 1
+    prior: Damping = 0.0
     clip: Annotated[float, Field(gt=0)] | None = None
     trim_tokens: Annotated[int, Field(ge=0)] = 0
     diagnostics: Literal["none", "basic", "full"] = "basic"

@@ -88,6 +88,29 @@ def test_no_kronecker_pair_is_nearer_than_that_of_sequence(tmp_path: Path) -> No
     assert all(best["residual"] <= other["residual"] for best, other in zip(sequence, kfac))
 
 
+@pytest.mark.parametrize("estimator", ["sequence", "token"])
+def test_a_prior_mixes_in_the_token_wise_factors(tmp_path: Path, estimator: str) -> None:
+    """Factors, residual and the scale that fits best, against dense float64; wholly mixed, the pair is that of kfac."""
+    tiny = make(tmp_path, tokens_kept=7)
+    run(tiny, estimator=estimator, **PRECISE)
+    alone = [factors(tiny, layer) for layer in LAYERS]
+    for prior in (0.3, 1.0):
+        for layer, row, pair in zip(LAYERS, run(tiny, estimator=estimator, prior=prior, **PRECISE), alone):
+            x, d = tiny.inputs[layer.name].flatten(0, 1), tiny.gradients[layer.name].flatten(0, 1)
+            targets = x.T @ x / len(x), d.T @ d / len(d)
+            mixed = [
+                (1 - prior) * M.double() + prior * M.trace() / T.trace() * T for M, T in zip(pair, targets, strict=True)
+            ]
+            for found, expected in zip(factors(tiny, layer), mixed, strict=True):
+                torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * expected.norm().item())
+            F, product = dense_fisher(tiny.gradient(layer.name)), torch.kron(*mixed)
+            scale = ((F * product).sum() / product.square().sum()).item()
+            assert row["scale"] == pytest.approx(scale, rel=1e-4)
+            assert row["residual"] == pytest.approx(((F - scale * product).norm() / F.norm()).item(), rel=1e-4)
+    with pytest.raises(ParameterError, match=r"kronecker\.rank = 1"):
+        run(tiny, estimator=estimator, prior=0.3, rank=2)
+
+
 def test_without_gradients(tmp_path: Path) -> None:
     tiny = make(tmp_path, "none")
     assert all(row["residual"] is None and row["scale"] is None and row["converged"] for row in run(tiny))
