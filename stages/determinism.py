@@ -17,9 +17,8 @@ def compute_deterministically() -> None:
     import torch
 
     torch.manual_seed(0)
-    torch.set_deterministic_debug_mode(
-        "warn"
-    )  # use_deterministic_algorithms does no more, for this, and imports the compiler
+    # use_deterministic_algorithms does no more, for this, and imports the compiler
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
