@@ -21,7 +21,11 @@ from stages.scratch import lock_stage
 from stages.workspace import Workspace
 
 WORDS = 40
-OFFLINE = ("unshare", "--net") if subprocess.run(["unshare", "--net", "true"], stderr=subprocess.DEVNULL).returncode == 0 else ()
+OFFLINE = (
+    ("unshare", "--net")
+    if subprocess.run(["unshare", "--net", "true"], stderr=subprocess.DEVNULL).returncode == 0
+    else ()
+)
 PARAMS = {
     "prepare": {
         "model": "tiny-model",
@@ -77,15 +81,10 @@ def copy(source: Path, folder: Path) -> Path:
     return Path(shutil.copytree(source, folder, dirs_exist_ok=True, symlinks=True))
 
 
-def fisherfold(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    return command(
-        folder,
-        sys.executable,
-        "-m",
-        "flows.cli",
-        *words,
-        environment={"PREFECT_HOME": str(folder / ".prefect")},
-    )
+def fisherfold(folder: Path, *words: str, url: str = "") -> subprocess.CompletedProcess:
+    """Run it with the Prefect API at `url`, else with a temporary one."""
+    environment = {"PREFECT_HOME": str(folder / ".prefect"), "PREFECT_API_URL": url}
+    return command(folder, sys.executable, "-m", "flows.cli", *words, environment=environment)
 
 
 def published(folder: Path) -> dict[str, dict]:
@@ -107,9 +106,9 @@ def test_run_compresses_and_reports(finished):
     assert not list(finished.glob("artifacts/*.partial"))
 
 
-def test_a_second_run_finds_everything_cached(finished):
+def test_a_second_run_finds_everything_cached(finished, prefect_url):
     before = published(finished)
-    result = fisherfold(finished, "run")
+    result = fisherfold(finished, "run", url=prefect_url)
     assert stages_that("is up to date", result.stderr) == list(STAGES)
     assert published(finished) == before
     assert "up to date" in command(finished, "dvc", "repro").stdout
@@ -122,14 +121,14 @@ def test_metrics_and_plots_are_dvc_s(finished):
     assert plots.returncode == 0, plots.stderr
 
 
-def test_set_reruns_only_what_it_affects_and_back_restores(finished, tmp_path):
+def test_set_reruns_only_what_it_affects_and_back_restores(finished, prefect_url, tmp_path):
     folder = copy(finished, tmp_path / "project")
     before = published(folder)
-    result = fisherfold(folder, "run", "--set", "ranks.ratio=0.4")
+    result = fisherfold(folder, "run", "--set", "ranks.ratio=0.4", url=prefect_url)
     assert result.returncode == 0, result.stderr
     assert stages_that("is up to date", result.stderr) == list(STAGES[: STAGES.index("ranks")])
     assert published(folder)["ranks"] != before["ranks"]
-    back = fisherfold(folder, "run", "--set", "ranks.ratio=0.2")
+    back = fisherfold(folder, "run", "--set", "ranks.ratio=0.2", url=prefect_url)
     assert back.returncode == 0, back.stderr
     assert published(folder) == before
 
@@ -143,13 +142,12 @@ def test_dvc_repro_alone_and_offline_gives_the_same_bits(fresh, finished, tmp_pa
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_bits_in_every_stage_though_the_run_was_killed(fresh, finished, tmp_path):
+def test_ray_gives_the_same_bits_in_every_stage_though_the_run_was_killed(fresh, finished, prefect_url, tmp_path):
     """Its own process alone is killed: nothing that it started lives on, neither Ray nor stage."""
     pytest.importorskip("prefect_ray", reason="needs the extra `cluster`")
     folder = copy(fresh, tmp_path / "project")
     on_ray = ("--engine", "ray", "--num-cpus", "1")
-    process = start(folder, *on_ray)
-    wait_until(lambda: list(folder.glob("artifacts/capture.partial/*/units/*")), process)
+    process = started(folder, "capture", *on_ray)
     family = psutil.Process(process.pid).children(recursive=True)
     assert {"raylet", "gcs_server"} <= {member.name() for member in family}
     process.kill()
@@ -160,57 +158,52 @@ def test_ray_gives_the_same_bits_in_every_stage_though_the_run_was_killed(fresh,
     assert stages_that("on Ray: 1 nodes", result.stderr) == list(STAGES[1:])
     assert result.stderr.count("for this run alone") == 2  # one Prefect API and one Ray
     assert published(folder) == published(finished)
-    assert stages_that("is up to date", fisherfold(folder, "run").stderr) == list(STAGES)
+    assert stages_that("is up to date", fisherfold(folder, "run", url=prefect_url).stderr) == list(STAGES)
 
 
-@pytest.mark.parametrize("stage", ["prepare", "capture", "evaluate"])
-def test_killed_run_resumes_with_the_same_bits(fresh, finished, tmp_path, stage):
-    """Killed with all its children as soon as the stage has begun to write."""
+def test_a_run_that_is_killed_or_told_to_end_resumes_with_the_same_bits(fresh, finished, prefect_url, tmp_path):
+    """In stage after stage, each time as soon as the stage has begun to write."""
     folder = copy(fresh, tmp_path / "project")
-    process = start(folder)
-    wait_until(lambda: list(folder.glob(f"artifacts/{stage}.partial/*/units/*")), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    result = fisherfold(folder, "run")
-    assert result.returncode == 0, result.stderr
-    assert published(folder) == published(finished)
-
-
-def test_a_run_that_is_told_to_end_ends_its_stage_and_resumes_with_the_same_bits(fresh, finished, tmp_path):
-    """The signal that Prefect's runner sends when a run is cancelled, to the flow's process alone."""
-    folder = copy(fresh, tmp_path / "project")
-    process = start(folder)
-    wait_until(lambda: list(folder.glob("artifacts/capture.partial/*/units/*")), process)
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    assert process.wait(60) == 130
+    assert not psutil.wait_procs(kill(started(folder, "prepare")), timeout=60)[1]  # its Prefect API ends, too
+    kill(started(folder, "capture", url=prefect_url))
+    told = started(folder, "kronecker")
+    family = psutil.Process(told.pid).children(recursive=True)
+    told.terminate()  # what Prefect's runner sends when a run is cancelled, to the flow's process alone
+    assert told.wait(60) == 130
     assert not [member for member in family if member.is_running()]
-    result = fisherfold(folder, "run")
+    kill(started(folder, "evaluate", url=prefect_url))
+    result = fisherfold(folder, "run", url=prefect_url)
     assert result.returncode == 0, result.stderr
     assert published(folder) == published(finished)
 
 
-def test_a_second_run_in_the_same_folder_is_refused(fresh, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(fresh, prefect_url, tmp_path):
     folder = copy(fresh, tmp_path / "project")
     with lock_stage(Workspace(folder), "prepare"):
         second = fisherfold(folder, "stage", "prepare")
         assert (second.returncode, second.stdout) == (1, "")
         assert second.stderr.startswith("error: Stage 'prepare' is already running")
-        assert fisherfold(folder, "run", "--until", "prepare").returncode == 1
+        assert fisherfold(folder, "run", "--until", "prepare", url=prefect_url).returncode == 1
     assert not (folder / "artifacts" / "prepare").exists()
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen:
-    """`fisherfold run` in the background, in a process group of its own."""
-    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(folder / ".prefect")}
+def started(folder: Path, stage: str, *options: str, url: str = "") -> subprocess.Popen:
+    """`fisherfold run` in the background, in a process group of its own, once that stage has begun to write."""
+    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(folder / ".prefect"), "PREFECT_API_URL": url}
     words = [sys.executable, "-m", "flows.cli", "run", *options]
-    return subprocess.Popen(words, cwd=folder, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-
-
-def wait_until(condition, process: subprocess.Popen) -> None:
-    while not condition():
+    process = subprocess.Popen(words, cwd=folder, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not list(folder.glob(f"artifacts/{stage}.partial/*/units/*")):
         assert process.poll() is None, "the run ended before it could be interrupted"
         time.sleep(0.02)
+    return process
+
+
+def kill(process: subprocess.Popen) -> list[psutil.Process]:
+    """Kill a run and its children in one blow; what that leaves to end by itself."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return family
 
 
 def test_status_tells_state_and_reason(finished, tmp_path):

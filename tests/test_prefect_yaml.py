@@ -1,15 +1,12 @@
 """prefect.yaml: every deployment is one that a Prefect server takes, and its flow takes its parameters."""
 
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from contextlib import closing
 from itertools import pairwise
 
 import pytest
+from prefect_server import running_server
 from project import ROOT
 from ruamel.yaml import YAML
 
@@ -38,32 +35,9 @@ def test_each_stage_starts_the_next():
 
 @pytest.fixture
 def server(tmp_path):
-    """A Prefect server of its own on the loopback interface; the environment that reaches it."""
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    home = {"PREFECT_HOME": str(tmp_path), "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    environment = {**os.environ, **home, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _wait_for_health(environment["PREFECT_API_URL"])
-        yield environment
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _wait_for_health(url: str, seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
-            return
-        except OSError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.5)
+    """The environment that reaches a Prefect server of this test's own: what is deployed would answer to other tests' events."""
+    with running_server(tmp_path) as url:
+        yield {**os.environ, "PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": url}
 
 
 def _prefect(environment: dict, *words: str) -> str:

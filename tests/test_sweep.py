@@ -38,10 +38,10 @@ def project(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_and_computes_nothing_twice(project, tmp_path):
+def test_a_killed_sweep_goes_on_and_computes_nothing_twice(project, prefect_url, tmp_path):
     before = contents(project)
     ran = tmp_path / "ran"
-    environment = {"PREFECT_HOME": str(tmp_path / "prefect"), "STAND_IN_RAN": str(ran)}
+    environment = {"PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_API_URL": prefect_url, "STAND_IN_RAN": str(ran)}
     process = subprocess.Popen(
         [sys.executable, *SWEEP, "--jobs", "2"],
         cwd=project,
