@@ -62,7 +62,7 @@ def test_tied_weights_are_not_targeted():
 def test_refuses_models_without_linear_layers_and_names_that_are_no_paths():
     model = ToyModel()
     model.idle = nn.ModuleDict({"a b": nn.Linear(2, 2)})
-    with pytest.raises(InputError, match="'idle.a b'"):
+    with pytest.raises(InputError, match=r"'idle\.a b'"):
         find_layers(model)
     for name in ("twice", "expert", "back", "idle"):
         setattr(model, name, nn.Identity())

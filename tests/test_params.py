@@ -29,7 +29,7 @@ def test_shipped_file_is_valid_and_names_every_parameter():
     ],
 )
 def test_wrong_parameter_is_named(document, message):
-    with pytest.raises(ParameterError, match="^here: ") as caught:
+    with pytest.raises(ParameterError, match=r"^here: ") as caught:
         check_params(document, "here")
     assert message in str(caught.value)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -12,11 +13,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from stages.scratch import Scratch
 from stages.params import PrepareParams
-from stages.tables import write_sequences, write_table, QUESTIONS
+from stages.scratch import Scratch
+from stages.tables import QUESTIONS, write_sequences, write_table
 from stages.workspace import Workspace
-import pyarrow as pa
 
 VOCABULARY = 96
 FAMILIES = {
