@@ -17,12 +17,14 @@ PATIENCE = 240.0  # seconds; a busy machine fails no test
 
 
 @contextmanager
-def running_server(home: Path) -> Iterator[str]:
-    """Inside, a server on the loopback interface that keeps what it knows in `home`; the address of its API."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+def running_server(home: Path, **variables: str) -> Iterator[str]:
+    """Inside, a server on the loopback interface that keeps what it knows in `home`; the address of its API.
+
+    `variables` are further ones of its environment.
+    """
+    port = str(free_port())
     words = ["--factory", "prefect.server.api.server:create_app", "--port", port, "--log-level", "error"]
-    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home), "PREFECT_UI_ENABLED": "0"}
+    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home), "PREFECT_UI_ENABLED": "0", **variables}
     process = subprocess.Popen([sys.executable, "-m", "uvicorn", *words], env=environment, stderr=subprocess.DEVNULL)
     try:
         _wait(process, url := f"http://127.0.0.1:{port}/api")
@@ -30,6 +32,12 @@ def running_server(home: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+def free_port() -> int:
+    """A port of the loopback interface where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def _wait(process: subprocess.Popen, url: str) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -12,60 +11,24 @@ from pathlib import Path
 
 import psutil
 import pytest
-import tiny
-from project import QUIET, clone, command
-from ruamel.yaml import YAML
+from project import QUIET, command
+from tiny_project import tiny_project
 
 from stages.params import STAGES
 from stages.scratch import lock_stage
 from stages.workspace import Workspace
 
-WORDS = 40
 OFFLINE = (
     ("unshare", "--net")
     if subprocess.run(["unshare", "--net", "true"], stderr=subprocess.DEVNULL).returncode == 0
     else ()
 )
-PARAMS = {
-    "prepare": {
-        "model": "tiny-model",
-        "corpus": "corpus.txt",
-        "questions": "questions.jsonl",
-        "question_count": 6,
-        "sequence_length": 16,
-        "calibration_sequences": 8,
-        "tuning_sequences": 2,
-        "evaluation_sequences": 4,
-    },
-    "capture": {"sequences_per_shard": 2, "batch_size": 2, "sketch_rank": 4},
-    "kronecker": {"estimator": "sequence"},
-}
 
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory) -> Path:
-    """A project with a tiny local model, a text corpus and questions of its own; nothing has run."""
-    folder = clone(tmp_path_factory.mktemp("fresh"))
-    tiny.save_tiny(folder / "tiny-model")
-    generator = random.Random(0)
-    articles = [" ".join(f"w{generator.randrange(3, tiny.VOCABULARY)}" for _ in range(WORDS)) for _ in range(24)]
-    (folder / "corpus.txt").write_text("\n\n".join(articles) + "\n")
-    questions = [
-        {
-            "question": f"w{i + 3}",
-            "choices": [f"w{20 * c + i + 5}" for c in range(4)],
-            "answer": i % 4,
-            "article": f"q{i}",
-        }
-        for i in range(6)
-    ]
-    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)) + "\n")
-    yaml = YAML()
-    document = yaml.load(folder / "params.yaml")
-    for block, values in PARAMS.items():
-        document[block].update(values)
-    yaml.dump(document, folder / "params.yaml")
-    return folder
+    """A tiny project of which nothing has run."""
+    return tiny_project(tmp_path_factory.mktemp("fresh"))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,14 +16,17 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
+from prefect_server import free_port
 from project import QUIET, command
 from stand_in import clone_with_stand_in
+from tiny_project import set_params, tiny_project
 
 from flows.exclusive import exclusive
 from flows.schedule import Timetable
 from stages.errors import ParameterError
 from stages.workspace import Workspace
 
+SHARDS = 300  # so many that the stage takes longer than Prefect needs to notice
 PATIENCE = 240  # seconds; a busy machine fails no test
 
 
@@ -96,17 +100,24 @@ def wait_for(condition, process: subprocess.Popen):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> Iterator[Served]:
     folder = clone_with_stand_in(tmp_path_factory.mktemp("served"))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    words = ["--cron", "0 2 * * *", "--until", "prepare", "--set", "prepare.seed=3"]
+    with serving(folder, *words, STAND_IN_PAUSE="prepare=4") as found:
+        yield found
+
+
+@contextmanager
+def serving(folder: Path, *words: str, **variables: str) -> Iterator[Served]:
+    port = free_port()
     environment = {
         "PREFECT_HOME": str(folder / ".prefect"),
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_RUNNER_POLL_FREQUENCY": "1",
-        "STAND_IN_PAUSE": "prepare=4",
+        **variables,
     }
-    words = ["serve", "--cron", "0 2 * * *", "--name", "nightly", "--until", "prepare", "--set", "prepare.seed=3"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *words], cwd=folder, env={**os.environ, **QUIET, **environment}
+        [sys.executable, "-m", "flows.cli", "serve", "--name", "nightly", *words],
+        cwd=folder,
+        env={**os.environ, **QUIET, **environment},
     )
     url = f"http://127.0.0.1:{port}/api"
     try:
@@ -174,6 +185,48 @@ def test_a_run_cancelled_through_the_api_ends_its_stage_and_can_be_run_again(ser
     assert served.spans[before:] == ["begin", "begin", "end"]
     logs = served.client.read_logs()
     assert "prepare: stands in" in [log.message for log in logs]  # the stage's own words
+
+
+@pytest.mark.slow
+def test_a_run_on_ray_cancelled_through_the_api_stops_the_workers_and_goes_on_later(tmp_path):
+    pytest.importorskip("prefect_ray", reason="needs the extra `cluster`")
+    folder = tiny_project(tmp_path / "project", articles=SHARDS)
+    sequences = {"calibration_sequences": SHARDS, "tuning_sequences": 2, "evaluation_sequences": 4}
+    set_params(folder, {"prepare": sequences, "capture": {"sequences_per_shard": 1, "batch_size": 1}})
+    with serving(folder, "--engine", "ray", "--num-cpus", "1", "--until", "capture") as served:
+        run = served.trigger()
+        finished = wait_for(lambda: units(folder), served.process)
+        family = psutil.Process(served.process.pid).children(recursive=True)
+        on_ray = [
+            member for member in family if "ray" in member.name() or "fisherfold stage" in " ".join(cmdline(member))
+        ]
+        assert len(on_ray) > 3  # its two servers, workers and the stage
+        served.client.set_flow_run_state(run.id, Cancelling(), force=True)
+        assert served.wait(run, lambda state: state.is_final()).is_cancelled()
+        assert not psutil.wait_procs(on_ray, timeout=60)[1]
+        left = units(folder)
+        assert finished <= left < SHARDS
+        time.sleep(3)
+        assert units(folder) == left  # nobody writes any more
+        tasks = {task.name: task.state for task in served.client.read_task_runs()}
+        assert not [name for name, state in tasks.items() if state.is_running()]
+    again = command(
+        folder,
+        sys.executable,
+        "-m",
+        "flows.cli",
+        "run",
+        "--until",
+        "capture",
+        environment={"PREFECT_HOME": str(folder / ".prefect")},
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"{left} of {2 * SHARDS - 1} units are finished already" in again.stderr
+
+
+def units(folder: Path) -> int:
+    """How many are listed of stage capture."""
+    return sum(len(path.read_text().splitlines()) for path in folder.glob("artifacts/capture.partial/*/manifest.jsonl"))
 
 
 def cmdline(process: psutil.Process) -> list[str]:
