@@ -184,13 +184,13 @@ def small_project(folder: Path) -> Path:
     return folder
 
 
-def measure_run(engine: str) -> float:
-    """Seconds of `fisherfold run` in such a project."""
+def measure_run(engine: str, until: str) -> float:
+    """Seconds of `fisherfold run` in such a project, as far as stage `until`."""
     with tempfile.TemporaryDirectory() as name:
         folder = small_project(Path(name))
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         start = time.monotonic()
-        words = [sys.executable, "-m", "flows.cli", "run", "--engine", engine]
+        words = [sys.executable, "-m", "flows.cli", "run", "--engine", engine, "--until", until]
         subprocess.run(words, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
         return time.monotonic() - start
 
@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="no whole runs, one round of captures")
     parser.add_argument("--only", choices=("unit", "run", "workers"), help="one of the three figures")
     parser.add_argument("--compute", type=float, default=COMPUTE, help="seconds of the demo's inline run")
+    parser.add_argument("--until", default="report", help="end the whole runs with this stage, to try them out")
     arguments = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     os.environ["PREFECT_HOME"] = tempfile.mkdtemp()
@@ -219,7 +220,7 @@ def main() -> None:
                 print(f"capture on one worker of one core: {one:.1f} s; on two: {two:.1f} s")
                 lines.append(figure("speed of two workers / one", one / two, "times", SPEEDUP, one / two >= SPEEDUP))
     if arguments.only == "run" or not (arguments.only or arguments.quick):
-        inline, on_ray = measure_run("inline"), measure_run("ray")
+        inline, on_ray = measure_run("inline", arguments.until), measure_run("ray", arguments.until)
         added = on_ray - inline
         print(f"a run of the demo's units: inline {inline:.1f} s, on Ray {on_ray:.1f} s")
         share = max(0.0, added - START) / arguments.compute

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -67,7 +68,7 @@ def database() -> Iterator[str]:
     try:
         yield f"postgresql+asyncpg://prefect:{password}@127.0.0.1:{port}/postgres"
     finally:
-        server.terminate()
+        server.send_signal(signal.SIGINT)  # SIGTERM would wait until nobody is connected any more
         server.wait()
         shutil.rmtree(folder)
 
