@@ -147,7 +147,7 @@ def report_draws(found: dict[tuple, float]) -> None:
             figure = f"perplexity with the best allocator, ratio {ratio}, draws {seeds}"
             print_figure(figure, best, "× dense", limit, max(best) <= limit)
     for ratio in ratios:
-        pairs = [(("kfac", name, ratio, seed) for name in ("fermigrad", "fisher")) for seed in seeds]
+        pairs = [[("kfac", name, ratio, seed) for name in ("fermigrad", "fisher")] for seed in seeds]
         shares = [found[mine] / found[other] for mine, other in pairs if {mine, other} <= found.keys()]
         if shares and (limit := AGAINST_FISHER.get(ratio)):
             figure = f"perplexity with fermigrad over fisher ranks, ratio {ratio}, draws {seeds}"
