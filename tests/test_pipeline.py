@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from project import QUIET, command
-from tiny_project import tiny_project
+from tiny_project import copy, fisherfold, published
 
 from stages.params import STAGES
 from stages.scratch import lock_stage
@@ -23,38 +22,6 @@ OFFLINE = (
     if subprocess.run(["unshare", "--net", "true"], stderr=subprocess.DEVNULL).returncode == 0
     else ()
 )
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory) -> Path:
-    """A tiny project of which nothing has run."""
-    return tiny_project(tmp_path_factory.mktemp("fresh"))
-
-
-@pytest.fixture(scope="module")
-def finished(fresh, tmp_path_factory) -> Path:
-    """The same project after `fisherfold run`."""
-    folder = copy(fresh, tmp_path_factory.mktemp("finished"))
-    result = fisherfold(folder, "run")
-    assert result.returncode == 0, result.stderr
-    return folder
-
-
-def copy(source: Path, folder: Path) -> Path:
-    return Path(shutil.copytree(source, folder, dirs_exist_ok=True, symlinks=True))
-
-
-def fisherfold(folder: Path, *words: str, url: str = "") -> subprocess.CompletedProcess:
-    """Run it with the Prefect API at `url`, else with a temporary one."""
-    environment = {"PREFECT_HOME": str(folder / ".prefect"), "PREFECT_API_URL": url}
-    return command(folder, sys.executable, "-m", "flows.cli", *words, environment=environment)
-
-
-def published(folder: Path) -> dict[str, dict]:
-    """What each stage published: every file's size and digest."""
-    return {
-        stage: json.loads((folder / "artifacts" / stage / "manifest.json").read_text())["files"] for stage in STAGES
-    }
 
 
 def stages_that(verb: str, text: str) -> list[str]:

@@ -8,23 +8,22 @@ from pathlib import Path
 import pytest
 from object_storage import BUCKET, Storage
 from project import command
-from test_pipeline import copy, fresh  # noqa: F401
+from tiny_project import copy, published
 
 from stages.params import STAGES, load_params
 from stages.shard import loaded_model
 from stages.statistics import Statistics
-from stages.workspace import Workspace, read_manifest, verify_output
+from stages.workspace import Workspace, verify_output
 
 pytestmark = pytest.mark.slow
 
 
-def run_stages(folder: Path) -> dict[str, dict]:
-    """Run every stage in this process; what each published."""
+def run_stages(folder: Path) -> None:
+    """Run every stage in this process."""
     workspace, params = Workspace(folder), load_params(folder / "params.yaml")
     for stage in STAGES:
         importlib.import_module(f"stages.{stage}").run(workspace, getattr(params, stage))
     loaded_model.cache_clear()
-    return {stage: read_manifest(workspace.out(stage))["files"] for stage in STAGES}
 
 
 def succeed(folder: Path, *words: str, environment: dict[str, str] | None = None) -> str:
@@ -38,7 +37,7 @@ def git(folder: Path, *words: str) -> None:
 
 
 @pytest.fixture
-def finished(storage: Storage, fresh: Path, tmp_path, monkeypatch) -> Path:  # noqa: F811
+def stored(storage: Storage, fresh: Path, tmp_path, monkeypatch) -> Path:
     """A finished project whose shards lie on the server, committed to git and to DVC."""
     folder = copy(fresh, tmp_path / "project")
     monkeypatch.chdir(folder)
@@ -51,26 +50,19 @@ def finished(storage: Storage, fresh: Path, tmp_path, monkeypatch) -> Path:  # n
     return folder
 
 
-def test_every_stage_has_the_same_bits_as_on_the_file_system(finished, fresh, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.delenv("FISHERFOLD_STORE")
-    folder = copy(fresh, tmp_path / "local")
-    monkeypatch.chdir(folder)
-    local = run_stages(folder)
-    assert {stage: read_manifest(Workspace(finished).out(stage))["files"] for stage in STAGES} == local
-    assert list((finished / "artifacts/capture/gradients").glob("*.pointer.json"))
-    assert not list((finished / "artifacts").rglob("shard-*.zarr.zip"))
-
-
-def test_a_second_clone_pulls_everything_and_runs_nothing(storage, finished, tmp_path):
-    succeed(finished, "dvc", "push", "--quiet")
+def test_same_bits_as_on_the_file_system_and_a_second_clone_pulls_everything(storage, stored, finished, tmp_path):
+    assert published(stored) == published(finished)
+    assert list((stored / "artifacts/capture/gradients").glob("*.pointer.json"))
+    assert not list((stored / "artifacts").rglob("shard-*.zarr.zip"))
+    succeed(stored, "dvc", "push", "--quiet")
     second = tmp_path / "second"
-    git(finished, "clone", "--quiet", str(finished), str(second))
+    git(stored, "clone", "--quiet", str(stored), str(second))
     succeed(second, "dvc", "pull", "--quiet")
     storage.requests.clear()
     assert "up to date" in succeed(second, "dvc", "repro")
     assert storage.requests == []
     capture = Workspace(second).out("capture")
-    assert verify_output(capture) == verify_output(Workspace(finished).out("capture"))
+    assert verify_output(capture) == verify_output(Workspace(stored).out("capture"))
     reader = Statistics(capture)
     assert all(reader.gradient_norms(layer).isfinite().all() for layer in reader.layers)
     assert json.loads(succeed(second, "dvc", "metrics", "show", "--json"))

@@ -1,12 +1,18 @@
-"""A project with a tiny local model, a text corpus and questions of its own: the real stages in seconds."""
+"""A project with a tiny local model, a text corpus and questions of its own: the real stages in seconds; run once a session."""
 
 import json
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import tiny
-from project import clone
+from project import clone, command
 from ruamel.yaml import YAML
+
+from stages.params import STAGES
 
 WORDS = 40
 PARAMS = {
@@ -53,3 +59,35 @@ def set_params(folder: Path, values: dict[str, dict]) -> None:
     for block, changed in values.items():
         document[block].update(changed)
     yaml.dump(document, folder / "params.yaml")
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory) -> Path:
+    """A tiny project of which nothing has run."""
+    return tiny_project(tmp_path_factory.mktemp("fresh"))
+
+
+@pytest.fixture(scope="session")
+def finished(fresh, tmp_path_factory) -> Path:
+    """The same project after `fisherfold run`."""
+    folder = copy(fresh, tmp_path_factory.mktemp("finished"))
+    result = fisherfold(folder, "run")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def copy(source: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(source, folder, dirs_exist_ok=True, symlinks=True))
+
+
+def fisherfold(folder: Path, *words: str, url: str = "") -> subprocess.CompletedProcess:
+    """Run it with the Prefect API at `url`, else with a temporary one."""
+    environment = {"PREFECT_HOME": str(folder / ".prefect"), "PREFECT_API_URL": url}
+    return command(folder, sys.executable, "-m", "flows.cli", *words, environment=environment)
+
+
+def published(folder: Path) -> dict[str, dict]:
+    """What each stage published: every file's size and digest."""
+    return {
+        stage: json.loads((folder / "artifacts" / stage / "manifest.json").read_text())["files"] for stage in STAGES
+    }
