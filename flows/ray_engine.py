@@ -10,6 +10,7 @@ Processes of one node map the same safetensors file, so its weights are read onc
 import gc
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -24,7 +25,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled, Crashed
+from prefect.states import Cancelled, Completed, Crashed
 from prefect_ray import RayTaskRunner
 from prefect_ray.context import remote_options
 from ray.exceptions import (
@@ -49,6 +50,7 @@ LOST = (LocalRayletDiedError, NodeDiedError, ObjectLostError, OutOfMemoryError, 
 """What Ray says when a worker or its host died, and not the unit's own code failed."""
 PAUSES = (1.0, 5.0, 20.0)  # seconds before a lost unit is given out again; one lost once more than this ends the stage
 POLL = 1.0  # seconds
+LATE = 30.0  # seconds that a worker may keep the news of a finished unit, at most
 
 
 def run_stage_flow(stage: str, work: Callable[[], None], settings: Settings, threads: int | None) -> None:
@@ -135,6 +137,7 @@ class RayEngine:
     ) -> None:
         self.stage, self.ended = stage, ended
         self._id = uuid4().hex
+        self.finished: deque[tuple[float, UUID]] = deque(maxlen=1000)  # when, and which task
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = settings.num_cpus or min(threads or 1, max(node.get("CPU", 0) for node in nodes))
         asked = {"CPU": cores, "GPU": settings.num_gpus, "memory": settings.memory or 0}
@@ -195,6 +198,7 @@ class _Batch:
                     self._lose(name, state.message)
                     continue
                 files = state.result()
+                self.engine.finished.append((time.monotonic(), task_run))
                 yield name, files
                 self.unfinished.discard(name)
 
@@ -216,6 +220,9 @@ class _Batch:
         self.working[future.wrapped_future] = (name, future.task_run_id)
 
     def _lose(self, name: str, message: str) -> None:
+        # the worker may have died before it told of the units that it finished last
+        since = time.monotonic() - LATE
+        self.untold |= {task_run: Completed() for when, task_run in self.engine.finished if when > since}
         losses = self.losses[name] = self.losses.get(name, 0) + 1
         if losses > len(PAUSES):
             raise EngineError(

@@ -80,7 +80,8 @@ class Kernels:
         """(ρ_F, ρ_cca, ρ_kfac) [3] of the pairs x_t, g_order(t), equally weighted."""
         order = order.to(self.x.device)
         joint, white = (
-            (x * g[order][:, order]).mean()[None] for x, g in ((self.x, self.g), (self.white_x, self.white_g))
+            (x * g.index_select(0, order).index_select(1, order)).mean()[None]
+            for x, g in ((self.x, self.g), (self.white_x, self.white_g))
         )
         second = self.crossed.gather(1, order[:, None]).square().mean()[None]
         return self._scores(joint, white, self.sizes, self.independent, second)[0]
