@@ -192,8 +192,10 @@ class _Batch:
                     state: State = ray.get(reference)
                 except LOST as error:
                     state = Crashed(message=f"{type(error).__name__}: {error}")
-                    if not _tell(task_run, state):
-                        self.untold[task_run] = state
+                    _tell(task_run, state)
+                    self.untold[task_run] = (
+                        state  # once more at the end: the worker's last events may arrive after this
+                    )
                 if state.is_crashed():
                     self._lose(name, state.message)
                     continue
@@ -234,7 +236,7 @@ class _Batch:
         self.due[name] = time.monotonic() + pause
 
     def cancel(self) -> None:
-        """Stop what is still in work: the stage ended early. Tell of lost tasks that Prefect did not know of when they were."""
+        """Stop what is still in work: the stage ended early. Tell again of lost tasks, which Prefect may not have known of yet."""
         for task_run, state in self.untold.items():
             _tell(task_run, state)
         for reference, (_, task_run) in self.working.items():
@@ -265,15 +267,10 @@ def _begin_stage(stage: str) -> None:
     compute_deterministically()
 
 
-def _tell(task_run: UUID, state: State) -> bool:
-    """Tell the Prefect API how a task ended that cannot tell it any more; whether it is there and knows of that task.
-
-    A worker's last events can arrive there after the news of its death.
-    """
+def _tell(task_run: UUID, state: State) -> None:
+    """Tell the Prefect API how a task ended that cannot tell it any more, if it is there and knows of that task."""
     with suppress(HTTPError, ObjectNotFound), get_client(sync_client=True) as client:
         client.set_task_run_state(task_run, state, force=True)
-        return True
-    return False
 
 
 def _fitting(offered: Mapping[str, float], asked: Mapping[str, float]) -> int:
