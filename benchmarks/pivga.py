@@ -3,7 +3,7 @@
     python benchmarks/pivga.py            # every layer
     python benchmarks/pivga.py --quick    # one block, times 30
 
-Ranks keep 80 % of each layer's numbers; products are random with power-law spectra. The time is that of the gauge alone, in float64.
+Ranks keep 80 % of each layer's numbers; products are random with power-law spectra. The time is that of the gauge alone, in float64, with the threads of stage factorize.
 Rounding to bfloat16 (error feedback) and what plain factors lose by it are shown beside it.
 """
 
@@ -17,7 +17,9 @@ import torch
 
 from flows.shapes import find_shapes
 from stages.cost import rank_costs
+from stages.determinism import computing_threads
 from stages.layers import LinearLayer
+from stages.params import FactorizeParams
 from stages.pivoted import pivot_factors
 from stages.rounding import nearest, round_pivoted
 from stages.sites import Site
@@ -85,4 +87,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with computing_threads(FactorizeParams().threads):
+        main()

@@ -137,6 +137,7 @@ class RanksParams(ComputeBlock):
 
 
 class FactorizeParams(ComputeBlock):
+    threads: Count = 1
     dtype: Dtype | None = None
     dense_export: bool = False
     alternations: Annotated[int, Field(ge=0)] = 0
