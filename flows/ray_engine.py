@@ -193,9 +193,8 @@ class _Batch:
                 except LOST as error:
                     state = Crashed(message=f"{type(error).__name__}: {error}")
                     _tell(task_run, state)
-                    self.untold[task_run] = (
-                        state  # once more at the end: the worker's last events may arrive after this
-                    )
+                    # once more at the end: the worker's last events may arrive after this
+                    self.untold[task_run] = state
                 if state.is_crashed():
                     self._lose(name, state.message)
                     continue

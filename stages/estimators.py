@@ -156,10 +156,12 @@ def token(evidence: Evidence) -> Estimate:
 
 
 def _of_pair(evidence: Evidence, pair: KroneckerPair, samples: int) -> Estimate:
-    statistics, layer = evidence.statistics, evidence.layer
-    A, of_A = shrink(pair.A, statistics.input_covariance(layer), evidence.params.prior)
-    B, of_B = shrink(pair.B, statistics.output_covariance(layer), evidence.params.prior)
-    variances = pair.variances and (of_A * pair.variances[0], of_B * pair.variances[1])
+    A, B, variances, prior = pair.A, pair.B, pair.variances, evidence.params.prior
+    if prior:
+        statistics, layer = evidence.statistics, evidence.layer
+        A, of_A = shrink(A, statistics.input_covariance(layer), prior)
+        B, of_B = shrink(B, statistics.output_covariance(layer), prior)
+        variances = variances and (of_A * variances[0], of_B * variances[1])
     return Estimate(A, B, (samples, samples), variances, pair.iterations, pair.converged, further=pair.further)
 
 
@@ -172,7 +174,7 @@ def shrink(factor: torch.Tensor, target: torch.Tensor, share: float) -> tuple[to
         The matrix, and what its relative variance is to be multiplied by, T taken as exact: ((1 − π) ‖M‖ / ‖result‖)².
     """
     trace = target.trace()
-    if not share or not trace > 0:
+    if not trace > 0:
         return factor, 1.0
     mixed = (1 - share) * factor + share * (factor.trace() / trace) * target.to(factor)
     return mixed, float(((1 - share) * factor.norm() / mixed.norm()) ** 2)
