@@ -107,7 +107,7 @@ def pose(
         ParameterError: no allowed allocation meets the ratio (the message has the nearest that one does), or a pattern of the
             limits matches nothing.
     """
-    limits = limits or Limits()
+    limits = limits or Limits.of(params)
     limits.check_patterns(sites)
     budget = budget or parameters(sites)
     shape = len(sites), max(site.full_rank for site in sites) + 1

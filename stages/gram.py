@@ -7,6 +7,7 @@ import torch
 
 STRIPES = 6  # fewer do more products, more make them slow: (1 + 1/6) / 2 of the full product
 NARROWEST = 96
+MIRRORED = 512
 
 
 def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
@@ -26,11 +27,13 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
 
 def mirror(total: torch.Tensor) -> torch.Tensor:
     """G with its upper triangle copied over the lower one, in place: exactly symmetric."""
-    for low in range(0, len(total), NARROWEST):
-        stripe = slice(low, low + NARROWEST)
+    for low in range(0, len(total), MIRRORED):
+        stripe = slice(low, low + MIRRORED)
         corner = total[stripe, stripe].triu()
         total[stripe, stripe] = corner + corner.triu(1).T
-        total[low + NARROWEST :, stripe] = total[stripe, low + NARROWEST :].T
+        total[low + MIRRORED :, stripe] = total[
+            stripe, low + MIRRORED :
+        ].T.contiguous()  # two fast copies for a slow one
     return total
 
 

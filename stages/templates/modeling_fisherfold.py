@@ -183,7 +183,7 @@ KINDS = {
 MANY_TOKENS = 128
 PRODUCTS_PER_MOVE = {torch.float32: 60}
 """Multiplications that a CPU does while it moves one number of a token, as measured."""
-PRODUCTS_PER_MOVE_IN_HALF_PRECISION = 350
+PRODUCTS_PER_MOVE_IN_HALF_PRECISION = 700
 INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
@@ -199,7 +199,7 @@ class Memory(dict):
         Its version tells, or, if it was written to without that, a sample of its numbers.
         """
         state = weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version
-        sample = weight.view(-1)[:: 1 + weight.numel() // 256]
+        sample = weight.view(-1)[:: 1 + weight.numel() // 16]
         if self.get("state") != state or not torch.equal(self["sample"], sample):
             self.update(state=state, sample=sample.clone(), whole=make())
         return self["whole"]
