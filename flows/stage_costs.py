@@ -14,6 +14,7 @@ import torch
 from flows.shapes import ModelShapes
 from stages.capture import disk_bytes
 from stages.cost import PIVOTED_SIDES
+from stages.dependence import MOST_TOKENS
 from stages.evaluate import BATCHES_PER_SHARD, QUESTIONS_PER_UNIT
 from stages.gram import NARROWEST, STRIPES
 from stages.layer_sums import GRADIENT_FORMS, Shapes
@@ -26,13 +27,14 @@ from stages.store import GroupSize
 from stages.tree_sum import Part, summation_tree
 
 POWER_STEPS = 10  # of the nearest Kronecker pair; six for most layers of the demo
+PASSES_PER_DRAW = 14  # over tokens × tokens float64 numbers: a permutation of two kernels, a product with each, a mean
 QUESTION_TOKENS = 48  # of a question with all its choices, the context read once
 DECOMPOSITION = {
     "eigen": 9.0,
     "svd": 21.0,
 }  # operations / p³ for eigenvectors; / (larger · smaller²) for singular vectors
 GRADIENT_TRAFFIC = 6  # times that a sequence's gradient passes through memory: written, squared, added up, sketched
-CONVERSION = 600  # operations a parameter: dequantising, checking, casting
+CONVERSION = 1500  # operations a parameter: dequantising, checking, casting
 LOGIT_BYTES = 12  # held a logit: two models' in float32, and their product
 LOGIT_TRAFFIC = 40  # bytes a logit: probabilities of two models in float32, their losses and divergence
 
@@ -269,8 +271,23 @@ def kronecker_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
         4 * (2 * (x.outputs**2 + x.inputs**2) + sequences * own.sketch_rank * (x.outputs + x.inputs))
         for x in shapes.layers
     )
+    if own.tokens_per_sequence:
+        for name, members in by_group(shapes.layers).items():
+            units[f"dependence.{name}"] = (dependence_demand(members, params), ())
     join = Demand(read=published, written=published)
     return StageCost(units, join, 2 * published, published, memory=largest)
+
+
+def dependence_demand(members: Sequence[LinearLayer], params: Params) -> Demand:
+    """ρ of one input: three kernels of its tokens, two of them whitened, and PASSES_PER_DRAW of all for every draw."""
+    inputs, outputs = members[0].inputs, sum(layer.outputs for layer in members)
+    captured = params.prepare.calibration_sequences * params.capture.tokens_per_sequence
+    tokens = min(MOST_TOKENS, captured)
+    return Demand(
+        eigen=2.0 * tokens * inputs * outputs + 6.0 * tokens**2 * inputs + 6.0 * tokens**3,
+        traffic=8.0 * PASSES_PER_DRAW * params.kronecker.dependence_draws * tokens**2,
+        read=4.0 * captured * (inputs + outputs) + 4.0 * inputs * outputs,
+    )
 
 
 @STAGE_COSTS.register("subspace")
