@@ -11,6 +11,7 @@ DEFAULTS = {
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # never pickle
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the stages speak for themselves; the API gets every log
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # never a cluster that was not asked for
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow each other ten times on a busy machine
 }
 

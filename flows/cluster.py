@@ -30,6 +30,11 @@ PASSED_ON = (
 each node's own, and those of the API travel with Prefect's own settings, task by task."""
 
 
+def environment() -> dict[str, dict[str, str]]:
+    """PASSED_ON as Ray takes it for a job or a task."""
+    return {"env_vars": {name: value for name, value in os.environ.items() if name in PASSED_ON}}
+
+
 _joining = threading.Lock()  # stages of a sweep run side by side
 
 
@@ -60,11 +65,10 @@ def join(settings: Settings) -> None:
 
 def _join(settings: Settings) -> None:
     where = {"address": settings.ray_address} if settings.ray_address else HERE
-    variables = {name: value for name, value in os.environ.items() if name in PASSED_ON}
     try:
         _knock(settings.ray_address)
         with _kept_signals():
-            ray.init(**where, **OURS, runtime_env={"env_vars": variables})
+            ray.init(**where, **OURS, runtime_env=environment())
     except (OSError, RuntimeError, ValueError) as error:
         raise EngineError(
             f"The Ray cluster at {settings.ray_address or 'this host'} cannot be used: {error}. Look at `ray status "

@@ -16,6 +16,7 @@ from flows.findings import Finding, Outcome
 from flows.node_report import PACKAGES, NodeReport, locked_probe, report_node
 from flows.settings import Settings
 from stages.errors import EngineError
+from stages.objects import store_url
 from stages.registry import Registry
 from stages.workspace import Workspace
 
@@ -132,9 +133,10 @@ def gather_reports(workspace: Workspace, settings: Settings) -> Cluster:
 def _report_task(ray):
     """The remote form of `report_node`, sent with its source: a node may have another version of it, or none."""
     from flows import node_report
+    from flows.cluster import environment
 
     ray.cloudpickle.register_pickle_by_value(node_report)
-    return ray.remote(num_cpus=0, max_retries=1)(node_report.report_node)
+    return ray.remote(num_cpus=0, max_retries=1, runtime_env=environment())(node_report.report_node)
 
 
 def _ask(ray, task, node: dict, path: str, about_gpus: bool):
@@ -223,6 +225,15 @@ def check_store(cluster: Cluster) -> Outcome:
             "fail", f"artifacts/ is read-only on {', '.join(mute)}", "Give the workers' user the right to write there"
         )
     return Outcome("ok", "all nodes read and write artifacts/")
+
+
+@CLUSTER_CHECKS.register("object storage")
+def check_node_storage(cluster: Cluster) -> Outcome:
+    """Every node writes, reads and removes an object, with credentials and a route of its own."""
+    faults = [f"{node.node}: {node.store}" for node in cluster.nodes if node.store]
+    if faults:
+        return Outcome("fail", "; ".join(faults), "Give every node the credentials and the route (docs/storage.md)")
+    return Outcome("ok", "all nodes write, read and remove objects" if store_url() else "not set")
 
 
 @CLUSTER_CHECKS.register("shared locks")

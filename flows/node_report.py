@@ -32,6 +32,7 @@ class NodeReport:
     writes: whether the node can write beside it.
     excluded: whether the lock that the head holds on it is seen here; None if locks do not work here.
     free: bytes free there.
+    store: what keeps the node from the object storage; empty text if nothing does, or none is set.
     """
 
     node: str
@@ -45,6 +46,7 @@ class NodeReport:
     writes: bool = False
     excluded: bool | None = None
     free: int = 0
+    store: str = ""
 
 
 def report_node(node: str, probe: str, gpus: float, ask_cuda: bool) -> NodeReport:
@@ -63,6 +65,7 @@ def report_node(node: str, probe: str, gpus: float, ask_cuda: bool) -> NodeRepor
         writes=text is not None and _writes(path.with_name(f"{path.name}.{node}.{os.getpid()}.partial")),
         excluded=None if text is None else is_excluded(path),
         free=0 if text is None else shutil.disk_usage(path.parent).free,
+        store=_store_fault(),
     )
 
 
@@ -122,6 +125,18 @@ def _writes(path: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _store_fault() -> str:
+    try:
+        from flows.storage import probe_store
+    except ImportError:
+        return ""  # the versions tell
+    try:
+        probe_store()
+    except Exception as error:  # whatever it is, the report goes back
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _version(package: str) -> str:

@@ -206,7 +206,12 @@ def quantized(folder):
     left = sum(type(module) is torch.nn.Linear for module in small.modules())
     with torch.no_grad():
         found = [small(ids()).logits, small(ids(2, 1)).logits]
-    return inner, left, float((found[0] - expected.detach()).std() / expected.std()), bool(torch.isfinite(found[1]).all())
+    return (
+        inner,
+        left,
+        float((found[0] - expected.detach()).std() / expected.std()),
+        bool(torch.isfinite(found[1]).all()),
+    )
 
 
 @check

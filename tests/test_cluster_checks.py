@@ -76,6 +76,7 @@ def test_gpus_that_are_not_there(asked, nodes, level, says):
         ("shared store", {"probe": None}, "fail", "is not seen on worker"),
         ("shared store", {"probe": "y"}, "fail", "is not seen on worker"),
         ("shared store", {"writes": False}, "fail", "read-only on worker"),
+        ("object storage", {"store": "StoreError: no route"}, "fail", "worker: StoreError: no route"),
         ("shared locks", {"excluded": False}, "warn", "not seen on worker"),
         ("shared locks", {"excluded": None}, "warn", "not seen on worker"),
         ("clocks", {"time": HEAD.time + CLOCK_SECONDS + 8}, "warn", "worker by 12 s"),
@@ -99,6 +100,14 @@ def test_a_node_reports_what_it_sees(tmp_path):
     missing = report_node("here", str(probe), 0, False)
     assert (missing.probe, missing.writes, missing.excluded) == (None, False, None)
     assert report.python == ".".join(map(str, sys.version_info[:3])) and report.packages["torch"]
+
+
+def test_a_node_says_what_keeps_it_from_the_object_storage(tmp_path, monkeypatch):
+    monkeypatch.setenv("FISHERFOLD_STORE", "s3://bucket/prefix")
+    monkeypatch.setattr("flows.storage.file_system", lambda url: (_ for _ in ()).throw(OSError("no route")))
+    assert report_node("here", str(tmp_path / "none"), 0, False).store == "OSError: no route"
+    monkeypatch.delenv("FISHERFOLD_STORE")
+    assert report_node("here", str(tmp_path / "none"), 0, False).store == ""
 
 
 def test_the_digest_of_the_source_changes_with_it(tmp_path, monkeypatch):

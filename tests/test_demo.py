@@ -12,6 +12,7 @@ SMALL = (
     "prepare.evaluation_sequences=8",
     "prepare.question_count=40",
     "capture.sketch_rank=8",
+    "kronecker.dependence_draws=8",
 )
 GENERATE = """
 import sys

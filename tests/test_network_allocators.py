@@ -169,7 +169,14 @@ def test_descent_lowers_the_loss_at_one_temperature(workspace):
     params = parameters("fermigrad").model_copy(
         update={
             "fermigrad": RanksParams().fermigrad.model_copy(
-                update={"steps": 30, "sequences": 8, "tau_first": 0.06, "tau_last": 0.06, "rate_first": 0.01, "rate_last": 0.01}
+                update={
+                    "steps": 30,
+                    "sequences": 8,
+                    "tau_first": 0.06,
+                    "tau_last": 0.06,
+                    "rate_first": 0.01,
+                    "rate_last": 0.01,
+                }
             )
         }
     )

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import LlamaConfig as DenseConfig
 from transformers import LlamaForCausalLM as DenseForCausalLM
 
@@ -52,15 +53,15 @@ class PivotedOutputLinear(nn.Module):
             p = of_token(self.down, x.reshape(-1))
             y = torch.cat((p, of_token(self.up, p))).index_select(0, self.order).view(*x.shape[:-1], -1)
         elif bare and prefers_whole(x, self.up.in_features, self.order):
-            y = self.down(x) @ self.memory.whole(self.up.weight, self.whole_factor)
+            y = F.linear(self.down(x), self.memory.whole(self.up.weight, self.whole_factor))
         else:
             p = self.down(x)
             y = permute(torch.cat((p, self.up(p)), dim=-1), self.order)
         return y if self.bias is None else y + self.bias
 
     def whole_factor(self) -> torch.Tensor:
-        """[r, n], with y = down(x) @ whole_factor."""
-        return under_identity(self.up.weight)[self.order].t().contiguous()
+        """[n, r], the left factor in full."""
+        return under_identity(self.up.weight)[self.order]
 
 
 class PivotedInputLinear(nn.Module):
@@ -241,7 +242,9 @@ def fold(x: torch.Tensor, rest: nn.Linear, order: torch.Tensor, memory: Memory) 
     rank = len(order) - rest.in_features
     bare = is_bare(x, rest)
     if bare and prefers_whole(x, rank, order):
-        return x @ memory.whole(rest.weight, lambda: under_identity(rest.weight.t())[order.argsort()])
+        return F.linear(
+            x, memory.whole(rest.weight, lambda: under_identity(rest.weight.t())[order.argsort()].t().contiguous())
+        )
     x = permute(x, order)
     p, q = x[..., :rank], x[..., rank:]
     if bare and x.dim() > 1:
