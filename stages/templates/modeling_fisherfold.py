@@ -184,7 +184,7 @@ KINDS = {
 MANY_TOKENS = 128
 PRODUCTS_PER_MOVE = {torch.float32: 60}
 """Multiplications that a CPU does while it moves one number of a token, as measured."""
-PRODUCTS_PER_MOVE_IN_HALF_PRECISION = 700
+PRODUCTS_PER_MOVE_IN_HALF_PRECISION = 1500
 INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
