@@ -6,7 +6,7 @@ rules; where a count depends on the data (iterations, questions' length, ranks),
 Shapes: S sequences of T tokens, N = S T; n outputs, m inputs, r = min(n, m), k sketch rank; V vocabulary, h hidden width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -22,6 +22,7 @@ from stages.layers import LinearLayer, by_group
 from stages.models import DTYPES
 from stages.params import CaptureParams, Params
 from stages.registry import Registry
+from stages.scratch import share
 from stages.shard import kept_dtypes, kept_shapes, layer_slices, rows_per_chunk
 from stages.store import GroupSize
 from stages.tree_sum import Part, summation_tree
@@ -263,7 +264,7 @@ def kronecker_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
         products = norm + step * (1 + (POWER_STEPS if makes_factors else 0))
         read = 4 * columns * (n + m) + 4 * (n * n + m * m)
         written = 4 * (n * n + m * m) if makes_factors else 0
-        units[layer.name] = (Demand(products=products, read=read, written=written, traffic=2 * read), ())
+        units[layer.name] = Demand(products=products, read=read, written=written, traffic=2 * read)
         if makes_factors:
             factors |= {f"{layer.name}/A": (m, m), f"{layer.name}/B": (n, n)}
     published = group_bytes(factors) if factors else 0
@@ -271,11 +272,20 @@ def kronecker_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
         4 * (2 * (x.outputs**2 + x.inputs**2) + sequences * own.sketch_rank * (x.outputs + x.inputs))
         for x in shapes.layers
     )
+    units = shared(units, {layer.name: layer.outputs * layer.inputs for layer in shapes.layers})
     if own.tokens_per_sequence:
-        for name, members in by_group(shapes.layers).items():
-            units[f"dependence.{name}"] = (dependence_demand(members, params), ())
+        groups = {f"dependence.{name}": members for name, members in by_group(shapes.layers).items()}
+        scores = {name: dependence_demand(members, params) for name, members in groups.items()}
+        units |= shared(
+            scores, {name: sum(one.outputs * one.inputs for one in members) for name, members in groups.items()}
+        )
     join = Demand(read=published, written=published)
     return StageCost(units, join, 2 * published, published, memory=largest)
+
+
+def shared(demands: Mapping[str, Demand], sizes: Mapping[str, int]) -> dict[str, tuple[Demand, tuple[str, ...]]]:
+    """Units of pieces, of which small ones share one; see `Scratch.map`."""
+    return {names[0]: (sum((demands[name] for name in names), Demand()), ()) for names in share(sizes)}
 
 
 def dependence_demand(members: Sequence[LinearLayer], params: Params) -> Demand:
@@ -356,7 +366,8 @@ NETWORK_PASSES: dict[str, Callable[[Params, int], int]] = {
 def factorize_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
     """One layer a unit: cut, pivot, round, measure; in float64 on a processor. Then the checkpoint, on the head."""
     keep = 1 - params.ranks.ratio
-    units = {layer.name: (gauge_demand(layer, keep, params.ranks.storage), ()) for layer in shapes.layers}
+    gauges = {layer.name: gauge_demand(layer, keep, params.ranks.storage) for layer in shapes.layers}
+    units = shared(gauges, {layer.name: layer.outputs * layer.inputs for layer in shapes.layers})
     dense = shapes.parameters * DTYPES[params.factorize.dtype or params.prepare.dtype].itemsize
     written = dense - shapes.targeted * params.ranks.ratio * dense / shapes.parameters
     exports = written + (dense if params.factorize.dense_export else 0)

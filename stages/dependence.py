@@ -160,7 +160,10 @@ def dependence_rows(scratch: Scratch, workspace: Workspace, params: KroneckerPar
         f"dependence.{name}": (workspace.out("capture"), workspace.model, group, params)
         for name, group in groups.items()
     }
-    folders = scratch.map("measuring dependence", measure_group, units)
+    sizes = {
+        f"dependence.{name}": sum(layer.outputs * layer.inputs for layer in group) for name, group in groups.items()
+    }
+    folders = scratch.map("measuring dependence", measure_group, units, sizes)
     return [json.loads((folder / ROW).read_text()) for folder in folders.values()]
 
 

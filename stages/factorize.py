@@ -98,7 +98,8 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
             )
             for site in low_rank
         }
-        folders = scratch.map("factorizing layers", factorize_site, units)
+        sizes = {site.name: site.dense_numbers for site in low_rank}
+        folders = scratch.map("factorizing layers", factorize_site, units, sizes)
         compressed = {
             name: layer for site in low_rank for name, layer in _stored_site(site, folders[site.name]).items()
         }

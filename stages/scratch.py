@@ -37,6 +37,7 @@ from stages.workspace import MANIFEST, Workspace, code_digest, describe_files, d
 
 UNIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 SYNC_THREADS = 16
+SMALL = 2**22  # numbers that are worth a unit; a decoder block of a model with 0.1 billion parameters
 DISK_RESERVE = 64 * 2**20  # bytes left free for everything else on the disk
 SIGHT_SECONDS = 60.0  # that what another host has written may take to appear here: file systems cache folders
 SHARED = "The project folder has to lie on a file system that all nodes share, under one path; `fisherfold doctor` names those without."
@@ -111,14 +112,27 @@ class Scratch:
         )
         require_disk(self.folder, max(0, needed - held), self.stage)
 
-    def map(self, doing: str, work: Callable[..., None], units: Mapping[str, tuple]) -> dict[str, Path]:
-        """Run `work(folder, *arguments)` for every unit that is not finished; return the folder of each unit.
+    def map(
+        self, doing: str, work: Callable[..., None], pieces: Mapping[str, tuple], sizes: Mapping[str, int] | None = None
+    ) -> dict[str, Path]:
+        """Run `work(folder, *arguments)` for every piece of work whose unit is not finished; return the folder of each piece.
 
         `work` writes its result into the empty folder that it is given. Arguments are paths and small values.
+
+        Args:
+            sizes: numbers that a piece computes on. Pieces so small that giving them out costs more than they do share a unit, as
+                many as stay below SMALL; without sizes each is a unit.
         """
-        for _ in self.run(doing, {name: Unit(work, arguments) for name, arguments in units.items()}):
+        portions = share(sizes) if sizes else [[name] for name in pieces]
+        units, folders = {}, {}
+        for first, *others in portions:
+            name = f"{first}.and-{len(others)}-more" if others else first
+            each = {piece: pieces[piece] for piece in (first, *others)}
+            units[name] = (work_in_turn, (work, each)) if others else (work, pieces[first])
+            folders |= {piece: self.units / name / piece if others else self.units / name for piece in each}
+        for _ in self.run(doing, {name: Unit(*unit) for name, unit in units.items()}):
             pass
-        return {name: self.units / name for name in units}
+        return folders
 
     def run(self, doing: str, units: Mapping[str, Unit]) -> Iterator[str]:
         """Run every unit that is not finished on the current engine; yield the name of each when it is listed.
@@ -216,6 +230,25 @@ def write_unit(desk: Desk, name: str, unit: Unit) -> Files:
     except BaseException:
         shutil.rmtree(attempt.parent, ignore_errors=True)
         raise
+
+
+def share(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Names in their order, those next to each other together while their sizes stay below SMALL."""
+    portions, total = [], SMALL
+    for name, size in sizes.items():
+        if total + size > SMALL:
+            portions.append([])
+            total = 0
+        portions[-1].append(name)
+        total += size
+    return portions
+
+
+def work_in_turn(folder: Path, work: Callable[..., None], pieces: Mapping[str, tuple]) -> None:
+    """Unit of work: several pieces, one after the other, each in a folder of its own."""
+    for name, arguments in pieces.items():
+        (folder / name).mkdir()
+        work(folder / name, *arguments)
 
 
 def require_fellow(desk: Desk) -> None:

@@ -39,6 +39,17 @@ def test_finished_units_are_not_given_out_again(tmp_path):
     assert set(first.given_out).isdisjoint(second.given_out) and len(second.given_out) == 3
 
 
+def test_small_pieces_share_a_unit_and_each_has_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch, "SMALL", 10)
+    assert scratch.share({"a": 4, "b": 6, "c": 1, "d": 30, "e": 10, "f": 0}) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
+    sizes = dict(zip("abcdef", (4, 4, 4, 30, 9, 1)))
+    engine = Shuffled(2, 0)
+    with use_engine(engine), Scratch(Workspace(tmp_path), "report", NoParams(), {}) as run:
+        folders = run.map("all", write_number, {name: (size,) for name, size in sizes.items()}, sizes)
+        assert {name: int((folder / "number").read_text()) for name, folder in folders.items()} == sizes
+    assert sorted(engine.given_out) == ["a.and-1-more", "c", "d", "e.and-1-more"]
+
+
 def test_of_two_attempts_at_a_unit_the_first_stays(tmp_path):
     """A host that was given up for lost goes on writing while another does its work."""
     lost, other = attempt_folder(tmp_path, "unit"), attempt_folder(tmp_path, "unit")

@@ -10,7 +10,7 @@ from tiny import FAMILIES, random_ids, tiny_workspace
 from tiny_subspace import mixed_ranks, publish_ranks, stacked_weight, subspace_workspace, truncated_weight
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from stages import factorize
+from stages import factorize, scratch
 from stages.architecture import dense_architecture
 from stages.checkpoint import read_tensors
 from stages.cost import FORMATS
@@ -213,6 +213,7 @@ def test_the_template_takes_the_names_of_each_family(tmp_path):
 
 @pytest.mark.parametrize("stop_after", [0, 5])
 def test_a_killed_run_resumes_to_the_same_bytes(llama, unfinished, monkeypatch, stop_after):
+    monkeypatch.setattr(scratch, "SMALL", 1)  # a unit each
     work, calls = factorize.factorize_site, []
 
     def killed(*arguments):

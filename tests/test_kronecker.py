@@ -11,7 +11,7 @@ import torch
 from test_nearest_kronecker import dense_fisher, symmetric_sigmas, van_loan
 from tiny_capture import LAYERS, TinyCapture
 
-from stages import gradient_samples, kronecker, store
+from stages import gradient_samples, kronecker, scratch, store
 from stages.errors import CorruptArtifact, NotEnoughDisk, NumericalError, ParameterError
 from stages.estimators import ESTIMATORS, Evidence
 from stages.fisher_diagnostics import describe_estimate
@@ -179,6 +179,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, monkeypatch, es
     reference = make(tmp_path / "reference")
     run(reference, estimator=estimator)
     tiny = make(tmp_path / "killed")
+    monkeypatch.setattr(scratch, "SMALL", 1)  # a unit each
     work, calls = kronecker.estimate_layer, []
 
     def interrupted(folder: Path, *arguments: object) -> None:
