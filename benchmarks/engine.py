@@ -10,7 +10,7 @@ units; a hidden size of 16, so that hardly anything is computed). The difference
 and Ray add to any run of so many units, starts of processes included; --compute is what the demo's own run takes inline.
 
 A second worker: stage `capture` with one thread a unit, on a Ray of one core and on one of two, in turn; random weights in the shapes
-of SmolLM2-135M, six blocks and a small vocabulary, shards as large as the demo's. Everything from the stage's begin to its end counts
+of SmolLM2-135M, six blocks and a small vocabulary, on sequences of 1,024 tokens, four a shard. Everything from the stage's begin to its end counts
 (workers start and load the model), except that Ray has started.
 """
 
@@ -46,7 +46,7 @@ from stages.workspace import Workspace
 ROOT = Path(__file__).parents[1]
 PER_UNIT, SHARE, START, SPEEDUP = 0.1, 0.10, 20.0, 1.7  # targets: s, of the compute time, s, times
 COMPUTE = 530.0  # seconds of the demo run inline on two cores (tests/demo_run.json)
-VOCABULARY = 512
+VOCABULARY, LENGTH = 512, 1024
 
 
 class NoParams(BaseModel):
@@ -139,14 +139,14 @@ def capture_workspace(folder: Path, sequences: int) -> Workspace:
     workspace = Workspace(folder)
     with Scratch(workspace, "prepare", PrepareParams(), {}) as scratch, scratch.publish() as out:
         llama(out / "model", 576, 1536, 6, 9, 3)
-    ids = torch.randint(3, VOCABULARY, (sequences, 256), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, VOCABULARY, (sequences, LENGTH), generator=torch.Generator().manual_seed(0))
     write_sequences(workspace.table("calibration"), ids.numpy(), [[str(i)] for i in range(sequences)], VOCABULARY)
     return workspace
 
 
 def measure_speedup(sequences: int) -> tuple[float, float]:
     """Seconds of the capture with one worker and with two."""
-    params = CaptureParams(threads=1)
+    params = CaptureParams(threads=1, sequences_per_shard=4)
     with tempfile.TemporaryDirectory() as folder:
         workspace = capture_workspace(Path(folder), sequences)
         return tuple(measure_capture(workspace, cores, params) for cores in (1, 2))
@@ -220,7 +220,7 @@ def main() -> None:
                 print(f"a unit costs {1e3 * cost:.0f} ms more on Ray than inline")
                 lines.append(figure("cost of a unit on Ray", 1e3 * cost, "ms", 1e3 * PER_UNIT, cost <= PER_UNIT))
             if arguments.only != "unit":
-                one, two = measure_speedup(32 if arguments.quick else 96)
+                one, two = measure_speedup(16 if arguments.quick else 64)
                 print(f"capture on one worker of one core: {one:.1f} s; on two: {two:.1f} s")
                 lines.append(figure("speed of two workers / one", one / two, "times", SPEEDUP, one / two >= SPEEDUP))
     if arguments.only == "run" or not (arguments.only or arguments.quick):
