@@ -55,10 +55,9 @@ def shards_ahead(at_once: int) -> int:
 
 
 def parts_at_once(shards: int, at_once: int = 1) -> int:
-    """The most parts that exist while `at_once` steps at a time are made, with those being written: ⌊log₂ S⌋ + 2 for a single
-    worker, ⌊log₂ S⌋ + 2 W + 2 for W, but never more than all shards and the sums of their pairs."""
-    ahead = 2 * at_once if at_once > 1 else 0
-    return 1 if shards == 1 else min(shards.bit_length() + 1 + ahead, shards + shards // 2)
+    """The most parts that exist while W = `at_once` steps at a time are made, with those being written: ⌊log₂ S⌋ + 3 W - 1,
+    but never more than all shards and the sums of their pairs."""
+    return 1 if shards == 1 else min(shards.bit_length() + 3 * at_once - 2, shards + shards // 2)
 
 
 def add_parts(folder: Path, left: Path, right: Path) -> None:

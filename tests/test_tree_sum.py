@@ -22,7 +22,7 @@ def test_every_shard_is_summed_once_with_few_parts_waiting(shards):
     assert most == parts_at_once(shards)
 
 
-@settings(max_examples=60)
+@settings(max_examples=200)
 @given(st.integers(1, 40), st.integers(1, 5), st.randoms(use_true_random=False))
 def test_waves_make_the_same_parts_with_a_bounded_number_waiting(shards, at_once, random):
     """`at_once` workers take the first step that is possible; whichever ends next is drawn."""
