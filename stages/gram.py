@@ -31,9 +31,8 @@ def mirror(total: torch.Tensor) -> torch.Tensor:
         stripe = slice(low, low + MIRRORED)
         corner = total[stripe, stripe].triu()
         total[stripe, stripe] = corner + corner.triu(1).T
-        total[low + MIRRORED :, stripe] = total[
-            stripe, low + MIRRORED :
-        ].T.contiguous()  # two fast copies for a slow one
+        below = total[stripe, low + MIRRORED :].T.contiguous()  # two fast copies for a slow one
+        total[low + MIRRORED :, stripe] = below
     return total
 
 

@@ -234,7 +234,7 @@ def write_unit(desk: Desk, name: str, unit: Unit) -> Files:
 
 def share(sizes: Mapping[str, int]) -> list[list[str]]:
     """Names in their order, those next to each other together while their sizes stay below SMALL."""
-    portions, total = [], SMALL
+    portions, total = [], SMALL + 1
     for name, size in sizes.items():
         if total + size > SMALL:
             portions.append([])

@@ -41,6 +41,7 @@ def test_finished_units_are_not_given_out_again(tmp_path):
 
 def test_small_pieces_share_a_unit_and_each_has_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(scratch, "SMALL", 10)
+    assert scratch.share({"a": 0, "b": 11}) == [["a"], ["b"]]
     assert scratch.share({"a": 4, "b": 6, "c": 1, "d": 30, "e": 10, "f": 0}) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
     sizes = dict(zip("abcdef", (4, 4, 4, 30, 9, 1)))
     engine = Shuffled(2, 0)

@@ -242,14 +242,17 @@ def fold(x: torch.Tensor, rest: nn.Linear, order: torch.Tensor, memory: Memory) 
     rank = len(order) - rest.in_features
     bare = is_bare(x, rest)
     if bare and prefers_whole(x, rank, order):
-        return F.linear(
-            x, memory.whole(rest.weight, lambda: under_identity(rest.weight.t())[order.argsort()].t().contiguous())
-        )
+        return F.linear(x, memory.whole(rest.weight, lambda: whole_fold(rest, order)))
     x = permute(x, order)
     p, q = x[..., :rank], x[..., rank:]
     if bare and x.dim() > 1:
         return torch.addmm(p.flatten(0, -2), q.flatten(0, -2), rest.weight.t()).view(p.shape)
     return p + rest(q)
+
+
+def whole_fold(rest: nn.Linear, order: torch.Tensor) -> torch.Tensor:
+    """[r, m], the right factor in full."""
+    return under_identity(rest.weight.t())[order.argsort()].t().contiguous()
 
 
 def permute(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
