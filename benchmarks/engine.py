@@ -5,9 +5,9 @@
 
 A unit's cost: units that do nothing, on two workers that are there already, against the same units inline.
 
-A run's cost: `fisherfold run --engine ray` beside `dvc repro`, which knows neither Prefect nor Ray, in a project as large as the demo in everything but numbers (30 blocks, hence as many layers and
-units; a hidden size of 16, so that hardly anything is computed). The difference is what Prefect
-and Ray add to any run of so many units, starts of processes included; --compute is what the demo's own run takes inline.
+A run's cost: `fisherfold run --engine ray` beside `dvc repro`, which knows neither Prefect nor Ray, in a project like the demo but for
+its numbers (30 blocks, hence as many layers; a hidden size of 16, so that hardly anything is computed). The difference is what Prefect
+and Ray add, starts of processes included; --compute is what the demo's own run takes inline.
 
 A second worker: stage `capture` with one thread a unit, on a Ray of one core and on one of two, in turn; random weights in the shapes
 of SmolLM2-135M, six blocks and a small vocabulary, on sequences of 1,024 tokens, four a shard. Everything from the stage's begin to its end counts
@@ -183,10 +183,8 @@ def small_project(folder: Path) -> Path:
     return folder
 
 
-RUNS = {
-    "dvc repro": [sys.executable, "-m", "dvc", "repro"],
-    "fisherfold run": [sys.executable, "-m", "flows.cli", "run", "--engine", "ray"],
-}
+ALONE = [sys.executable, "-m", "dvc", "repro"]
+ON_RAY = [sys.executable, "-m", "flows.cli", "run", "--engine", "ray"]
 
 
 def measure_run(words: list[str]) -> float:
@@ -224,7 +222,7 @@ def main() -> None:
                 print(f"capture on one worker of one core: {one:.1f} s; on two: {two:.1f} s")
                 lines.append(figure("speed of two workers / one", one / two, "times", SPEEDUP, one / two >= SPEEDUP))
     if arguments.only == "run" or not (arguments.only or arguments.quick):
-        alone, on_ray = map(measure_run, RUNS.values())
+        alone, on_ray = measure_run(ALONE), measure_run(ON_RAY)
         added = on_ray - alone
         print(f"a run of the demo's units: `dvc repro` {alone:.1f} s, on Ray {on_ray:.1f} s")
         share = max(0.0, added - START) / arguments.compute

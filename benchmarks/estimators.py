@@ -198,7 +198,7 @@ def times(matrix: torch.Tensor, root: tuple | None, after: bool = False) -> torc
 def uniform_rank(layer: LinearLayer, ratio: float) -> int:
     """The largest rank that stores no more than 1 − ratio of the layer."""
     costs = rank_costs(Site(layer.name, (layer,)), "pivoted")
-    return int(np.flatnonzero(costs <= (1 - ratio) * layer.outputs * layer.inputs)[-1])
+    return int(np.flatnonzero(costs <= (1 - ratio) * layer.dense_numbers)[-1])
 
 
 def report(best: dict[str, dict[float, tuple[float, tuple]]]) -> None:

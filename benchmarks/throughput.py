@@ -184,7 +184,7 @@ def measure(models: Mapping[str, PreTrainedModel], plan: Mapping[str, tuple], us
             inside["products"].append(timed(runs["pivoted"]) and sum(spent))
     time_of = {name: statistics.median(values) for name, values in seconds.items()}
     share = statistics.median(inside["dense"]) / time_of["dense"]
-    stored = sum(numbers for _, _, numbers in plan.values()) / sum(l.outputs * l.inputs for l, _, _ in plan.values())
+    stored = sum(numbers for _, _, numbers in plan.values()) / sum(l.dense_numbers for l, _, _ in plan.values())
     products = statistics.median(inside["products"]) / statistics.median(inside["dense"])
     speedup = {name: time_of["dense"] / value for name, value in time_of.items()}
     return {

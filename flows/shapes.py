@@ -38,7 +38,7 @@ class ModelShapes:
     @property
     def targeted(self) -> int:
         """Σ n m over the targeted layers."""
-        return sum(layer.outputs * layer.inputs for layer in self.layers)
+        return sum(layer.dense_numbers for layer in self.layers)
 
 
 def find_shapes(workspace: Workspace, name: str) -> ModelShapes:

@@ -250,12 +250,12 @@ def activation_bytes(shapes: ModelShapes, tokens: int, dtype: str) -> float:
 
 @STAGE_COSTS.register("kronecker")
 def kronecker_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
-    """One layer a unit: its gradients against the factors, or the power steps that find better ones."""
+    """Layer by layer: its gradients against the factors, or the power steps that find better ones. Input by input: ρ."""
     sequences, own = params.prepare.calibration_sequences, params.capture
     if own.gradients == "none":
         return StageCost({layer.name: (Demand(), ()) for layer in shapes.layers})
     makes_factors = params.kronecker.estimator != "kfac"
-    units, factors = {}, {}
+    layers, factors = {}, {}
     for layer in shapes.layers:
         n, m = layer.outputs, layer.inputs
         columns = sequences * min(own.sketch_rank, n, m) if own.gradients == "sketch" else sequences * min(n, m)
@@ -264,7 +264,7 @@ def kronecker_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
         products = norm + step * (1 + (POWER_STEPS if makes_factors else 0))
         read = 4 * columns * (n + m) + 4 * (n * n + m * m)
         written = 4 * (n * n + m * m) if makes_factors else 0
-        units[layer.name] = Demand(products=products, read=read, written=written, traffic=2 * read)
+        layers[layer.name] = Demand(products=products, read=read, written=written, traffic=2 * read)
         if makes_factors:
             factors |= {f"{layer.name}/A": (m, m), f"{layer.name}/B": (n, n)}
     published = group_bytes(factors) if factors else 0
@@ -272,13 +272,11 @@ def kronecker_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
         4 * (2 * (x.outputs**2 + x.inputs**2) + sequences * own.sketch_rank * (x.outputs + x.inputs))
         for x in shapes.layers
     )
-    units = shared(units, {layer.name: layer.outputs * layer.inputs for layer in shapes.layers})
+    units = shared(layers, {layer.name: layer.dense_numbers for layer in shapes.layers})
     if own.tokens_per_sequence:
         groups = {f"dependence.{name}": members for name, members in by_group(shapes.layers).items()}
         scores = {name: dependence_demand(members, params) for name, members in groups.items()}
-        units |= shared(
-            scores, {name: sum(one.outputs * one.inputs for one in members) for name, members in groups.items()}
-        )
+        units |= shared(scores, {name: sum(one.dense_numbers for one in members) for name, members in groups.items()})
     join = Demand(read=published, written=published)
     return StageCost(units, join, 2 * published, published, memory=largest)
 
@@ -364,10 +362,10 @@ NETWORK_PASSES: dict[str, Callable[[Params, int], int]] = {
 
 @STAGE_COSTS.register("factorize")
 def factorize_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
-    """One layer a unit: cut, pivot, round, measure; in float64 on a processor. Then the checkpoint, on the head."""
+    """Layer by layer: cut, pivot, round, measure; in float64 on a processor. Then the checkpoint, on the head."""
     keep = 1 - params.ranks.ratio
     gauges = {layer.name: gauge_demand(layer, keep, params.ranks.storage) for layer in shapes.layers}
-    units = shared(gauges, {layer.name: layer.outputs * layer.inputs for layer in shapes.layers})
+    units = shared(gauges, {layer.name: layer.dense_numbers for layer in shapes.layers})
     dense = shapes.parameters * DTYPES[params.factorize.dtype or params.prepare.dtype].itemsize
     written = dense - shapes.targeted * params.ranks.ratio * dense / shapes.parameters
     exports = written + (dense if params.factorize.dense_export else 0)

@@ -151,19 +151,14 @@ def measure_dependence(x: torch.Tensor, g: torch.Tensor, draws: int, seed: int) 
 
 
 def dependence_rows(scratch: Scratch, workspace: Workspace, params: KroneckerParams) -> list[dict] | None:
-    """Rows of the table, a unit for every input of the model; None if no tokens were captured."""
+    """Rows of the table, one for every input of the model; None if no tokens were captured."""
     statistics = Statistics(workspace.out("capture"))
     if not statistics.has_tokens:
         return None
-    groups = by_group(statistics.layers)
-    units = {
-        f"dependence.{name}": (workspace.out("capture"), workspace.model, group, params)
-        for name, group in groups.items()
-    }
-    sizes = {
-        f"dependence.{name}": sum(layer.outputs * layer.inputs for layer in group) for name, group in groups.items()
-    }
-    folders = scratch.map("measuring dependence", measure_group, units, sizes)
+    groups = {f"dependence.{name}": group for name, group in by_group(statistics.layers).items()}
+    pieces = {name: (workspace.out("capture"), workspace.model, group, params) for name, group in groups.items()}
+    sizes = {name: sum(layer.dense_numbers for layer in group) for name, group in groups.items()}
+    folders = scratch.map("measuring dependence", measure_group, pieces, sizes)
     return [json.loads((folder / ROW).read_text()) for folder in folders.values()]
 
 

@@ -104,7 +104,7 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
             numbers = sum(layer.outputs**2 + layer.inputs**2 for layer in layers)
             scratch.require_disk(4 * params.rank * numbers)
         units = {layer.name: (capture, layer, params) for layer in layers}
-        sizes = {layer.name: layer.outputs * layer.inputs for layer in layers}
+        sizes = {layer.name: layer.dense_numbers for layer in layers}
         folders = scratch.map("estimating Kronecker factors", estimate_layer, units, sizes)
         found = [json.loads((folders[layer.name] / "estimate.json").read_text()) for layer in layers]
         rows = [entry["diagnostics"] for entry in found]

@@ -41,6 +41,11 @@ class LinearLayer:
     transposed: bool
     group: str
 
+    @property
+    def dense_numbers(self) -> int:
+        """n m."""
+        return self.outputs * self.inputs
+
 
 def find_layers(model: "PreTrainedModel") -> list[LinearLayer]:
     """Every nn.Linear and Conv1D of the model but the output embedding, in the order of its modules.

@@ -140,7 +140,7 @@ def ranks_table(
             "m": layer.inputs,
             "rank": min(layer.outputs, layer.inputs) if choice.storage == DENSE else choice.rank,
             "stored_parameters": numbers,
-            "dense_parameters": layer.outputs * layer.inputs,
+            "dense_parameters": layer.dense_numbers,
             "method": facts.get("methods", {}).get(site.name, facts["metric"]),
             "allocator": allocator,
             "storage": choice.storage,
