@@ -13,7 +13,7 @@ the same ranks take turns; medians.
 
 speedup = dense time / compressed time. bound = 1 / (1 − f + f s), Amdahl's law with f the targeted layers' share of the dense time
 and s the share of their numbers that is stored. `products` is the bound with the measured time of the bare matrix products
-(the layer's own F.linear calls without order, sum or bias, in the same pass) in the place of f s: what the matrix kernels make of s.
+(the layers' own F.linear calls without order, sum or bias, in the same pass) in the place of f s: what the matrix kernels make of s.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from stages.layers import LinearLayer, find_layers
 from stages.params import RanksParams
 from stages.ranks import read_spectra
 from stages.sites import find_sites
+from stages.stacking import stack_layers
 from stages.templates import modeling_fisherfold as runtime
 from stages.workspace import Workspace
 
@@ -118,18 +119,22 @@ def plan_layers(
 
 
 def compressed_model(dense: PreTrainedModel, plan: Mapping[str, tuple], storage: str, side: str) -> PreTrainedModel:
-    """A copy of the dense model (untouched weights shared) with random layers of the planned ranks."""
+    """A copy of the dense model (untouched weights shared) with random layers of the planned ranks, stacked as in a checkpoint."""
     torch.manual_seed(0)
     model = copy.deepcopy(dense, {id(weight): weight for weight in dense.parameters()})
+    layers: dict[str, dict] = {}
+    groups: dict[str, list[str]] = {}
     for name, (layer, rank, numbers) in plan.items():
         n, m = layer.outputs, layer.inputs
-        if numbers >= n * m:
-            continue
-        kind = "zero" if not rank else "factors" if storage == "plain" else pivoted_kind(n, m, side)
-        new = runtime.replace(model.get_submodule(name), kind, rank).to(dense.dtype).eval()
+        groups.setdefault(layer.group, []).append(name)
+        if numbers < n * m:
+            kind = "zero" if not rank else "factors" if storage == "plain" else pivoted_kind(n, m, side)
+            layers[name] = {"kind": kind, "rank": rank}
+    runtime.replace_layers(model, stack_layers(groups.values(), layers))
+    for name in layers:
+        new = model.get_submodule(name).to(dense.dtype).eval()
         if hasattr(new, "order"):
             new.order = torch.randperm(len(new.order))
-        model.set_submodule(name, new)
     return model
 
 
@@ -235,19 +240,23 @@ def dense_product(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def bare_products(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The two products of a pivoted layer on inputs that lie ready; their result is not used, the output is not the layer's."""
+    """The products of a pivoted layer on inputs that lie ready; their result is not used, the output is not the layer's."""
     if isinstance(module, nn.Linear):
         return dense_product(module)
     if isinstance(module, runtime.ZeroLinear):
         return type(module).forward.__get__(module)
-    up, down = module.up.weight, module.down.weight
+    up, down = module.up.weight, module.down.weight if hasattr(module, "down") else None
     n = len(module.order) if isinstance(module, runtime.PivotedOutputLinear) else len(up)
-    outputs: dict[tuple, torch.Tensor] = {}  # of the right shape, whose making is not to be timed
+    ready: dict[tuple, torch.Tensor] = {}  # tensors of the right shape, whose making is not to be timed
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return ready[shape] if shape in ready else ready.setdefault(shape, torch.zeros(shape, dtype=up.dtype))
 
     def compute(x: torch.Tensor) -> torch.Tensor:
-        F.linear(F.linear(x.flatten(0, -2)[:, : down.shape[1]], down), up)
-        shape = *x.shape[:-1], n
-        return outputs[shape] if shape in outputs else outputs.setdefault(shape, torch.zeros(shape, dtype=x.dtype))
+        if down is not None:
+            F.linear(x.flatten(0, -2)[:, : down.shape[1]], down)
+        F.linear(zeros(x.numel() // x.shape[-1], up.shape[1]), up)
+        return zeros(*x.shape[:-1], n)
 
     return compute
 

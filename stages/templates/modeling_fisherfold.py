@@ -20,43 +20,55 @@ from transformers import LlamaForCausalLM as DenseForCausalLM
 
 
 class LowRankLinear(nn.Module):
-    """y = up(down(x)): r (n + m) numbers."""
+    """y = up(down(x)): r (n + m) numbers.
 
-    def __init__(self, n: int, m: int, rank: int, bias: bool) -> None:
-        super().__init__()
-        self.down = nn.Linear(m, rank, bias=False)
-        self.up = nn.Linear(rank, n, bias=bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if is_token(x) and is_bare(x, self.down, self.up):
-            return of_token(self.up, of_token(self.down, x.reshape(-1))).view(*x.shape[:-1], -1)
-        return self.up(self.down(x))
-
-
-class PivotedOutputLinear(nn.Module):
-    """r outputs are computed from x, the other n - r from those: r (n + m - r) numbers and an order (PivGa, PIFA).
-
-    y = cat(p, up(p))[order] with p = down(x). Output j is at place order[j].
+    The right half of a layer makes z, r numbers, of x, and the left half makes y of z. Other kinds have another half.
     """
 
-    def __init__(self, n: int, m: int, rank: int, bias: bool) -> None:
+    def __init__(self, n: int, m: int, rank: int, bias: bool, **where) -> None:
         super().__init__()
-        self.down = nn.Linear(m, rank, bias=False)
-        self.up = nn.Linear(rank, n - rank, bias=False)
+        self.rank = rank
+        self.make_right(m, **where)
+        self.make_left(n, bias)
+
+    def make_right(self, m: int) -> None:
+        self.down = nn.Linear(m, self.rank, bias=False)
+
+    def make_left(self, n: int, bias: bool) -> None:
+        self.up = nn.Linear(self.rank, n, bias=bias)
+
+    def right(self, x: torch.Tensor) -> torch.Tensor:
+        return multiply(self.down, x)
+
+    def left(self, z: torch.Tensor) -> torch.Tensor:
+        return multiply(self.up, z)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.left(self.right(x))
+
+
+class PivotedOutputLinear(LowRankLinear):
+    """r outputs are computed from x, the other n - r from those: r (n + m - r) numbers and an order (PivGa, PIFA).
+
+    y = cat(z, up(z))[order] with z = down(x). Output j is at place order[j].
+    """
+
+    def make_left(self, n: int, bias: bool) -> None:
+        self.up = nn.Linear(self.rank, n - self.rank, bias=False)
         self.bias = nn.Parameter(torch.zeros(n)) if bias else None
         self.register_buffer("order", torch.arange(n))
         self.memory = Memory()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bare = is_bare(x, self.down, self.up)
-        if bare and is_token(x):
-            p = of_token(self.down, x.reshape(-1))
-            y = torch.cat((p, of_token(self.up, p))).index_select(0, self.order).view(*x.shape[:-1], -1)
-        elif bare and prefers_whole(x, self.up.in_features, self.order):
-            y = F.linear(self.down(x), self.memory.whole(self.up.weight, self.whole_factor))
+    def left(self, z: torch.Tensor) -> torch.Tensor:
+        if not is_bare(z, self.up):
+            y = permute(torch.cat((z, self.up(z)), dim=-1), self.order)
+        elif is_token(z):
+            z, shape = z.reshape(-1), z.shape[:-1]
+            y = torch.cat((z, of_token(self.up, z))).index_select(0, self.order).view(*shape, -1)
+        elif prefers_whole(z, self.rank, self.order):
+            y = F.linear(z, self.memory.whole(self.up.weight, self.whole_factor))
         else:
-            p = self.down(x)
-            y = permute(torch.cat((p, self.up(p)), dim=-1), self.order)
+            y = permute(torch.cat((z, self.up(z)), dim=-1), self.order)
         return y if self.bias is None else y + self.bias
 
     def whole_factor(self) -> torch.Tensor:
@@ -64,23 +76,19 @@ class PivotedOutputLinear(nn.Module):
         return under_identity(self.up.weight)[self.order]
 
 
-class PivotedInputLinear(nn.Module):
+class PivotedInputLinear(LowRankLinear):
     """The other m - r inputs are folded into r of them: r (n + m - r) numbers and an order (PivGa, PIFA).
 
     y = up(p + down(q)) with p, q the first r and the other inputs of x[order].
     """
 
-    def __init__(self, n: int, m: int, rank: int, bias: bool) -> None:
-        super().__init__()
-        self.down = nn.Linear(m - rank, rank, bias=False)
-        self.up = nn.Linear(rank, n, bias=bias)
+    def make_right(self, m: int) -> None:
+        self.down = nn.Linear(m - self.rank, self.rank, bias=False)
         self.register_buffer("order", torch.arange(m))
         self.memory = Memory()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if is_token(x) and is_bare(x, self.down, self.up):
-            return of_token(self.up, fold_token(x.reshape(-1), self.down, self.order)).view(*x.shape[:-1], -1)
-        return self.up(fold(x, self.down, self.order, self.memory))
+    def right(self, x: torch.Tensor) -> torch.Tensor:
+        return fold(x, self.down, self.order, self.memory)
 
 
 class ZeroLinear(nn.Module):
@@ -109,25 +117,27 @@ class FoldedInputs(nn.Module):
         return fold(x, self.rest, self.order, self.memory)
 
 
-class SharedLowRankLinear(nn.Module):
-    """y = up(z), z = down(x), where other layers that read the same x, `SharedMember`, make their outputs from the same z.
+class SharedLowRankLinear(LowRankLinear):
+    """The first of several layers that read the same x: its `down` makes the z of them all in one product.
 
-    z is computed once a pass: it is kept until each of the `readers` layers has had it, and only for the very tensor x that it
-    was made of. r m numbers are stored once, r n for every layer.
+    A layer's own z is r of the `height` numbers of down(x), those from `start` on: the right factors of the layers are stacked.
+    With height = r, start = 0 for every layer they share one right factor.
+
+    down(x) is computed once a pass: it is kept until each of the `readers` layers has had it, and only for the very tensor x
+    that it was made of.
     """
 
-    def __init__(self, n: int, m: int, rank: int, bias: bool) -> None:
-        super().__init__()
-        self.down = self.right_factor(m, rank)
-        self.up = nn.Linear(rank, n, bias=bias)
+    def make_right(self, m: int, start: int = 0, height: int | None = None) -> None:
+        self.down = self.right_factor(m, height or self.rank)
+        self.start = start
         self.readers = 1
         self.waiting = Memory()
 
-    def right_factor(self, m: int, rank: int) -> nn.Module:
-        return nn.Linear(m, rank, bias=False)
+    def right_factor(self, m: int, height: int) -> nn.Module:
+        return nn.Linear(m, height, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(self.read(x, reader=0))
+    def right(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(x, reader=0).narrow(-1, self.start, self.rank)
 
     def read(self, x: torch.Tensor, reader: int) -> torch.Tensor:
         """down(x) for one of the layers, computed anew unless it waits for this very layer, tensor and gradient mode."""
@@ -136,7 +146,7 @@ class SharedLowRankLinear(nn.Module):
         state = torch.is_grad_enabled(), 0 if compiling or x.is_inference() else x._version
         source, made, z, waiting = self.waiting.get(thread, (None, None, None, ()))
         if source is not x or made != state or reader not in waiting:
-            z, waiting = self.down(x), tuple(range(self.readers))
+            z, waiting = multiply(self.down, x), tuple(range(self.readers))
         waiting = tuple(other for other in waiting if other != reader)
         if waiting:
             self.waiting[thread] = x, state, z, waiting
@@ -145,20 +155,23 @@ class SharedLowRankLinear(nn.Module):
         return z
 
 
+class SharedPivotedOutputLinear(SharedLowRankLinear, PivotedOutputLinear):
+    """The same with the outputs of each layer pivoted."""
+
+
 class SharedPivotedInputLinear(SharedLowRankLinear):
-    """The same with the pivoted right factor: r (m - r) numbers and an order are stored once, r n for every layer."""
+    """The same with one pivoted right factor for all layers: r (m - r) numbers and an order are stored once, r n for every layer."""
 
-    def right_factor(self, m: int, rank: int) -> nn.Module:
-        return FoldedInputs(m, rank)
+    def right_factor(self, m: int, height: int) -> nn.Module:
+        return FoldedInputs(m, height)
 
 
-class SharedMember(nn.Module):
-    """y = up(z), z from the layer `source`, which reads the same x: r n numbers."""
+class SharedMember(LowRankLinear):
+    """y = up(z), z from the layer `source`, which reads the same x."""
 
-    def __init__(self, n: int, m: int, rank: int, bias: bool, source: str) -> None:
-        super().__init__()
-        self.up = nn.Linear(rank, n, bias=bias)
+    def make_right(self, m: int, source: str, start: int = 0) -> None:
         self.source = source
+        self.start = start
 
     def join(self, model: nn.Module) -> None:
         """Find `source` in the model. It is held in a tuple, so that its weights are not registered here once more."""
@@ -166,8 +179,12 @@ class SharedMember(nn.Module):
         self.reader = self.site[0].readers
         self.site[0].readers += 1
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(self.site[0].read(x, self.reader))
+    def right(self, x: torch.Tensor) -> torch.Tensor:
+        return self.site[0].read(x, self.reader).narrow(-1, self.start, self.rank)
+
+
+class SharedPivotedMember(SharedMember, PivotedOutputLinear):
+    """The same with its outputs pivoted."""
 
 
 KINDS = {
@@ -176,8 +193,10 @@ KINDS = {
     "pivoted_inputs": PivotedInputLinear,
     "zero": ZeroLinear,
     "shared_factors": SharedLowRankLinear,
+    "shared_pivoted_outputs": SharedPivotedOutputLinear,
     "shared_pivoted_inputs": SharedPivotedInputLinear,
     "shared_member": SharedMember,
+    "shared_pivoted_member": SharedPivotedMember,
 }
 # How the layers compute. Every way has the same result; on a CPU, without gradients, some are faster than the plain one.
 
@@ -200,9 +219,9 @@ class Memory(dict):
         Its version tells, or, if it was written to without that, a sample of its numbers.
         """
         state = weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version
-        sample = weight.view(-1)[:: 1 + weight.numel() // 16]
-        if self.get("state") != state or not torch.equal(self["sample"], sample):
-            self.update(state=state, sample=sample.clone(), whole=make())
+        if self.get("state") != state or not torch.equal(self["sample"], self["seen"]):
+            seen = weight.detach().view(-1)[:: 1 + weight.numel() // 16]
+            self.update(state=state, seen=seen, sample=seen.clone(), whole=make())
         return self["whole"]
 
 
@@ -210,37 +229,37 @@ def is_token(x: torch.Tensor) -> bool:
     return x.numel() == x.shape[-1]
 
 
-def is_bare(x: torch.Tensor, *linears: nn.Module) -> bool:
-    """Whether this is inference on a CPU, and no adapter, quantizer or hook has taken over one of the inner layers."""
-    if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not torch.Tensor:
-        return False
-    return all(map(is_untouched, linears))
-
-
-def is_untouched(linear: nn.Module) -> bool:
-    if type(linear) is not nn.Linear:
+def is_bare(x: torch.Tensor, linear: nn.Module) -> bool:
+    """Whether this is inference on a CPU, and no adapter, quantizer or hook has taken over the inner layer."""
+    if type(linear) is not nn.Linear or not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     own = vars(linear)  # much faster than attributes
-    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
-    return not hooks and type(own["_parameters"]["weight"]) is nn.Parameter
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+        return False
+    return type(x) is torch.Tensor and type(own["_parameters"]["weight"]) is nn.Parameter
+
+
+def multiply(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """linear(x)."""
+    if is_token(x) and is_bare(x, linear):
+        return of_token(linear, x.reshape(-1)).view(*x.shape[:-1], -1)
+    return linear(x)
 
 
 def of_token(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """linear(x) of a vector x, as a product with a vector, for which a CPU needs less time to get ready."""
-    bias = linear.bias
-    return torch.mv(linear.weight, x) if bias is None else torch.addmv(bias, linear.weight, x)
-
-
-def fold_token(x: torch.Tensor, rest: nn.Linear, order: torch.Tensor) -> torch.Tensor:
-    """`fold` of a vector x."""
-    x, rank = x.index_select(0, order), rest.out_features
-    return torch.addmv(x[:rank], rest.weight, x[rank:])
+    parameters = vars(linear)["_parameters"]
+    weight, bias = parameters["weight"], parameters["bias"]
+    return torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)
 
 
 def fold(x: torch.Tensor, rest: nn.Linear, order: torch.Tensor, memory: Memory) -> torch.Tensor:
     """p + rest(q), p and q the first r and the other inputs of x[order]."""
     rank = len(order) - rest.in_features
     bare = is_bare(x, rest)
+    if bare and is_token(x):
+        x, shape = x.reshape(-1).index_select(0, order), x.shape[:-1]
+        return torch.addmv(x[:rank], rest.weight, x[rank:]).view(*shape, -1)
     if bare and prefers_whole(x, rank, order):
         return F.linear(x, memory.whole(rest.weight, lambda: whole_fold(rest, order)))
     x = permute(x, order)
@@ -288,7 +307,7 @@ def replace_layers(model: nn.Module, layers: dict[str, dict]) -> None:
     for name, layer in layers.items():
         model.set_submodule(name, replace(model.get_submodule(name), **layer))
     for name, layer in layers.items():
-        if layer["kind"] == "shared_member":
+        if "source" in layer:
             model.get_submodule(name).join(model)
     for name in sorted(layers)[:1]:
         # An empty tensor in the place of a dense weight: the dense model's class finds the wrong shape there and stops,
@@ -299,7 +318,8 @@ def replace_layers(model: nn.Module, layers: dict[str, dict]) -> None:
 class FisherfoldConfig(DenseConfig):
     """The dense model's configuration, and `fisherfold`: {"layers": {module name: {"kind": …, "rank": …}}}.
 
-    A layer of kind "shared_member" also has "source", the name of the layer that holds the right factor it shares.
+    Of layers that read the same tensor, the first holds the right factors of all, "height" rows, and the others name it as their
+    "source"; "start" is the first of a layer's own rows.
     """
 
     model_type = f"fisherfold_{DenseConfig.model_type}"
