@@ -4,7 +4,7 @@
     python benchmarks/throughput.py --project FOLDER         # ranks of `fisher` from that project's spectra
     python benchmarks/throughput.py --quick                  # ratio 0.4, prefill of one sequence and decoding
     python benchmarks/throughput.py --round-to 1             # ranks as they come, not multiples of 32
-    python benchmarks/throughput.py --side inputs            # ranks.storage: pivoted_inputs
+    python benchmarks/throughput.py --storage pivoted        # ranks.storage: the side whose order is shorter, not outputs, which run fastest
     python benchmarks/throughput.py --shapes llama-7b --blocks 2 --ratios 0.4,0.6 --uses 'prefill 1,decode 1' --repeats 3    # larger layers
 
 The model has the shapes of SmolLM2-135M (or of another file in data/shapes, or the project's) and random weights, for time depends on shapes alone. Prefill is a pass
@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, P
 
 from flows.shapes import find_config
 from stages.allocation import ALLOCATORS, allocate, pose
-from stages.cost import choose_storage
+from stages.cost import PIVOTED_SIDES, choose_storage
 from stages.layers import LinearLayer, find_layers
 from stages.params import RanksParams
 from stages.ranks import read_spectra
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--uses", default=",".join(USES))
     parser.add_argument("--round-to", type=int, default=32)
-    parser.add_argument("--side", choices=("shorter", "outputs", "inputs"), default="shorter", help="that is pivoted")
+    parser.add_argument("--storage", choices=tuple(PIVOTED_SIDES), default="pivoted_outputs", help="ranks.storage")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=None, help="all cores if not given")
     parser.add_argument("--quick", action="store_true")
@@ -79,9 +79,11 @@ def main() -> None:
         dense = dense_model(read_config(options), getattr(torch, dtype))
         layers = find_layers(dense)
         for ratio in map(float, options.ratios.split(",")):
-            plan = plan_layers(layers, options.project, ratio, options.round_to)
-            models = {"dense": dense} | {
-                storage: compressed_model(dense, plan, storage, options.side) for storage in ("pivoted", "plain")
+            plan = plan_layers(layers, options.project, ratio, options.round_to, options.storage)
+            models = {
+                "dense": dense,
+                "pivoted": compressed_model(dense, plan, options.storage),
+                "plain": compressed_model(dense, plan, "factors"),
             }
             for use in options.uses.split(","):
                 cells.append({"dtype": dtype, "ratio": ratio, "use": use} | measure(models, plan, use, options.repeats))
@@ -105,20 +107,20 @@ def dense_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 
 def plan_layers(
-    layers: list[LinearLayer], project: Path | None, ratio: float, round_to: int
+    layers: list[LinearLayer], project: Path | None, ratio: float, round_to: int, storage: str
 ) -> dict[str, tuple[LinearLayer, int, int]]:
     """(layer, rank, stored numbers) of every layer that is not dense: `fisher` on the project's spectra, else uniform."""
     name = "fisher" if project else "uniform"
     sites = find_sites(layers, shared=False)
     none = [torch.zeros(site.full_rank).numpy() for site in sites]
     spectra = read_spectra(project / "artifacts/subspace/spectra.parquet", sites) if project else none
-    params = RanksParams(ratio=ratio, allocator=name, round_to=round_to)
+    params = RanksParams(ratio=ratio, allocator=name, round_to=round_to, storage=storage)
     ranks = allocate(pose(sites, spectra, params), ALLOCATORS.lookup(name))
-    choices = [choose_storage(site, int(rank), "pivoted") for site, rank in zip(sites, ranks)]
+    choices = [choose_storage(site, int(rank), storage) for site, rank in zip(sites, ranks)]
     return {layer.name: (layer, choice.rank, sum(choice.numbers)) for layer, choice in zip(layers, choices)}
 
 
-def compressed_model(dense: PreTrainedModel, plan: Mapping[str, tuple], storage: str, side: str) -> PreTrainedModel:
+def compressed_model(dense: PreTrainedModel, plan: Mapping[str, tuple], storage: str) -> PreTrainedModel:
     """A copy of the dense model (untouched weights shared) with random layers of the planned ranks, stacked as in a checkpoint."""
     torch.manual_seed(0)
     model = copy.deepcopy(dense, {id(weight): weight for weight in dense.parameters()})
@@ -128,8 +130,7 @@ def compressed_model(dense: PreTrainedModel, plan: Mapping[str, tuple], storage:
         n, m = layer.outputs, layer.inputs
         groups.setdefault(layer.group, []).append(name)
         if numbers < n * m:
-            kind = "zero" if not rank else "factors" if storage == "plain" else pivoted_kind(n, m, side)
-            layers[name] = {"kind": kind, "rank": rank}
+            layers[name] = {"kind": kind_of(n, m, rank, storage), "rank": rank}
     runtime.replace_layers(model, stack_layers(groups.values(), layers))
     for name in layers:
         new = model.get_submodule(name).to(dense.dtype).eval()
@@ -138,8 +139,11 @@ def compressed_model(dense: PreTrainedModel, plan: Mapping[str, tuple], storage:
     return model
 
 
-def pivoted_kind(n: int, m: int, side: str) -> str:
-    return f"pivoted_{side}" if side != "shorter" else "pivoted_outputs" if n <= m else "pivoted_inputs"
+def kind_of(n: int, m: int, rank: int, storage: str) -> str:
+    """The runtime's name of a layer stored like this."""
+    if not rank or storage == "factors":
+        return storage if rank else "zero"
+    return f"pivoted_{PIVOTED_SIDES[storage] or ('outputs' if n <= m else 'inputs')}"
 
 
 def prefill(batch: int) -> Callable[[PreTrainedModel], Callable[[], None]]:

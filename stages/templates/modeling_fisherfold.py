@@ -60,15 +60,15 @@ class PivotedOutputLinear(LowRankLinear):
         self.memory = Memory()
 
     def left(self, z: torch.Tensor) -> torch.Tensor:
-        if not is_bare(z, self.up):
-            y = permute(torch.cat((z, self.up(z)), dim=-1), self.order)
-        elif is_token(z):
-            z, shape = z.reshape(-1), z.shape[:-1]
-            y = torch.cat((z, of_token(self.up, z))).index_select(0, self.order).view(*shape, -1)
-        elif prefers_whole(z, self.rank, self.order):
-            y = F.linear(z, self.memory.whole(self.up.weight, self.whole_factor))
+        up, order = self.up, self.order
+        bare = is_bare(z, up)
+        if bare and is_token(z):
+            p = z.reshape(-1)
+            y = torch.cat((p, of_token(up, p))).index_select(0, order).view(*z.shape[:-1], -1)
+        elif bare and prefers_whole(z, self.rank, order):
+            y = F.linear(z, self.memory.whole(up.weight, self.whole_factor))
         else:
-            y = permute(torch.cat((z, self.up(z)), dim=-1), self.order)
+            y = permute(torch.cat((z, up(z)), dim=-1), order)
         return y if self.bias is None else y + self.bias
 
     def whole_factor(self) -> torch.Tensor:
