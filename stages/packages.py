@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from stages.disk import empty_folder, require_disk, sync_folder
 from stages.errors import InputError
 from stages.progress import announce, track
 from stages.recipes import PackagedFile, PackagedMember
-from stages.scratch import empty_folder, require_disk, sync_folder
 from stages.workspace import digest_file
 
 CACHE_VARIABLE = "FISHERFOLD_CACHE"

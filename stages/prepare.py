@@ -10,12 +10,13 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.corpora import Corpus, find_corpus, read_articles
+from stages.disk import replace_folder
 from stages.models import DTYPES
 from stages.params import PrepareParams
 from stages.pretrained import ModelSource, check_model, count_parameters, find_model, vocabulary_size, write_model
 from stages.questions import QuestionSet, draw_questions, find_questions, questions_table
 from stages.recipes import Source
-from stages.scratch import Scratch, replace_folder
+from stages.scratch import Scratch
 from stages.splits import Split, draw_splits, start_token
 from stages.tables import write_sequences, write_table
 from stages.workspace import Workspace

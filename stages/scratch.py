@@ -20,7 +20,6 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,15 +29,14 @@ from uuid import uuid4
 from pydantic import BaseModel
 
 from stages.determinism import computing_threads
+from stages.disk import append_line, empty_folder, replace_folder, require_disk, sync_folder, sync_tree
 from stages.engine import Files, Unit, current_engine
-from stages.errors import EngineError, NotEnoughDisk, WorkspaceBusy
+from stages.errors import EngineError, WorkspaceBusy
 from stages.progress import announce, track
 from stages.workspace import MANIFEST, Workspace, code_digest, describe_files, digest_json, file_fault
 
 UNIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
-SYNC_THREADS = 16
 SMALL = 2**22  # numbers that are worth a unit; a decoder block of a model with 0.1 billion parameters
-DISK_RESERVE = 64 * 2**20  # bytes left free for everything else on the disk
 SIGHT_SECONDS = 60.0  # that what another host has written may take to appear here: file systems cache folders
 SHARED = "The project folder has to lie on a file system that all nodes share, under one path; `fisherfold doctor` names those without."
 
@@ -352,69 +350,3 @@ def clear_scratch(workspace: Workspace, stage: str) -> None:
             return
         shutil.rmtree(scratch_folder(workspace, stage))
         lock.close()
-
-
-def require_disk(folder: Path, needed: int, stage: str) -> None:
-    """Raise NotEnoughDisk unless `needed` bytes (and a small reserve) are free where `folder` lies."""
-    free = shutil.disk_usage(folder).free
-    if needed + DISK_RESERVE > free:
-        raise NotEnoughDisk(
-            f"Stage {stage!r} needs {needed + DISK_RESERVE} bytes below {folder} and {free} are free. Nothing was started; "
-            "make room (for instance with `dvc gc --workspace`) and run again."
-        )
-
-
-def empty_folder(path: Path) -> Path:
-    """Make `path` an empty folder."""
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    return path
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Make `target` a hard-linked (else copied) twin of `source`, by one rename."""
-    staging = target.with_name(f"{target.name}.staging.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(source, staging, copy_function=link_or_copy)
-    if target.exists():
-        old = empty_folder(target.with_name(f"{target.name}.old.partial"))
-        target.replace(old)
-        staging.replace(target)
-        shutil.rmtree(old)
-    else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging.replace(target)
-    sync_folder(target.parent)
-
-
-def link_or_copy(source: str | Path, target: str | Path) -> str | Path:
-    """Make `target` the same file as `source`, by a hard link where the file system has them."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-    return target
-
-
-def sync_tree(folder: Path) -> None:
-    """Flush every file and folder below `folder` to the disk."""
-    with ThreadPoolExecutor(SYNC_THREADS) as pool:  # flushes at the same time share a commit of the file system
-        list(pool.map(sync_folder, folder.rglob("*")))
-    sync_folder(folder)
-
-
-def sync_folder(path: Path) -> None:
-    """Flush one file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append one line and flush it to the disk."""
-    with path.open("a") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -24,11 +24,11 @@ import zarr
 from zarr.abc.store import Store
 from zarr.storage import ZipStore
 
+from stages.disk import link_or_copy
 from stages.errors import CorruptArtifact, StoreError
 from stages.object_group import ObjectGroup
 from stages.objects import SETTING, store_url, upload
 from stages.pointers import pointer_file, read_pointer, write_pointer
-from stages.scratch import link_or_copy
 
 SUFFIX = ".zarr.zip"
 METADATA = "zarr.json"

@@ -19,6 +19,7 @@ MANIFEST = "manifest.json"
 CODE = Path(__file__).parent
 INFRASTRUCTURE = frozenset(
     {
+        "disk",
         "engine",
         "errors",
         "object_group",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from shuffled import Shuffled
 from tiny import VOCABULARY, random_ids, tiny_workspace
 
-from stages import capture, scratch, shard
+from stages import capture, disk, scratch, shard
 from stages.engine import use_engine
 from stages.errors import CorruptArtifact, InputError, NotEnoughDisk, NumericalError
 from stages.models import load_model
@@ -278,7 +278,7 @@ class Killed(BaseException):
 def test_killed_anywhere_it_resumes_with_the_same_bits(workspace, captured, monkeypatch):
     """Ends the run at the 1st, 3rd, 5th … of its durable steps, each run going on from the one before."""
     params = PARAMS.model_copy(update={"layers_per_pass": 8})
-    sync = scratch.sync_folder
+    sync = disk.sync_folder
     for fatal in itertools.count(1, 2):
         calls = itertools.count(1)
 
@@ -288,7 +288,8 @@ def test_killed_anywhere_it_resumes_with_the_same_bits(workspace, captured, monk
             sync(path)
 
         with monkeypatch.context() as patch:
-            patch.setattr(scratch, "sync_folder", deadly)
+            for module in (disk, scratch):
+                patch.setattr(module, "sync_folder", deadly)
             patch.setattr(scratch, "sync_tree", lambda folder: None)
             patch.setattr(os, "fsync", lambda descriptor: None)  # dozens of runs should not wait for the disk
             try:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from stages.disk import empty_folder
 from stages.layers import LinearLayer, write_layers
-from stages.scratch import empty_folder
 from stages.store import write_arrays
 from stages.workspace import MANIFEST, Workspace, describe_files
 
