@@ -9,22 +9,20 @@ Shapes: S sequences of T tokens, N = S T; n outputs, m inputs, r = min(n, m), k 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
-import torch
-
+from flows.group_shapes import basis_shapes, group_bytes, kept_bytes, sum_shapes
 from flows.shapes import ModelShapes
 from stages.capture import disk_bytes
 from stages.cost import PIVOTED_SIDES
 from stages.dependence import MOST_TOKENS
 from stages.evaluate import BATCHES_PER_SHARD, QUESTIONS_PER_UNIT
 from stages.gram import NARROWEST, STRIPES
-from stages.layer_sums import GRADIENT_FORMS, Shapes
+from stages.layer_sums import GRADIENT_FORMS
 from stages.layers import LinearLayer, by_group
 from stages.models import DTYPES
 from stages.params import CaptureParams, Params
 from stages.registry import Registry
 from stages.scratch import share
-from stages.shard import kept_dtypes, kept_shapes, layer_slices, rows_per_chunk
-from stages.store import GroupSize
+from stages.shard import layer_slices
 from stages.tree_sum import Part, summation_tree
 
 POWER_STEPS = 10  # of the nearest Kronecker pair; six for most layers of the demo
@@ -124,55 +122,6 @@ def sketch_operations(layer: LinearLayer, length: int, rank: int, needs_gradient
     n, m = layer.outputs, layer.inputs
     product = 2.0 * n * m if needs_gradient else 2.0 * length * (n + m)
     return 3 * rank * product + 4.0 * (n + m) * rank**2
-
-
-# Files
-
-
-def group_bytes(shapes: Shapes) -> int:
-    """Bytes of the file of a group of float32 arrays."""
-    size = GroupSize()
-    for name, shape in shapes.items():
-        size.array(name, shape)
-    return size.total
-
-
-def sum_shapes(layers: Sequence[LinearLayer], gradients: bool) -> Shapes:
-    """Shapes of what stage `capture` sums up, by name."""
-    shapes: Shapes = {}
-    shared = {name for name, members in by_group(layers).items() if len(members) > 1}
-    for layer in layers:
-        n, m, name = layer.outputs, layer.inputs, layer.name
-        if layer.group == name:
-            shapes |= {f"{name}/input_abs": (m,), f"{name}/input_gram": (m, m)}
-        if name in shared:
-            shapes[f"{name}/gradient_gram"] = (m, m)
-        shapes[f"{name}/output_gram"] = (n, n)
-        if gradients:
-            shapes |= {f"{name}/gradient_sum": (n, m), f"{name}/fisher_inputs": (m,), f"{name}/fisher_outputs": (n,)}
-    return shapes
-
-
-def kept_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: int, length: int) -> int:
-    """Bytes of the file that holds what is kept of each sequence of a shard; 0 if nothing is."""
-    shapes = kept_shapes(layers, params, length, with_positions=True)
-    if not shapes:
-        return 0
-    size, dtypes = GroupSize(), kept_dtypes(shapes, params)
-    rows = rows_per_chunk(shapes, sequences, params.batch_size)
-    for name, shape in shapes.items():
-        whole = (sequences, *shape)
-        size.array(name, whole, dtypes.get(name, torch.float32), rows) if shape else size.array(name, whole)
-    return size.total
-
-
-def basis_shapes(layers: Sequence[LinearLayer]) -> Shapes:
-    """Shapes of the bases of stage `subspace`, by name."""
-    shapes: Shapes = {}
-    for layer in layers:
-        r = min(layer.outputs, layer.inputs)
-        shapes |= {f"{layer.name}/left": (layer.outputs, r), f"{layer.name}/right": (r, layer.inputs)}
-    return shapes
 
 
 # Stages

@@ -10,7 +10,7 @@ from project import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from flows import stage_costs
+from flows import group_shapes, stage_costs
 from flows.cli import main
 from flows.plan import disk_needed, plan_run, plan_stage, read_hardware, total
 from flows.shapes import find_shapes, shapes_of
@@ -114,11 +114,11 @@ def test_the_recorded_demo_run_was_foreseen(demo_shapes):
     assert 0.8 < total(list(plans.values())) / DEMO["elapsed"] < 1.25
     files, capture = DEMO["files"], params.capture
     length, rows = params.prepare.sequence_length, capture.sequences_per_shard
-    kept = stage_costs.kept_bytes(demo_shapes.layers, capture, rows, length)
+    kept = group_shapes.kept_bytes(demo_shapes.layers, capture, rows, length)
     assert kept == files["capture/gradients/shard-00000.zarr.zip"]
-    sums = stage_costs.sum_shapes(demo_shapes.layers, True)
-    assert stage_costs.group_bytes(sums) == files["capture/statistics.zarr.zip"]
-    assert plans["capture"].published == 6 * kept + stage_costs.group_bytes(sums)
+    sums = group_shapes.sum_shapes(demo_shapes.layers, True)
+    assert group_shapes.group_bytes(sums) == files["capture/statistics.zarr.zip"]
+    assert plans["capture"].published == 6 * kept + group_shapes.group_bytes(sums)
     assert plans["subspace"].published == files["subspace/bases.zarr.zip"]
     assert plans["prepare"].published == pytest.approx(files["prepare/model/model.safetensors"], rel=1e-4)
     assert plans["factorize"].published == pytest.approx(files["factorize/model/model.safetensors"], rel=2e-3)
