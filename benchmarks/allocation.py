@@ -1,25 +1,32 @@
 """Time of the allocator `fisher` on 210 layers, the shapes of the demo model, over ratios and storages.
 
-python benchmarks/allocation.py
-python benchmarks/allocation.py --quick    # one ratio
+    python benchmarks/allocation.py
+    python benchmarks/allocation.py --quick             # one ratio
+    python benchmarks/allocation.py --project FOLDER    # instead: what multiples cost, by that project's spectra
+
+`ranks.round_to` gives ranks that are multiples of a number; the predicted loss is Σ σ² over what is cut, relative to that of ranks
+as they come.
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from flows.shapes import find_shapes
-from stages.allocation import ALLOCATORS, pose
+from stages.allocation import ALLOCATORS, allocate, pose
 from stages.params import RanksParams
-from stages.sites import find_sites
+from stages.ranks import read_spectra
+from stages.sites import find_sites, read_sites
 from stages.workspace import Workspace
 
 MODEL = "smollm2-135m-instruct"  # a file in data/shapes
 TARGET = 1.0
+MULTIPLES = (1, 8, 16, 32)
 
 
 def draw_task(ratio: float, storage: str):
@@ -34,7 +41,30 @@ def draw_task(ratio: float, storage: str):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    ratios = (0.4,) if parser.parse_args().quick else (0.1, 0.2, 0.4, 0.6, 0.8)
+    parser.add_argument("--project", type=Path, default=None)
+    options = parser.parse_args()
+    if options.project:
+        compare_multiples(Workspace(options.project))
+    else:
+        time_allocator((0.4,) if options.quick else (0.1, 0.2, 0.4, 0.6, 0.8))
+
+
+def compare_multiples(workspace: Workspace) -> None:
+    """Print the predicted loss by ratio and `ranks.round_to`."""
+    sites = read_sites(workspace.out("subspace"))
+    spectra = read_spectra(workspace.out("subspace") / "spectra.parquet", sites)
+    print(f"{'ratio':>5}", *(f"{multiple:>7}" for multiple in MULTIPLES))
+    for ratio in (0.2, 0.4, 0.6):
+        losses = []
+        for multiple in MULTIPLES:
+            task = pose(sites, spectra, RanksParams(ratio=ratio, round_to=multiple))
+            ranks = allocate(task, ALLOCATORS.lookup("fisher"))
+            losses.append(sum(np.square(values[rank:]).sum() for values, rank in zip(spectra, ranks, strict=True)))
+        print(f"{ratio:5}", *(f"{loss / losses[0]:7.4f}" for loss in losses))
+
+
+def time_allocator(ratios: Sequence[float]) -> None:
+    """Print the seconds by ratio and storage, and the figure."""
     print(f"{'ratio':>5} {'storage':>8} {'seconds':>8} {'unspent':>8}")
     worst = 0.0
     for ratio in ratios:
