@@ -72,10 +72,13 @@ def test_dvc_repro_alone_and_offline_gives_the_same_bits(fresh, finished, tmp_pa
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_bits_in_every_stage_though_the_run_was_killed(fresh, finished, prefect_url, tmp_path):
+def test_ray_gives_the_same_bits_in_every_stage_though_the_run_was_killed(
+    fresh, finished, prefect_home, prefect_url, tmp_path
+):
     """Its own process alone is killed: nothing that it started lives on, neither Ray nor stage."""
     pytest.importorskip("prefect_ray", reason="needs the extra `cluster`")
     folder = copy(fresh, tmp_path / "project")
+    prefect_home(folder / ".prefect")
     on_ray = ("--engine", "ray", "--num-cpus", "1")
     process = started(folder, "capture", *on_ray)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -91,9 +94,12 @@ def test_ray_gives_the_same_bits_in_every_stage_though_the_run_was_killed(fresh,
     assert stages_that("is up to date", fisherfold(folder, "run", url=prefect_url).stderr) == list(STAGES)
 
 
-def test_a_run_that_is_killed_or_told_to_end_resumes_with_the_same_bits(fresh, finished, prefect_url, tmp_path):
+def test_a_run_that_is_killed_or_told_to_end_resumes_with_the_same_bits(
+    fresh, finished, prefect_home, prefect_url, tmp_path
+):
     """In stage after stage, each time as soon as the stage has begun to write."""
     folder = copy(fresh, tmp_path / "project")
+    prefect_home(folder / ".prefect")
     assert not psutil.wait_procs(kill(started(folder, "prepare")), timeout=60)[1]  # its Prefect API ends, too
     kill(started(folder, "capture", url=prefect_url))
     told = started(folder, "kronecker")

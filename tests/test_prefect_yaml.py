@@ -47,9 +47,9 @@ def test_each_stage_starts_the_next():
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(prefect_home, tmp_path):
     """The environment that reaches a Prefect server of this test's own: what is deployed would answer to other tests' events."""
-    home = tmp_path / "home"
+    home = prefect_home(tmp_path / "home")
     with running_server(home) as url:
         yield {**os.environ, "PREFECT_HOME": str(home), "PREFECT_API_URL": url}
 

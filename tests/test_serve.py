@@ -98,8 +98,9 @@ def wait_for(condition, process: subprocess.Popen):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory) -> Iterator[Served]:
+def served(prefect_home, tmp_path_factory) -> Iterator[Served]:
     folder = clone_with_stand_in(tmp_path_factory.mktemp("served"))
+    prefect_home(folder / ".prefect")
     words = ["--cron", "0 2 * * *", "--until", "prepare", "--set", "prepare.seed=3"]
     with serving(folder, *words, STAND_IN_PAUSE="prepare=4") as found:
         yield found
@@ -188,9 +189,10 @@ def test_a_run_cancelled_through_the_api_ends_its_stage_and_can_be_run_again(ser
 
 
 @pytest.mark.slow
-def test_a_run_on_ray_cancelled_through_the_api_stops_the_workers_and_goes_on_later(tmp_path):
+def test_a_run_on_ray_cancelled_through_the_api_stops_the_workers_and_goes_on_later(prefect_home, tmp_path):
     pytest.importorskip("prefect_ray", reason="needs the extra `cluster`")
     folder = tiny_project(tmp_path / "project", articles=SHARDS)
+    prefect_home(folder / ".prefect")
     sequences = {"calibration_sequences": SHARDS, "tuning_sequences": 2, "evaluation_sequences": 4}
     set_params(folder, {"prepare": sequences, "capture": {"sequences_per_shard": 1, "batch_size": 1}})
     with serving(folder, "--engine", "ray", "--num-cpus", "1", "--until", "capture") as served:

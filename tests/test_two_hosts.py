@@ -84,9 +84,10 @@ class TwoHosts:
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
+def hosts(prefect_home, tmp_path_factory):
     make_bridge()
     two = TwoHosts(Host(1), Host(2), tmp_path_factory.mktemp("hosts"), Path(mkdtemp(prefix="ff")))
+    prefect_home(two.folder / ".prefect")
     try:
         server = ["-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--log-level", "error"]
         two.launch(two.head, PYTHON, *server, "--host", two.head.address, "--port", "4200", log="api.log")

@@ -68,9 +68,10 @@ def fresh(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(fresh, tmp_path_factory) -> Path:
+def finished(fresh, prefect_home, tmp_path_factory) -> Path:
     """The same project after `fisherfold run`."""
     folder = copy(fresh, tmp_path_factory.mktemp("finished"))
+    prefect_home(folder / ".prefect")
     result = fisherfold(folder, "run")
     assert result.returncode == 0, result.stderr
     return folder
