@@ -46,12 +46,16 @@ def test_each_stage_starts_the_next():
     assert "triggers" not in DEPLOYMENTS["prepare"]
 
 
-@pytest.fixture
-def server(prefect_home, tmp_path):
-    """The environment that reaches a Prefect server of this test's own: what is deployed would answer to other tests' events."""
-    home = prefect_home(tmp_path / "home")
+@pytest.fixture(scope="module")
+def server(prefect_home, tmp_path_factory):
+    """The environment that reaches a Prefect server with POOLS, of this module's own: what is deployed would answer to other
+    tests' events."""
+    home = prefect_home(tmp_path_factory.mktemp("server") / "home")
     with running_server(home) as url:
-        yield {**os.environ, "PREFECT_HOME": str(home), "PREFECT_API_URL": url}
+        environment = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_API_URL": url}
+        for pool in POOLS:
+            _prefect(environment, "work-pool", "create", pool, "--type", "process")
+        yield environment
 
 
 def _prefect(environment: dict, *words: str, folder: Path = ROOT) -> str:
@@ -65,8 +69,6 @@ def _prefect(environment: dict, *words: str, folder: Path = ROOT) -> str:
 
 @pytest.mark.slow
 def test_a_server_takes_every_deployment(server):
-    for pool in POOLS:
-        _prefect(server, "work-pool", "create", pool, "--type", "process")
     _prefect(server, "--no-prompt", "deploy", "--all")
     listed = _prefect({**server, "COLUMNS": "200"}, "deployment", "ls")
     for name in DEPLOYMENTS:
@@ -83,8 +85,6 @@ def deployed(server, tmp_path) -> Iterator[Path]:
     without = re.sub(r"(name: fisherfold-gpu\n *job_variables: ).*", r"\1{env: {FISHERFOLD_ENGINE: inline}}", text)
     assert without != text
     (folder / "prefect.yaml").write_text(without)
-    for pool in POOLS:
-        _prefect(server, "work-pool", "create", pool, "--type", "process")
     _prefect(server, "--no-prompt", "deploy", "--all", folder=folder)
     soon = {**server, "PREFECT_WORKER_QUERY_SECONDS": "1"}
     words = [sys.executable, "-m", "prefect", "worker", "start", "--type", "process", "--pool"]
