@@ -7,11 +7,13 @@ import pytest
 from project import clone, command
 
 SMALL = (
-    "prepare.calibration_sequences=16",
+    "prepare.calibration_sequences=8",
     "prepare.tuning_sequences=1",
     "prepare.evaluation_sequences=8",
     "prepare.question_count=40",
+    "capture.sequences_per_shard=4",
     "capture.sketch_rank=8",
+    "capture.knowledge_questions=8",
     "kronecker.dependence_draws=8",
 )
 GENERATE = """
