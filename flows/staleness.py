@@ -25,11 +25,12 @@ def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, l
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    release_dead_locks(workspace)
     try:
-        with asking, Repo(str(workspace.root)) as repo:
-            target = f"{workspace.root / 'dvc.yaml'}:{stage}"  # DVC looks a bare name up in the current folder
-            status = repo.status(targets=[target] if stage else None)
+        with asking:
+            release_dead_locks(workspace)
+            with Repo(str(workspace.root)) as repo:
+                target = f"{workspace.root / 'dvc.yaml'}:{stage}"  # DVC looks a bare name up in the current folder
+                status = repo.status(targets=[target] if stage else None)
     except DvcException as error:
         raise FisherfoldError(f"DVC cannot read the state of {workspace.root}: {error}") from None
     return {
@@ -41,27 +42,36 @@ def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, l
 def release_dead_locks(workspace: Workspace) -> None:
     """Take back what killed DVC processes hold of outputs and dependencies.
 
-    DVC does so itself for processes that are gone, but not for those that are dead and not yet reaped by their parent.
+    DVC does so itself for processes that are gone, but not for those that are dead and not yet reaped by their parent; and it
+    refuses a list of locks that a killed process has left half written.
     """
-    path = workspace.root / ".dvc" / "tmp" / "rwlock"
-    try:
-        locks = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    from dvc.lock import make_lock
+    from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
+
+    folder = workspace.root / ".dvc" / "tmp"
+    path = folder / RWLOCK_FILE
+    if not path.exists():
         return
-    alive = {target: _living_holders(holders) for target, holders in locks.items()}
-    if alive != locks:
-        partial = path.with_name("rwlock.partial")
-        partial.write_text(json.dumps({target: holders for target, holders in alive.items() if holders}))
-        partial.replace(path)
+    with make_lock(str(folder / RWLOCK_LOCK), tmp_dir=str(folder)):  # who writes the list holds this
+        try:
+            locks = json.loads(path.read_text())
+        except ValueError:
+            path.unlink()
+            return
+        alive = {mode: _living_holders(paths) for mode, paths in locks.items()}
+        if alive != locks:
+            partial = path.with_name(f"{RWLOCK_FILE}.partial")
+            partial.write_text(json.dumps(alive))
+            partial.replace(path)
 
 
-def _living_holders(holders: dict) -> dict:
-    """The part of one path's entry, ``{"write": {pid, cmd}, "read": [{pid, cmd}, …]}``, whose processes live."""
+def _living_holders(paths: dict) -> dict:
+    """The part of one mode's entries whose processes live: ``{path: {pid, cmd}}`` of writers, ``{path: [{pid, cmd}, …]}`` of readers."""
     kept = {}
-    for mode, held in holders.items():
+    for path, held in paths.items():
         living = [holder for holder in (held if isinstance(held, list) else [held]) if _lives(int(holder["pid"]))]
         if living:
-            kept[mode] = living if isinstance(held, list) else living[0]
+            kept[path] = living if isinstance(held, list) else living[0]
     return kept
 
 

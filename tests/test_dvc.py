@@ -72,10 +72,17 @@ def test_locks_of_dead_processes_are_taken_back_and_others_kept(tmp_path):
     path = tmp_path / ".dvc" / "tmp" / "rwlock"
     path.parent.mkdir(parents=True)
     mine, gone = {"pid": os.getpid(), "cmd": "mine"}, {"pid": dead.pid, "cmd": "gone"}
-    path.write_text(json.dumps({"a": {"write": gone}, "b": {"write": mine}, "c": {"read": [gone, mine]}}))
+    path.write_text(json.dumps({"write": {"a": gone, "b": mine}, "read": {"c": [gone, mine], "d": [gone]}}))
     release_dead_locks(Workspace(tmp_path))
-    assert json.loads(path.read_text()) == {"b": {"write": mine}, "c": {"read": [mine]}}
+    assert json.loads(path.read_text()) == {"write": {"b": mine}, "read": {"c": [mine]}}
     dead.wait()
+
+
+@pytest.mark.parametrize("left", ["", '{"write": {"artifacts/prepare": {"pid'])
+def test_a_list_of_locks_that_a_killed_process_left_half_written_stops_nothing(project, left):
+    (project / ".dvc" / "tmp" / "rwlock").write_text(left)
+    assert stale_reasons(Workspace(project)) == {}
+    assert reproduce(project) == []
 
 
 @pytest.mark.parametrize("stage", STAGES)
