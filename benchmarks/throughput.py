@@ -4,7 +4,7 @@
     python benchmarks/throughput.py --project FOLDER         # ranks of `fisher` from that project's spectra
     python benchmarks/throughput.py --quick                  # ratio 0.4, prefill of one sequence and decoding
     python benchmarks/throughput.py --round-to 1             # ranks as they come, not multiples of 32
-    python benchmarks/throughput.py --storage pivoted        # ranks.storage: the side whose order is shorter, not outputs, which run fastest
+    python benchmarks/throughput.py --storage pivoted_outputs    # instead of the side whose order is shorter (see ranks.storage)
     python benchmarks/throughput.py --shapes llama-7b --blocks 2 --ratios 0.4,0.6 --uses 'prefill 1,decode 1' --repeats 3    # larger layers
 
 The model has the shapes of SmolLM2-135M (or of another file in data/shapes, or the project's) and random weights, for time depends on shapes alone. Prefill is a pass
@@ -13,7 +13,7 @@ the same ranks take turns; medians.
 
 speedup = dense time / compressed time. bound = 1 / (1 − f + f s), Amdahl's law with f the targeted layers' share of the dense time
 and s the share of their numbers that is stored. `products` is the bound with the measured time of the bare matrix products
-(the layers' own F.linear calls without order, sum or bias, in the same pass) in the place of f s: what the matrix kernels make of s.
+(the layer's own F.linear calls without order, sum or bias, in the same pass) in the place of f s: what the matrix kernels make of s.
 """
 
 import argparse
@@ -39,7 +39,6 @@ from stages.layers import LinearLayer, find_layers
 from stages.params import RanksParams
 from stages.ranks import read_spectra
 from stages.sites import find_sites
-from stages.stacking import stack_layers
 from stages.templates import modeling_fisherfold as runtime
 from stages.workspace import Workspace
 
@@ -63,7 +62,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--uses", default=",".join(USES))
     parser.add_argument("--round-to", type=int, default=32)
-    parser.add_argument("--storage", choices=tuple(PIVOTED_SIDES), default="pivoted_outputs", help="ranks.storage")
+    parser.add_argument("--storage", choices=tuple(PIVOTED_SIDES), default="pivoted", help="ranks.storage")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=None, help="all cores if not given")
     parser.add_argument("--quick", action="store_true")
@@ -121,21 +120,17 @@ def plan_layers(
 
 
 def compressed_model(dense: PreTrainedModel, plan: Mapping[str, tuple], storage: str) -> PreTrainedModel:
-    """A copy of the dense model (untouched weights shared) with random layers of the planned ranks, stacked as in a checkpoint."""
+    """A copy of the dense model (untouched weights shared) with random layers of the planned ranks."""
     torch.manual_seed(0)
     model = copy.deepcopy(dense, {id(weight): weight for weight in dense.parameters()})
-    layers: dict[str, dict] = {}
-    groups: dict[str, list[str]] = {}
     for name, (layer, rank, numbers) in plan.items():
         n, m = layer.outputs, layer.inputs
-        groups.setdefault(layer.group, []).append(name)
-        if numbers < n * m:
-            layers[name] = {"kind": kind_of(n, m, rank, storage), "rank": rank}
-    runtime.replace_layers(model, stack_layers(groups.values(), layers))
-    for name in layers:
-        new = model.get_submodule(name).to(dense.dtype).eval()
+        if numbers >= n * m:
+            continue
+        new = runtime.replace(model.get_submodule(name), kind_of(n, m, rank, storage), rank).to(dense.dtype).eval()
         if hasattr(new, "order"):
             new.order = torch.randperm(len(new.order))
+        model.set_submodule(name, new)
     return model
 
 
@@ -244,23 +239,19 @@ def dense_product(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def bare_products(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The products of a pivoted layer on inputs that lie ready; their result is not used, the output is not the layer's."""
+    """The two products of a pivoted layer on inputs that lie ready; their result is not used, the output is not the layer's."""
     if isinstance(module, nn.Linear):
         return dense_product(module)
     if isinstance(module, runtime.ZeroLinear):
         return type(module).forward.__get__(module)
-    up, down = module.up.weight, module.down.weight if hasattr(module, "down") else None
+    up, down = module.up.weight, module.down.weight
     n = len(module.order) if isinstance(module, runtime.PivotedOutputLinear) else len(up)
-    ready: dict[tuple, torch.Tensor] = {}  # tensors of the right shape, whose making is not to be timed
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return ready[shape] if shape in ready else ready.setdefault(shape, torch.zeros(shape, dtype=up.dtype))
+    outputs: dict[tuple, torch.Tensor] = {}  # of the right shape, whose making is not to be timed
 
     def compute(x: torch.Tensor) -> torch.Tensor:
-        if down is not None:
-            F.linear(x.flatten(0, -2)[:, : down.shape[1]], down)
-        F.linear(zeros(x.numel() // x.shape[-1], up.shape[1]), up)
-        return zeros(*x.shape[:-1], n)
+        F.linear(F.linear(x.flatten(0, -2)[:, : down.shape[1]], down), up)
+        shape = *x.shape[:-1], n
+        return outputs[shape] if shape in outputs else outputs.setdefault(shape, torch.zeros(shape, dtype=x.dtype))
 
     return compute
 

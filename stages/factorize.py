@@ -7,7 +7,6 @@ tensors.
 """
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,6 @@ from stages.params import FactorizeParams
 from stages.refinement import refined_bases
 from stages.scratch import Scratch
 from stages.sites import Site, read_sites
-from stages.stacking import stack_layers, stack_tensors
 from stages.workspace import CODE, Workspace, digest_file, verify_output
 
 OWN_BIAS = frozenset({"pivoted_outputs", "zero"})  # kinds whose bias is not that of `up`
@@ -106,8 +104,8 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
             name: layer for site in low_rank for name, layer in _stored_site(site, folders[site.name]).items()
         }
         with scratch.publish() as out:
-            layers = write_model(out / "model", workspace, architecture, dense, compressed, dtype)
-            facts = _count(out / "model", stored, plan, compressed, layers)
+            write_model(out / "model", workspace, architecture, dense, compressed, dtype)
+            facts = _count(out / "model", stored, plan, compressed)
             (out / "model" / "README.md").write_text(compressed_card(workspace, architecture, facts, params))
             (out / "factorize.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
             if params.dense_export:
@@ -186,27 +184,17 @@ def write_model(
     compressed: Mapping[str, StoredLayer],
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
-) -> dict[str, dict]:
-    """The checkpoint with low-rank layers: weights, configuration, its own code, and the dense model's other files.
-
-    Returns:
-        The low-rank layers as the configuration lists them.
-    """
+) -> None:
+    """The checkpoint with low-rank layers: weights, configuration, its own code, and the dense model's other files."""
     folder.mkdir(parents=True)
+    write_tensors(folder, compressed_tensors(dense, compressed, dtype), shard_bytes)
     layers = {
         name: {key: stored.record[key] for key in ("kind", "rank", "source") if key in stored.record}
         for name, stored in compressed.items()
     }
-    groups: dict[str, list[str]] = {}
-    for name, stored in compressed.items():
-        groups.setdefault(stored.layer.group, []).append(name)
-    layers = stack_layers(groups.values(), layers)
-    tensors = stack_tensors(layers, compressed_tensors(dense, compressed, dtype))
-    write_tensors(folder, dict(sorted(tensors.items())), shard_bytes)
     write_config(folder, architecture, dtype, layers)
     write_code(folder, architecture)
     copy_companions(workspace.model, folder)
-    return layers
 
 
 def compressed_tensors(
@@ -222,7 +210,7 @@ def compressed_tensors(
         tensors |= {f"{name}.{parameter}": tensor for parameter, tensor in stored.tensors.items()}
     if compressed:  # see FisherfoldForCausalLM: makes the dense model's class refuse this checkpoint
         tensors[f"{min(compressed)}.weight"] = StoredTensor((0,), dtype, lambda: torch.empty(0, dtype=dtype))
-    return tensors
+    return dict(sorted(tensors.items()))
 
 
 def write_dense(
@@ -262,11 +250,7 @@ def _exact(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _count(
-    model: Path,
-    dense: Mapping[str, StoredTensor],
-    plan: Mapping[str, dict],
-    compressed: Mapping[str, StoredLayer],
-    layers: Mapping[str, dict],
+    model: Path, dense: Mapping[str, StoredTensor], plan: Mapping[str, dict], compressed: Mapping[str, StoredLayer]
 ) -> dict:
     """The contract of factorize.json, counted from the headers of what was saved and checked against the plan.
 
@@ -274,15 +258,11 @@ def _count(
         CorruptArtifact: a layer stores another count than was planned.
     """
     saved = read_tensors(model)
-    planned, stored = Counter[str](), Counter[str]()
+    stored = {name: _targeted_numbers(name, saved) for name in plan}
     for name, row in plan.items():
-        holder = layers.get(name, {}).get("source", name)  # of the right factors of several layers
-        planned[holder] += row["stored_parameters"]
-        stored[holder] += _targeted_numbers(name, saved)
-    for name, numbers in planned.items():
-        if stored[name] != numbers:
+        if stored[name] != row["stored_parameters"]:
             raise CorruptArtifact(
-                f"Stage 'factorize', module {name!r}: stores {stored[name]} numbers where stage 'ranks' planned {numbers}. "
+                f"Stage 'factorize', module {name!r}: stores {stored[name]} numbers where stage 'ranks' planned {row['stored_parameters']}. "
                 "The two stages ran on different inputs: run `dvc repro --force ranks factorize`."
             )
     return {

@@ -278,7 +278,7 @@ def test_models_with_code_of_their_own_are_refused(unfinished):
 
 def test_ranks_of_another_plan_are_noticed(unfinished, monkeypatch):
     monkeypatch.setattr(factorize, "_targeted_numbers", lambda *_: 1)
-    with pytest.raises(CorruptArtifact, match=r"stores 3 numbers where stage 'ranks' planned"):
+    with pytest.raises(CorruptArtifact, match=r"stores 1 numbers where stage 'ranks' planned"):
         factorized(unfinished)
 
 

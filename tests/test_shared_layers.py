@@ -1,5 +1,4 @@
-"""Layers that share one right factor, or whose right factors are stacked, against the dense products in float64: computed once a
-pass, and never stale."""
+"""Layers that share one right factor, against the dense products in float64: computed once a pass, and never stale."""
 
 import copy
 import threading
@@ -12,32 +11,22 @@ from torch.utils.checkpoint import checkpoint
 
 from stages.templates import modeling_fisherfold as runtime
 
-MEMBERS = {
-    "shared_factors": "shared_member",
-    "shared_pivoted_inputs": "shared_member",
-    "shared_pivoted_outputs": "shared_pivoted_member",
-}
-KINDS = [(kind, False) for kind in ("shared_factors", "shared_pivoted_inputs")]
-KINDS += [(kind, True) for kind in ("shared_factors", "shared_pivoted_outputs")]
+KINDS = ["shared_factors", "shared_pivoted_inputs"]
 INPUTS, RANK = 16, 5
 OUTPUTS = {"q": 16, "k": 8, "v": 8}
-RANKS = {"q": 5, "k": 4, "v": 1}  # of stacked factors
 
 
 class Block(nn.Module):
     """Three layers that read one tensor."""
 
-    def __init__(self, kind, stacked=False):
+    def __init__(self, kind):
         super().__init__()
         torch.manual_seed(0)
         for name, n in OUTPUTS.items():
             self.add_module(name, nn.Linear(INPUTS, n))
         if kind:
-            runtime.replace_layers(self, stack(kind) if stacked else sharing(kind, "q", ["k", "v"], RANK))
+            runtime.replace_layers(self, sharing(kind, "q", ["k", "v"], RANK))
             self.double()
-            for name in OUTPUTS:
-                if hasattr(layer := self.get_submodule(name), "order"):
-                    layer.order.copy_(torch.randperm(len(layer.order)))
             down = getattr(self.q.down, "rest", self.q.down)
             self.calls = []
             down.register_forward_hook(lambda *_: self.calls.append(1))
@@ -51,29 +40,8 @@ def sharing(kind, first, others, rank):
     return {first: {"kind": kind, "rank": rank}} | dict.fromkeys(others, member)
 
 
-def stack(kind):
-    layers, start = {}, 0
-    for name, rank in RANKS.items():
-        own = {"kind": MEMBERS[kind], "source": "q"} if start else {"kind": kind, "height": sum(RANKS.values())}
-        layers[name] = {"rank": rank, "start": start} | own
-        start += rank
-    return layers
-
-
-def products(block):
-    """The dense weight and the bias of every layer, from the formulas."""
-    right, found = right_factor(block.q), []
-    for name in OUTPUTS:
-        layer = block.get_submodule(name)
-        left, bias = layer.up.weight, layer.up.bias
-        if hasattr(layer, "order"):
-            left, bias = torch.cat([torch.eye(layer.rank).double(), left])[layer.order], layer.bias
-        found.append((left @ right[layer.start : layer.start + layer.rank], bias))
-    return found
-
-
 def right_factor(layer):
-    """What the first layer computes for all, dense, [r, m]."""
+    """The dense right factor [r, m] of a site's first layer."""
     if isinstance(layer.down, nn.Linear):
         return layer.down.weight
     right = torch.empty(RANK, INPUTS, dtype=torch.float64)
@@ -81,11 +49,10 @@ def right_factor(layer):
     return right
 
 
-@pytest.fixture(params=KINDS, ids=lambda param: f"{param[0]}-{'stacked' if param[1] else 'one'}")
+@pytest.fixture(params=KINDS)
 def block(request):
-    kind, stacked = request.param
-    block = Block(kind, stacked)
-    if kind == "shared_pivoted_inputs":
+    block = Block(request.param)
+    if request.param == "shared_pivoted_inputs":
         block.q.down.order.copy_(torch.randperm(INPUTS))
     return block
 
@@ -102,9 +69,10 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 100)])
 def test_each_layer_computes_its_product_from_one_shared(block, shape):
-    x = inputs(*shape)
+    x, right = inputs(*shape), right_factor(block.q)
+    ups = [block.get_submodule(name).up for name in OUTPUTS]
     for passes in (1, 2):
-        assert_same(block(x), [nn.functional.linear(x, *product) for product in products(block)])
+        assert_same(block(x), [nn.functional.linear(x, up.weight @ right, up.bias) for up in ups])
         assert len(block.calls) == passes
         assert not block.q.waiting
 
@@ -114,9 +82,10 @@ def test_without_gradients_too(block, shape, monkeypatch):
     """One token and many have ways of their own, when no hook is on the inner layers."""
     monkeypatch.setattr(runtime, "MANY_TOKENS", 10)
     getattr(block.q.down, "rest", block.q.down)._forward_hooks.clear()
-    x = inputs(*shape)
+    x, right = inputs(*shape), right_factor(block.q)
+    ups = [block.get_submodule(name).up for name in OUTPUTS]
     with torch.no_grad():
-        assert_same(block(x), [nn.functional.linear(x, *product) for product in products(block)])
+        assert_same(block(x), [nn.functional.linear(x, up.weight @ right, up.bias) for up in ups])
     assert not block.q.waiting
 
 
@@ -127,9 +96,11 @@ def test_the_shared_factor_is_stored_once(block):
 
 
 def test_gradients_are_those_of_separate_layers(block):
-    x, again = inputs(4, requires_grad=True), inputs(4, requires_grad=True)
+    x, right = inputs(4, requires_grad=True), right_factor(block.q).detach()
     sum(y.square().sum() for y in block(x)).backward()
-    sum(nn.functional.linear(again, *product).square().sum() for product in products(block)).backward()
+    weights = [block.get_submodule(name).up for name in OUTPUTS]
+    again = inputs(4, requires_grad=True)
+    sum(nn.functional.linear(again, up.weight @ right, up.bias).square().sum() for up in weights).backward()
     torch.testing.assert_close(x.grad, again.grad, atol=1e-12, rtol=1e-12)
 
 
@@ -200,7 +171,7 @@ def test_a_copy_shares_with_itself(block):
             parameter.mul_(2)
     assert other.k.site[0] is other.q
     assert not torch.equal(other(x)[1], block(x)[1])
-    assert_same(block(x)[1:2], [nn.functional.linear(x, *products(block)[1])])
+    assert_same(block(x)[1:2], [block.k.up(block.q.down(x))])
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -118,26 +118,22 @@ class FoldedInputs(nn.Module):
 
 
 class SharedLowRankLinear(LowRankLinear):
-    """The first of several layers that read the same x: its `down` makes the z of them all in one product.
+    """y = up(z), z = down(x), where other layers that read the same x, `SharedMember`, make their outputs from the same z.
 
-    A layer's own z is r of the `height` numbers of down(x), those from `start` on: the right factors of the layers are stacked.
-    With height = r, start = 0 for every layer they share one right factor.
-
-    down(x) is computed once a pass: it is kept until each of the `readers` layers has had it, and only for the very tensor x
-    that it was made of.
+    z is computed once a pass: it is kept until each of the `readers` layers has had it, and only for the very tensor x that it
+    was made of. r m numbers are stored once, r n for every layer.
     """
 
-    def make_right(self, m: int, start: int = 0, height: int | None = None) -> None:
-        self.down = self.right_factor(m, height or self.rank)
-        self.start = start
+    def make_right(self, m: int) -> None:
+        self.down = self.right_factor(m)
         self.readers = 1
         self.waiting = Memory()
 
-    def right_factor(self, m: int, height: int) -> nn.Module:
-        return nn.Linear(m, height, bias=False)
+    def right_factor(self, m: int) -> nn.Module:
+        return nn.Linear(m, self.rank, bias=False)
 
     def right(self, x: torch.Tensor) -> torch.Tensor:
-        return self.read(x, reader=0).narrow(-1, self.start, self.rank)
+        return self.read(x, reader=0)
 
     def read(self, x: torch.Tensor, reader: int) -> torch.Tensor:
         """down(x) for one of the layers, computed anew unless it waits for this very layer, tensor and gradient mode."""
@@ -155,23 +151,18 @@ class SharedLowRankLinear(LowRankLinear):
         return z
 
 
-class SharedPivotedOutputLinear(SharedLowRankLinear, PivotedOutputLinear):
-    """The same with the outputs of each layer pivoted."""
-
-
 class SharedPivotedInputLinear(SharedLowRankLinear):
-    """The same with one pivoted right factor for all layers: r (m - r) numbers and an order are stored once, r n for every layer."""
+    """The same with the pivoted right factor: r (m - r) numbers and an order are stored once, r n for every layer."""
 
-    def right_factor(self, m: int, height: int) -> nn.Module:
-        return FoldedInputs(m, height)
+    def right_factor(self, m: int) -> nn.Module:
+        return FoldedInputs(m, self.rank)
 
 
 class SharedMember(LowRankLinear):
-    """y = up(z), z from the layer `source`, which reads the same x."""
+    """y = up(z), z from the layer `source`, which reads the same x: r n numbers."""
 
-    def make_right(self, m: int, source: str, start: int = 0) -> None:
+    def make_right(self, m: int, source: str) -> None:
         self.source = source
-        self.start = start
 
     def join(self, model: nn.Module) -> None:
         """Find `source` in the model. It is held in a tuple, so that its weights are not registered here once more."""
@@ -180,11 +171,7 @@ class SharedMember(LowRankLinear):
         self.site[0].readers += 1
 
     def right(self, x: torch.Tensor) -> torch.Tensor:
-        return self.site[0].read(x, self.reader).narrow(-1, self.start, self.rank)
-
-
-class SharedPivotedMember(SharedMember, PivotedOutputLinear):
-    """The same with its outputs pivoted."""
+        return self.site[0].read(x, self.reader)
 
 
 KINDS = {
@@ -193,10 +180,8 @@ KINDS = {
     "pivoted_inputs": PivotedInputLinear,
     "zero": ZeroLinear,
     "shared_factors": SharedLowRankLinear,
-    "shared_pivoted_outputs": SharedPivotedOutputLinear,
     "shared_pivoted_inputs": SharedPivotedInputLinear,
     "shared_member": SharedMember,
-    "shared_pivoted_member": SharedPivotedMember,
 }
 # How the layers compute. Every way has the same result; on a CPU, without gradients, some are faster than the plain one.
 
@@ -318,8 +303,7 @@ def replace_layers(model: nn.Module, layers: dict[str, dict]) -> None:
 class FisherfoldConfig(DenseConfig):
     """The dense model's configuration, and `fisherfold`: {"layers": {module name: {"kind": …, "rank": …}}}.
 
-    Of layers that read the same tensor, the first holds the right factors of all, "height" rows, and the others name it as their
-    "source"; "start" is the first of a layer's own rows.
+    A layer of kind "shared_member" also has "source", the name of the layer that holds the right factor it shares.
     """
 
     model_type = f"fisherfold_{DenseConfig.model_type}"
