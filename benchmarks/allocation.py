@@ -58,8 +58,7 @@ def compare_multiples(workspace: Workspace) -> None:
         losses = []
         for multiple in MULTIPLES:
             task = pose(sites, spectra, RanksParams(ratio=ratio, round_to=multiple))
-            ranks = allocate(task, ALLOCATORS.lookup("fisher"))
-            losses.append(sum(np.square(values[rank:]).sum() for values, rank in zip(spectra, ranks, strict=True)))
+            losses.append(task.predicted_loss(allocate(task, ALLOCATORS.lookup("fisher"))))
         print(f"{ratio:5}", *(f"{loss / losses[0]:7.4f}" for loss in losses))
 
 

@@ -136,8 +136,10 @@ def compressed_model(dense: PreTrainedModel, plan: Mapping[str, tuple], storage:
 
 def kind_of(n: int, m: int, rank: int, storage: str) -> str:
     """The runtime's name of a layer stored like this."""
-    if not rank or storage == "factors":
-        return storage if rank else "zero"
+    if not rank:
+        return "zero"
+    if storage == "factors":
+        return storage
     return f"pivoted_{PIVOTED_SIDES[storage] or ('outputs' if n <= m else 'inputs')}"
 
 

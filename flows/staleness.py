@@ -56,9 +56,8 @@ def release_dead_locks(workspace: Workspace) -> None:
         try:
             locks = json.loads(path.read_text())
         except ValueError:
-            path.unlink()
-            return
-        alive = {mode: _living_holders(paths) for mode, paths in locks.items()}
+            locks = None
+        alive = {mode: _living_holders(paths) for mode, paths in (locks or {}).items()}
         if alive != locks:
             partial = path.with_name(f"{RWLOCK_FILE}.partial")
             partial.write_text(json.dumps(alive))

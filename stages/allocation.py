@@ -58,6 +58,11 @@ class Allocation:
             row[1 : len(sigma) + 1] = np.cumsum(np.square(sigma))
         return energies
 
+    def predicted_loss(self, ranks: Sequence[int]) -> float:
+        """½ Σ of the σ² that `ranks` [L] drop, in the unit of the metric."""
+        dropped = [float(np.square(sigma[rank:]).sum()) for sigma, rank in zip(self.spectra, ranks)]
+        return 0.5 * float(np.sum(dropped))
+
     def spend(self, worth: np.ndarray) -> np.ndarray:
         """The allowed ranks [L] of most `worth` [L, R] in total under the budget; see ``knapsack.solve``."""
         return knapsack.solve(Knapsack(np.where(self.allowed, worth, -np.inf), self.costs, self.budget))

@@ -153,11 +153,7 @@ def ranks_table(
 
 
 def _budget(task: Allocation, choices: Sequence[Choice]) -> dict:
-    """The contract of budget.json. `budget` and `spent` are of the targeted layers, in the unit of ranks.budget.
-
-    The predicted loss increase is ½ Σ of the dropped σ², in the unit of the metric.
-    """
-    dropped = [float(np.square(sigma[choice.rank :]).sum()) for sigma, choice in zip(task.spectra, choices)]
+    """The contract of budget.json. `budget` and `spent` are of the targeted layers, in the unit of ranks.budget."""
     return {
         "ratio": task.params.ratio,
         "unit": task.params.budget,
@@ -165,5 +161,5 @@ def _budget(task: Allocation, choices: Sequence[Choice]) -> dict:
         "budget": task.budget,
         "spent": sum(choice.cost for choice in choices),
         "stored_parameters": sum(sum(choice.numbers) for choice in choices),
-        "predicted_loss_increase": 0.5 * float(np.sum(dropped)),
+        "predicted_loss_increase": task.predicted_loss([choice.rank for choice in choices]),
     }

@@ -25,10 +25,10 @@ class LowRankLinear(nn.Module):
     The right half of a layer makes z, r numbers, of x, and the left half makes y of z. Other kinds have another half.
     """
 
-    def __init__(self, n: int, m: int, rank: int, bias: bool, **where) -> None:
+    def __init__(self, n: int, m: int, rank: int, bias: bool) -> None:
         super().__init__()
         self.rank = rank
-        self.make_right(m, **where)
+        self.make_right(m)
         self.make_left(n, bias)
 
     def make_right(self, m: int) -> None:
@@ -161,8 +161,12 @@ class SharedPivotedInputLinear(SharedLowRankLinear):
 class SharedMember(LowRankLinear):
     """y = up(z), z from the layer `source`, which reads the same x: r n numbers."""
 
-    def make_right(self, m: int, source: str) -> None:
+    def __init__(self, n: int, m: int, rank: int, bias: bool, source: str) -> None:
+        super().__init__(n, m, rank, bias)
         self.source = source
+
+    def make_right(self, m: int) -> None:
+        """It is `source` that has one."""
 
     def join(self, model: nn.Module) -> None:
         """Find `source` in the model. It is held in a tuple, so that its weights are not registered here once more."""
