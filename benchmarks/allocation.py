@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from flows.shapes import find_shapes
-from stages.allocation import ALLOCATORS, allocate, pose
-from stages.params import RanksParams
+from fisherfold.allocators.allocation import ALLOCATORS, allocate, pose
+from fisherfold.network.sites import find_sites, read_sites
+from fisherfold.run.params import RanksParams
+from fisherfold.run.workspace import Workspace
+from flows.planning.shapes import find_shapes
 from stages.ranks import read_spectra
-from stages.sites import find_sites, read_sites
-from stages.workspace import Workspace
 
 MODEL = "smollm2-135m-instruct"  # a file in data/shapes
 TARGET = 1.0

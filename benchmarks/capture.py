@@ -23,15 +23,15 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from fisherfold.network.gradient_pass import gradient_pass
+from fisherfold.network.layers import find_layers
+from fisherfold.network.models import DTYPES, load_model
+from fisherfold.run.params import CaptureParams, PrepareParams
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.tables import write_sequences
+from fisherfold.run.workspace import Workspace
+from fisherfold.statistics.layer_sums import GRADIENT_FORMS, ModelSums
 from stages import capture
-from stages.gradient_pass import gradient_pass
-from stages.layer_sums import GRADIENT_FORMS, ModelSums
-from stages.layers import find_layers
-from stages.models import DTYPES, load_model
-from stages.params import CaptureParams, PrepareParams
-from stages.scratch import Scratch
-from stages.tables import write_sequences
-from stages.workspace import Workspace
 
 BATCH, LENGTH, RANK = 4, 256, 32
 TOKENWISE, SKETCHED, GROWTH = 1.8, 2.6, 1.05  # targets

@@ -34,20 +34,20 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from fisherfold.run.params import CaptureParams, PrepareParams
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.tables import write_sequences
+from fisherfold.run.workspace import Workspace
 from flows.api import prefect_api
-from flows.cluster import HERE
-from flows.engines import run_on_engine
+from flows.cluster.ray_cluster import HERE
+from flows.engine_choice import run_on_engine
 from flows.settings import Settings
 from stages import capture
-from stages.params import CaptureParams, PrepareParams
-from stages.scratch import Scratch
-from stages.tables import write_sequences
-from stages.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]
 PER_UNIT, SHARE, START, SPEEDUP = 0.1, 0.10, 20.0, 1.7  # targets: s, of the compute time, s, times
 SPARED = 58 + 29  # of stages kronecker and factorize: the demo has 60 and 30 (`fisherfold plan`), this project 2 and 1
-COMPUTE = 530.0  # seconds of the demo run inline on two cores (tests/demo_run.json)
+COMPUTE = 530.0  # seconds of the demo run inline on two cores (tests/support/demo_run.json)
 VOCABULARY, LENGTH = 512, 1024
 
 
@@ -156,7 +156,7 @@ def measure_speedup(sequences: int) -> tuple[float, float]:
 
 def small_project(folder: Path) -> Path:
     """A project with as many layers, shards and questions as the demo, and hardly any numbers."""
-    for name in ("stages", "data"):
+    for name in ("fisherfold", "stages", "flows", "data"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "prepared"))
     for name in ("dvc.yaml", "params.yaml", ".dvc/config", ".dvcignore", ".gitignore"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -186,7 +186,7 @@ def small_project(folder: Path) -> Path:
 
 
 ALONE = [sys.executable, "-m", "dvc", "repro"]
-ON_RAY = [sys.executable, "-m", "flows.cli", "run", "--engine", "ray"]
+ON_RAY = [sys.executable, "-m", "fisherfold", "run", "--engine", "ray"]
 
 
 def measure_run(words: list[str]) -> float:

@@ -21,17 +21,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stages.cost import rank_costs
-from stages.estimators import ESTIMATORS, Evidence
-from stages.layer_views import place
-from stages.layers import LinearLayer, linear_modules
-from stages.models import load_model
-from stages.params import KroneckerParams
-from stages.shrinkage import SHRINKAGES, FactorSampling
-from stages.sites import Site
-from stages.statistics import Statistics
-from stages.tables import read_sequences
-from stages.workspace import Workspace
+from fisherfold.allocators.cost import rank_costs
+from fisherfold.fisher.estimators import ESTIMATORS, Evidence
+from fisherfold.network.layers import LinearLayer, linear_modules
+from fisherfold.network.models import load_model
+from fisherfold.network.sites import Site
+from fisherfold.page.layer_views import place
+from fisherfold.run.params import KroneckerParams
+from fisherfold.run.tables import read_sequences
+from fisherfold.run.workspace import Workspace
+from fisherfold.statistics.layer_statistics import Statistics
+from fisherfold.subspaces.shrinkage import SHRINKAGES, FactorSampling
 
 RATIOS = (0.2, 0.4)
 DAMPINGS = ((0.01, 0.1), (0.1, 0.3), ("ledoit_wolf", "ledoit_wolf"))

@@ -20,18 +20,18 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from stages.fasc import OBJECTIVES, VARIANCE, GroupInput, group_input, optimal_projector, unreadable
-from stages.harness import SharedContextModel, run_tasks
-from stages.input_gradients import stacked_weight
-from stages.layers import LinearLayer, by_group, linear_modules
-from stages.losses import compare_tokens
-from stages.metrics import MetricSources
-from stages.models import load_model
-from stages.params import FascParams, load_params
-from stages.statistics import Statistics
-from stages.tables import read_sequences, read_table
-from stages.tasks import KNOWLEDGE, knowledge_task
-from stages.workspace import Workspace
+from fisherfold.evaluation.harness import SharedContextModel, run_tasks
+from fisherfold.evaluation.losses import compare_tokens
+from fisherfold.evaluation.tasks import KNOWLEDGE, knowledge_task
+from fisherfold.network.layers import LinearLayer, by_group, linear_modules
+from fisherfold.network.models import load_model
+from fisherfold.run.params import FascParams, load_params
+from fisherfold.run.tables import read_sequences, read_table
+from fisherfold.run.workspace import Workspace
+from fisherfold.statistics.input_gradients import stacked_weight
+from fisherfold.statistics.layer_statistics import Statistics
+from fisherfold.subspaces.fasc import OBJECTIVES, VARIANCE, GroupInput, group_input, optimal_projector, unreadable
+from fisherfold.subspaces.metrics import MetricSources
 
 METHODS = ",".join(["variance", *(f"{name}:{kind}" for name in OBJECTIVES for kind in ("orthonormal", "oblique"))])
 MINIMISED = ("gaussian", "empirical")

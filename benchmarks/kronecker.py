@@ -32,8 +32,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator, svds
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.gradient_blocks import BLOCK_NUMBERS, ExactGradients, Gradients, SketchedGradients
-from stages.nearest_kronecker import StreamedFisher, fisher_of, nearest_kronecker, relative_residual
+from fisherfold.fisher.gradient_blocks import BLOCK_NUMBERS, ExactGradients, Gradients, SketchedGradients
+from fisherfold.fisher.nearest_kronecker import StreamedFisher, fisher_of, nearest_kronecker, relative_residual
 
 OUTPUTS, INPUTS, SEQUENCES, RANK = 576, 1536, 64, 32
 SETTINGS = [(1e-2, None), (1e-4, None), (0, None)]  # tolerance, Krylov vectors (None: scipy's choice, 20)
@@ -180,7 +180,7 @@ def plain_sum(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tenso
 
 def excess(name: str, estimate: Callable[[], object], repeats: int) -> float:
     """Time of an estimate over that of its matrix products alone, done in turn; medians."""
-    with patch("stages.gradient_blocks.symmetric_sum", plain_sum), ProductLog() as log:
+    with patch("fisherfold.fisher.gradient_blocks.symmetric_sum", plain_sum), ProductLog() as log:
         estimate()
     estimates, products = [], []
     for _ in range(repeats):

@@ -27,10 +27,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from stages.gradient_blocks import SketchedGradients
-from stages.layer_sums import GRADIENT_FORMS, ModelSums
-from stages.layers import find_layers, linear_modules
-from stages.nearest_kronecker import fisher_of, nearest_kronecker
+from fisherfold.fisher.gradient_blocks import SketchedGradients
+from fisherfold.fisher.nearest_kronecker import fisher_of, nearest_kronecker
+from fisherfold.network.layers import find_layers, linear_modules
+from fisherfold.statistics.layer_sums import GRADIENT_FORMS, ModelSums
 
 SHAPES = {
     "hidden_size": 576,

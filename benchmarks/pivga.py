@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flows.shapes import find_shapes
-from stages.cost import rank_costs
-from stages.determinism import computing_threads
-from stages.layers import LinearLayer
-from stages.params import FactorizeParams
-from stages.pivoted import pivot_factors
-from stages.rounding import nearest, round_pivoted
-from stages.sites import Site
-from stages.workspace import Workspace
+from fisherfold.allocators.cost import rank_costs
+from fisherfold.linalg.pivoted import pivot_factors
+from fisherfold.linalg.rounding import nearest, round_pivoted
+from fisherfold.network.layers import LinearLayer
+from fisherfold.network.sites import Site
+from fisherfold.run.determinism import computing_threads
+from fisherfold.run.params import FactorizeParams
+from fisherfold.run.workspace import Workspace
+from flows.planning.shapes import find_shapes
 
 MODEL = "smollm2-135m-instruct"  # a file in data/shapes
 KEPT = 0.8

@@ -23,17 +23,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
+from fisherfold.allocators.cost import DENSE
+from fisherfold.allocators.fermi_descent import Softened, softened_model
+from fisherfold.allocators.fermigrad import next_token_loss
+from fisherfold.inputs.corpora import find_corpus
+from fisherfold.inputs.questions import find_questions
+from fisherfold.network.models import load_model
+from fisherfold.run.params import Params, load_params
+from fisherfold.run.tables import read_sequences
+from fisherfold.run.workspace import Workspace
 from flows.sweep import Cell, print_results, sweep
 from stages import capture, kronecker, prepare, ranks, subspace
-from stages.corpora import find_corpus
-from stages.cost import DENSE
-from stages.fermi_descent import Softened, softened_model
-from stages.fermigrad import next_token_loss
-from stages.models import load_model
-from stages.params import Params, load_params
-from stages.questions import find_questions
-from stages.tables import read_sequences
-from stages.workspace import Workspace
 
 ORDER = ("svd", "asvd", "fwsvd", "svd_llm", "kfac")
 RUNS = ",".join([*(f"{metric}:uniform" for metric in ORDER), "kfac:fisher"])

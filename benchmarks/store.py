@@ -24,9 +24,9 @@ from urllib.request import urlopen
 
 import torch
 
-from stages import object_group, store
-from stages.objects import file_system
-from stages.store import GroupWriter, RowWriter, group_file, offload_group, read_array
+from fisherfold.run import object_group, store
+from fisherfold.run.objects import file_system
+from fisherfold.run.store import GroupWriter, RowWriter, group_file, offload_group, read_array
 
 TARGET = 0.5
 LATENCY = 0.03  # seconds

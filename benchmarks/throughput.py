@@ -32,15 +32,15 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from flows.shapes import find_config
-from stages.allocation import ALLOCATORS, allocate, pose
-from stages.cost import PIVOTED_SIDES, choose_storage
-from stages.layers import LinearLayer, find_layers
-from stages.params import RanksParams
+from fisherfold.allocators.allocation import ALLOCATORS, allocate, pose
+from fisherfold.allocators.cost import PIVOTED_SIDES, choose_storage
+from fisherfold.network.layers import LinearLayer, find_layers
+from fisherfold.network.sites import find_sites
+from fisherfold.run.params import RanksParams
+from fisherfold.run.workspace import Workspace
+from fisherfold.runtime import modeling_fisherfold as runtime
+from flows.planning.shapes import find_config
 from stages.ranks import read_spectra
-from stages.sites import find_sites
-from stages.templates import modeling_fisherfold as runtime
-from stages.workspace import Workspace
 
 TARGET = 0.9  # of the bound, at ratios 0.4 and 0.6
 PREFILL, CONTEXT, DECODED = 512, 128, 8

@@ -20,8 +20,8 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from stages.errors import EngineError
-from stages.progress import announce
+from fisherfold.run.errors import EngineError
+from fisherfold.run.progress import announce
 
 START_SECONDS = 300.0
 DIE_WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 15); from uvicorn import main; main()"  # PR_SET_PDEATHSIG

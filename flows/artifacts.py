@@ -14,7 +14,7 @@ from prefect.artifacts import (
 )
 from prefect.events import emit_event
 
-from stages.workspace import Workspace
+from fisherfold.run.workspace import Workspace
 
 UPDATE_INTERVAL = 2.0  # seconds between updates of one progress artifact
 LARGEST_PICTURE = 512 * 1024  # bytes; a larger one belongs in the report, not in Prefect's database
@@ -29,7 +29,7 @@ class StageProgress:
         self._shown = 0.0
 
     def show(self, entry: Mapping) -> None:
-        """Show a count as stages/progress.py records it; counts that follow each other quickly are left out."""
+        """Show a count as fisherfold/run/progress.py records it; counts that follow each other quickly are left out."""
         done, total = entry["done"], entry["total"]
         now = time.monotonic()
         if done < total and now - self._shown < UPDATE_INTERVAL and self._artifact:
@@ -61,8 +61,8 @@ def rank_picture(workspace: Workspace) -> None:
     """The report's picture of the kept share of every layer, as an image."""
     import pyarrow.parquet as pq
 
-    from stages.layer_views import parameter_map
-    from stages.page import stand_alone
+    from fisherfold.page.layer_views import parameter_map
+    from fisherfold.page.page import stand_alone
 
     rows = pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()
     picture = stand_alone(parameter_map(rows)).encode()

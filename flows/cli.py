@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from stages.errors import FisherfoldError, ParameterError
-from stages.params import STAGES, load_params
-from stages.workspace import Workspace
+from fisherfold.run.errors import FisherfoldError, ParameterError
+from fisherfold.run.params import STAGES, load_params
+from fisherfold.run.workspace import Workspace
 
 if TYPE_CHECKING:
     from flows.settings import Settings
@@ -163,8 +163,8 @@ def _read_engine_options(options: argparse.Namespace) -> "Settings":
 
 
 def _choose_engine(options: argparse.Namespace) -> None:
-    from flows.cluster_checks import check_cluster
-    from flows.engines import require_engine
+    from flows.cluster.cluster_checks import check_cluster
+    from flows.engine_choice import require_engine
     from flows.findings import require
 
     settings = _read_engine_options(options)
@@ -254,10 +254,10 @@ def _numbers(text: str) -> list[float]:
 def _stage(options: argparse.Namespace) -> int:
     workspace = workspace_here()
     params = getattr(load_params(workspace.root / PARAMS_FILE), options.name)
-    from flows.engines import run_on_engine
+    from fisherfold.run.determinism import compute_deterministically
+    from fisherfold.run.scratch import clear_scratch
+    from flows.engine_choice import run_on_engine
     from flows.settings import read_settings
-    from stages.determinism import compute_deterministically
-    from stages.scratch import clear_scratch
 
     settings = read_settings()
     compute_deterministically()
@@ -296,8 +296,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from flows.overrides import overridden
-    from flows.plan import as_json, plan_run, print_plans, read_hardware
-    from flows.shapes import find_shapes
+    from flows.planning.plan import as_json, plan_run, print_plans, read_hardware
+    from flows.planning.shapes import find_shapes
 
     workspace = workspace_here()
     path = workspace.root / PARAMS_FILE

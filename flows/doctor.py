@@ -1,6 +1,6 @@
 """`fisherfold doctor`: what would stop a run, found before it starts, each with the cure.
 
-A check of this machine and this project is a small function of WORKSPACE_CHECKS; those of a cluster are in flows/cluster_checks.py.
+A check of this machine and this project is a small function of WORKSPACE_CHECKS; those of a cluster are in flows/cluster/cluster_checks.py.
 """
 
 import base64
@@ -10,17 +10,17 @@ import urllib.request
 from collections.abc import Callable
 from importlib.metadata import version
 
-from flows.cluster_checks import GPU_CURE, check_cluster
+from fisherfold.run.errors import CorruptArtifact, FisherfoldError, ParameterError, StoreError
+from fisherfold.run.objects import SETTING, store_url
+from fisherfold.run.params import load_params
+from fisherfold.run.registry import Registry
+from fisherfold.run.workspace import Workspace
+from flows.cluster.cluster_checks import GPU_CURE, check_cluster
+from flows.cluster.node_report import is_excluded, locked_probe
 from flows.findings import Finding, Outcome
 from flows.methods import check_methods
-from flows.node_report import is_excluded, locked_probe
 from flows.settings import Settings
 from flows.storage import probe_store
-from stages.errors import CorruptArtifact, FisherfoldError, ParameterError, StoreError
-from stages.objects import SETTING, store_url
-from stages.params import load_params
-from stages.registry import Registry
-from stages.workspace import Workspace
 
 CONNECT_SECONDS = 5.0  # to open a connection to the Prefect API
 FIRST_REFUSING_FASTAPI = (0, 151)  # answers 422 to `prefect deploy`
@@ -123,7 +123,7 @@ def check_device(workspace: Workspace) -> Outcome:
     """The device that FISHERFOLD_DEVICE asks for is there."""
     import torch
 
-    from stages.models import DEVICE_VARIABLE, chosen_device
+    from fisherfold.network.models import DEVICE_VARIABLE, chosen_device
 
     device = chosen_device()
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from stages.workspace import Workspace
+from fisherfold.run.workspace import Workspace
 
 
 @contextmanager

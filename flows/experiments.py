@@ -16,10 +16,11 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from fisherfold.run.errors import FisherfoldError
+from fisherfold.run.files import digest_file, digest_json
+from fisherfold.run.workspace import Workspace
 from flows.overrides import overridden
 from flows.staleness import asking, tool_environment
-from stages.errors import FisherfoldError
-from stages.workspace import Workspace, digest_file, digest_json
 
 PARAMS = "params.yaml"
 LOCK = "dvc.lock"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from stages.errors import EngineError
+from fisherfold.run.errors import EngineError
 
 Level = Literal["ok", "warn", "fail"]
 

@@ -3,13 +3,13 @@
 import importlib
 from operator import attrgetter
 
-from stages.params import Params
+from fisherfold.run.params import Params
 
 REGISTRIES = {
-    ("kronecker", "estimator"): "stages.estimators:ESTIMATORS",
-    ("kronecker", "method"): "stages.leading_pairs:SOLVERS",
+    ("kronecker", "estimator"): "fisherfold.fisher.estimators:ESTIMATORS",
+    ("kronecker", "method"): "fisherfold.linalg.leading_pairs:SOLVERS",
     ("subspace", "metric"): "stages.subspace:METRICS",
-    ("subspace", "fasc.objective"): "stages.fasc:OBJECTIVES",
+    ("subspace", "fasc.objective"): "fisherfold.subspaces.fasc:OBJECTIVES",
     ("ranks", "allocator"): "stages.ranks:ALLOCATORS",
 }
 

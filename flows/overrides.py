@@ -8,9 +8,9 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from fisherfold.run.errors import ParameterError
+from fisherfold.run.params import Params, check_params, load_params
 from flows.methods import check_methods
-from stages.errors import ParameterError
-from stages.params import Params, check_params, load_params
 
 
 def override_params(path: Path, assignments: Sequence[str]) -> None:

@@ -17,19 +17,20 @@ from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed
 
+from fisherfold.run.errors import FisherfoldError
+from fisherfold.run.files import MANIFEST, digest_file
+from fisherfold.run.params import STAGES
+from fisherfold.run.progress import announce
+from fisherfold.run.scratch import clear_scratch
+from fisherfold.run.workspace import Workspace
 from flows.api import prefect_api
 from flows.artifacts import StageProgress, announce_event, show_results
-from flows.engines import ending_engine, offered_engine
+from flows.engine_choice import ending_engine, offered_engine
 from flows.exclusive import exclusive
 from flows.overrides import override_params
 from flows.settings import read_settings
 from flows.staleness import reproduce, stale_reasons, summary
 from flows.watch import Stopped
-from stages.errors import FisherfoldError
-from stages.params import STAGES
-from stages.progress import announce
-from stages.scratch import clear_scratch
-from stages.workspace import MANIFEST, Workspace, digest_file
 
 CANCEL_INTERVAL = 5.0  # seconds between questions to Prefect whether the run is to be cancelled
 StageName = Literal[STAGES]

@@ -20,12 +20,12 @@ from prefect.flows import EntrypointType
 from prefect.runner import Runner
 from pydantic import ValidationError
 
+from fisherfold.run.errors import ParameterError
+from fisherfold.run.progress import announce
+from fisherfold.run.workspace import Workspace
 from flows.api import lasting_api
 from flows.pipeline import pipeline
 from flows.watch import GRACE
-from stages.errors import ParameterError
-from stages.progress import announce
-from stages.workspace import Workspace
 
 
 @dataclass(frozen=True)

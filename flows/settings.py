@@ -6,7 +6,7 @@ FISHERFOLD_NUM_CPUS      cores a unit asks of Ray; unset: its stage's `threads`
 FISHERFOLD_NUM_GPUS      GPUs a unit asks of Ray, also a share of one
 FISHERFOLD_MEMORY        memory a unit asks of Ray, in bytes or such as 16GB
 FISHERFOLD_API_HOST      where a temporary Prefect API listens; other nodes reach it only there
-FISHERFOLD_UNITS         where a stage's process hands its units to that of its run (flows/unit_channel.py); set by `fisherfold run`
+FISHERFOLD_UNITS         where a stage's process hands its units to that of its run (flows/cluster/unit_channel.py); set by `fisherfold run`
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import ByteSize, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from stages.errors import ParameterError
+from fisherfold.run.errors import ParameterError
 
 PREFIX = "FISHERFOLD_"
 

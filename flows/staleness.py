@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 
+from fisherfold.run.errors import FisherfoldError
+from fisherfold.run.workspace import Workspace
 from flows.watch import Watcher, run_watched
-from stages.errors import FisherfoldError
-from stages.workspace import Workspace
 
 asking = threading.Lock()  # a sweep asks for several workspaces; DVC's own objects are not made for threads
 

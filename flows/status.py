@@ -3,11 +3,11 @@
 from rich.console import Console
 from rich.table import Table
 
+from fisherfold.run.errors import WorkspaceBusy
+from fisherfold.run.params import STAGES
+from fisherfold.run.scratch import lock_stage, scratch_folder
+from fisherfold.run.workspace import Workspace
 from flows.staleness import stale_reasons, summary
-from stages.errors import WorkspaceBusy
-from stages.params import STAGES
-from stages.scratch import lock_stage, scratch_folder
-from stages.workspace import Workspace
 
 
 def print_status(workspace: Workspace) -> None:

@@ -12,10 +12,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
 
-from stages.errors import CorruptArtifact, StoreError
-from stages.objects import SETTING, file_system, persist, read_range, require_object, store_url
-from stages.pointers import SUFFIX, StoredObject, read_pointer
-from stages.workspace import Workspace
+from fisherfold.run.errors import CorruptArtifact, StoreError
+from fisherfold.run.objects import SETTING, file_system, persist, read_range, require_object, store_url
+from fisherfold.run.pointers import SUFFIX, StoredObject, read_pointer
+from fisherfold.run.workspace import Workspace
 
 OBJECT_NAME = re.compile(r"[0-9a-f]{64}\.zarr\.zip")
 
@@ -24,7 +24,7 @@ def probe_store() -> None:
     """Write, read and remove a small object, if shared storage is set: what a run would need, found out before it starts.
 
     Raises:
-        StoreError, CorruptArtifact: the setting, the credentials, the bucket or the server; see stages/objects.py.
+        StoreError, CorruptArtifact: the setting, the credentials, the bucket or the server; see fisherfold/run/objects.py.
     """
     base = store_url()
     if base is None:

@@ -28,19 +28,20 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 from rich.table import Table
 
+from fisherfold.run.errors import FisherfoldError
+from fisherfold.run.files import digest_json
+from fisherfold.run.params import STAGES, load_params
+from fisherfold.run.progress import announce
+from fisherfold.run.workspace import Workspace
 from flows.api import prefect_api
 from flows.artifacts import address
-from flows.engines import ending_engine
+from flows.engine_choice import ending_engine
 from flows.exclusive import exclusive
 from flows.experiments import Project
 from flows.methods import METRIC_NEEDS
 from flows.pipeline import run_stage
 from flows.settings import read_settings
 from flows.watch import ENDING
-from stages.errors import FisherfoldError
-from stages.params import STAGES, load_params
-from stages.progress import announce
-from stages.workspace import Workspace, digest_json
 
 DIGITS = 7  # of an experiment's name, from the digest of all that determines it
 SHOWN = (

@@ -1,7 +1,7 @@
 """Run a command and watch it: its lines, its counts, its end, and an end to it when the run is cancelled.
 
 The command writes to this process's terminal as if it were alone there (through a pseudo-terminal, so live bars stay
-live), while every line that it finishes is also handed on as plain text. Counts come by stages/progress.py's file.
+live), while every line that it finishes is also handed on as plain text. Counts come by fisherfold/run/progress.py's file.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ from typing import Protocol
 
 import psutil
 
-from stages.progress import WATCHED
+from fisherfold.run.progress import WATCHED
 
 INTERVAL = 0.5  # seconds between looks
 GRACE = 20.0  # seconds a command is given to end by itself when it is stopped; Prefect's runner gives 30
@@ -40,7 +40,7 @@ class Watcher(Protocol):
         """The command finished a line."""
 
     def progress(self, entry: dict) -> None:
-        """The command counted; see stages/progress.py."""
+        """The command counted; see fisherfold/run/progress.py."""
 
     def cancelled(self) -> bool:
         """Whether the command should be stopped."""

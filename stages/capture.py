@@ -9,7 +9,7 @@ One forward and backward pass per sequence gives, for every linear layer and in 
     G ~ U Vᵀ of rank k, or G itself    per sequence
     x and d                            at t positions of each sequence, drawn by capture.seed
 
-and questions.parquet: what some knowledge questions ask of every layer, see ``stages.knowledge``.
+and questions.parquet: what some knowledge questions ask of every layer, see ``fisherfold.statistics.knowledge``.
 
 A unit is a shard of sequences (times a slice of the layers, if capture.layers_per_pass bounds the sums in memory). Its sums
 are leaves of a fixed tree of sums, added up as soon as both terms are there, so neither memory nor the disk for sums grows
@@ -28,17 +28,21 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.engine import Unit, current_engine
-from stages.errors import NumericalError
-from stages.knowledge import ANSWERS, TABLE, ask
-from stages.layer_sums import GRADIENT_FORMS
-from stages.layers import LinearLayer, by_group, write_layers
-from stages.models import DTYPES
-from stages.objects import store_url
-from stages.params import CaptureParams
-from stages.progress import announce
-from stages.scratch import Scratch
-from stages.shard import (
+from fisherfold.network.layers import LinearLayer, by_group, write_layers
+from fisherfold.network.models import DTYPES
+from fisherfold.run.engine import Unit, current_engine
+from fisherfold.run.errors import NumericalError
+from fisherfold.run.files import digest_file, verify_output
+from fisherfold.run.objects import store_url
+from fisherfold.run.params import CaptureParams
+from fisherfold.run.progress import announce
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.store import gather_groups, group_file, read_array
+from fisherfold.run.tables import read_sequences
+from fisherfold.run.workspace import Workspace
+from fisherfold.statistics.knowledge import ANSWERS, TABLE, ask
+from fisherfold.statistics.layer_sums import GRADIENT_FORMS
+from fisherfold.statistics.shard import (
     FACTS_FILE,
     capture_shard,
     gradient_shapes,
@@ -48,10 +52,7 @@ from stages.shard import (
     token_shapes,
     vocabulary,
 )
-from stages.store import gather_groups, group_file, read_array
-from stages.tables import read_sequences
-from stages.tree_sum import Part, Step, add_parts, parts_at_once, summation_tree
-from stages.workspace import Workspace, digest_file, verify_output
+from fisherfold.statistics.tree_sum import Part, Step, add_parts, parts_at_once, summation_tree
 
 
 def run(workspace: Workspace, params: CaptureParams) -> None:

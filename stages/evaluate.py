@@ -29,17 +29,18 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from stages.errors import CorruptArtifact, InputError, NumericalError, ParameterError
-from stages.harness import SharedContextModel, run_tasks
-from stages.losses import compare_tokens
-from stages.models import DTYPES, load_model
-from stages.params import EvaluateParams
-from stages.scores import MODELS, mean_by_position, summarise_answers, summarise_losses, tidy_results
-from stages.scratch import Scratch
-from stages.store import read_array, write_arrays
-from stages.tables import read_sequences, read_table
-from stages.tasks import KNOWLEDGE, knowledge_task, load_task, manager_of
-from stages.workspace import Workspace, describe_files, digest_file, digest_json, verify_output
+from fisherfold.evaluation.harness import SharedContextModel, run_tasks
+from fisherfold.evaluation.losses import compare_tokens
+from fisherfold.evaluation.scores import MODELS, mean_by_position, summarise_answers, summarise_losses, tidy_results
+from fisherfold.evaluation.tasks import KNOWLEDGE, knowledge_task, load_task, manager_of
+from fisherfold.network.models import DTYPES, load_model
+from fisherfold.run.errors import CorruptArtifact, InputError, NumericalError, ParameterError
+from fisherfold.run.files import describe_files, digest_file, digest_json, verify_output
+from fisherfold.run.params import EvaluateParams
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.store import read_array, write_arrays
+from fisherfold.run.tables import read_sequences, read_table
+from fisherfold.run.workspace import Workspace
 
 ACCURACY = "acc"
 BATCHES_PER_SHARD = 2

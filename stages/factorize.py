@@ -1,6 +1,6 @@
 """Stage `factorize`: the compressed model as a Hugging Face folder that carries its own code.
 
-Every site's basis (see ``stages.sites``) is cut to its rank and brought into its gauge, one site at a time; then the checkpoint is written one
+Every site's basis (see ``fisherfold.network.sites``) is cut to its rank and brought into its gauge, one site at a time; then the checkpoint is written one
 tensor at a time, so memory is bounded by the largest tensor. Writes model/, on request dense/ (the same weights
 multiplied out, in the dense architecture) and model.gguf (those in GGUF), and factorize.json with sizes counted from the saved
 tensors.
@@ -16,20 +16,27 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from stages.architecture import DenseArchitecture, copy_companions, dense_architecture, write_code, write_config
-from stages.checkpoint import SHARD_BYTES, StoredTensor, count_bytes, count_numbers, read_tensors, write_tensors
-from stages.cost import DENSE
-from stages.errors import CorruptArtifact
-from stages.gauges import SHARED_MEMBER, gauge_site, product, right_factor
-from stages.gguf_export import gguf_format, write_gguf
-from stages.layers import LinearLayer
-from stages.model_card import compressed_card, dense_card
-from stages.models import DTYPES, read_weight
-from stages.params import FactorizeParams
-from stages.refinement import refined_bases
-from stages.scratch import Scratch
-from stages.sites import Site, read_sites
-from stages.workspace import CODE, Workspace, digest_file, verify_output
+from fisherfold.allocators.cost import DENSE
+from fisherfold.export.architecture import (
+    DenseArchitecture,
+    copy_companions,
+    dense_architecture,
+    write_code,
+    write_config,
+)
+from fisherfold.export.gauges import SHARED_MEMBER, gauge_site, product, right_factor
+from fisherfold.export.gguf_export import gguf_format, write_gguf
+from fisherfold.export.model_card import compressed_card, dense_card
+from fisherfold.export.refinement import refined_bases
+from fisherfold.network.layers import LinearLayer
+from fisherfold.network.models import DTYPES, read_weight
+from fisherfold.network.sites import Site, read_sites
+from fisherfold.run.checkpoint import SHARD_BYTES, StoredTensor, count_bytes, count_numbers, read_tensors, write_tensors
+from fisherfold.run.errors import CorruptArtifact
+from fisherfold.run.files import verify_output
+from fisherfold.run.params import FactorizeParams
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.workspace import Workspace
 
 OWN_BIAS = frozenset({"pivoted_outputs", "zero"})  # kinds whose bias is not that of `up`
 
@@ -124,7 +131,6 @@ def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
         "bases": verify_output(workspace.out("subspace"), "bases"),
         "metric": verify_output(workspace.out("subspace"), "subspace.json"),
         "ranks": verify_output(workspace.out("ranks")),
-        "templates": digest_file(CODE / "templates" / "modeling_fisherfold.py"),
     }
 
 

@@ -15,18 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from stages.dependence import DEPENDENCE, TABLE, dependence_rows
-from stages.errors import NumericalError, ParameterError
-from stages.estimators import ESTIMATORS, Estimate, Evidence
-from stages.fisher_diagnostics import LEVELS, describe_estimate, describe_layer
-from stages.layers import LinearLayer
-from stages.leading_pairs import SOLVERS
-from stages.params import KroneckerParams
-from stages.progress import announce
-from stages.scratch import Scratch
-from stages.statistics import Statistics
-from stages.store import gather_groups, write_arrays
-from stages.workspace import Workspace, verify_output
+from fisherfold.fisher.estimators import ESTIMATORS, Estimate, Evidence
+from fisherfold.fisher.fisher_diagnostics import LEVELS, describe_estimate, describe_layer
+from fisherfold.linalg.leading_pairs import SOLVERS
+from fisherfold.network.layers import LinearLayer
+from fisherfold.run.errors import NumericalError, ParameterError
+from fisherfold.run.files import verify_output
+from fisherfold.run.params import KroneckerParams
+from fisherfold.run.progress import announce
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.store import gather_groups, write_arrays
+from fisherfold.run.workspace import Workspace
+from fisherfold.statistics.dependence import DEPENDENCE, TABLE, dependence_rows
+from fisherfold.statistics.layer_statistics import Statistics
 
 NOT_FINITE = (
     "Find the sequence with `dvc repro --force --single-item capture`, which names it, or set capture.skip_nonfinite."

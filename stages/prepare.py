@@ -9,17 +9,24 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from stages.corpora import Corpus, find_corpus, read_articles
-from stages.disk import replace_folder
-from stages.models import DTYPES
-from stages.params import PrepareParams
-from stages.pretrained import ModelSource, check_model, count_parameters, find_model, vocabulary_size, write_model
-from stages.questions import QuestionSet, draw_questions, find_questions, questions_table
-from stages.recipes import Source
-from stages.scratch import Scratch
-from stages.splits import Split, draw_splits, start_token
-from stages.tables import write_sequences, write_table
-from stages.workspace import Workspace
+from fisherfold.inputs.corpora import Corpus, find_corpus, read_articles
+from fisherfold.inputs.pretrained import (
+    ModelSource,
+    check_model,
+    count_parameters,
+    find_model,
+    vocabulary_size,
+    write_model,
+)
+from fisherfold.inputs.questions import QuestionSet, draw_questions, find_questions, questions_table
+from fisherfold.inputs.recipes import Source
+from fisherfold.inputs.splits import Split, draw_splits, start_token
+from fisherfold.network.models import DTYPES
+from fisherfold.run.disk import replace_folder
+from fisherfold.run.params import PrepareParams
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.tables import write_sequences, write_table
+from fisherfold.run.workspace import Workspace
 
 TOKENIZER_BYTES = 64 * 2**20  # a large vocabulary with its merges
 TOKEN_BYTES = 8  # of one token in the tables, article names included

@@ -13,18 +13,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages import fermi_descent, measured_allocation, zero_sum  # noqa: F401  these enter their allocators
-from stages.allocation import ALLOCATORS, Allocation, allocate, pose
-from stages.budget import BUDGETS
-from stages.cost import DENSE, Choice, choose_storage
-from stages.errors import CorruptArtifact, NumericalError
-from stages.layers import LinearLayer, read_layers
-from stages.limits import Limits, matches
-from stages.params import RanksParams
-from stages.progress import announce
-from stages.scratch import Scratch
-from stages.sites import Site, read_facts, read_sites
-from stages.workspace import Workspace, digest_file, verify_output
+from fisherfold.allocators import (
+    fermi_descent,  # noqa: F401  these enter their allocators
+    measured_allocation,  # noqa: F401  these enter their allocators
+    zero_sum,  # noqa: F401  these enter their allocators
+)
+from fisherfold.allocators.allocation import ALLOCATORS, Allocation, allocate, pose
+from fisherfold.allocators.budget import BUDGETS
+from fisherfold.allocators.cost import DENSE, Choice, choose_storage
+from fisherfold.allocators.limits import Limits, matches
+from fisherfold.network.layers import LinearLayer, read_layers
+from fisherfold.network.sites import Site, read_facts, read_sites
+from fisherfold.run.errors import CorruptArtifact, NumericalError
+from fisherfold.run.files import digest_file, verify_output
+from fisherfold.run.params import RanksParams
+from fisherfold.run.progress import announce
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.workspace import Workspace
 
 CURE = "Write it again with `dvc repro --force --single-item subspace`."
 RANKS = pa.schema(

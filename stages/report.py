@@ -6,16 +6,35 @@ artifacts/report/index.html      no scripts, nothing loaded from anywhere, the s
 import csv
 from collections.abc import Iterable, Iterator, Mapping
 
-from stages.knowledge_view import knowledge_view
-from stages.layer_views import diagnostic_table, estimator_table, kind_table, rank_views, residual_map, spectrum_views
-from stages.page import Markup, details, element, figure, join, megabytes, number, page, percent, section, table
-from stages.params import ReportParams
-from stages.pictures import Line, legend, line_chart
-from stages.record import Record
-from stages.references import REFERENCES
-from stages.scratch import Scratch
-from stages.trajectory_view import trajectory_view
-from stages.workspace import Workspace
+from fisherfold.page.knowledge_view import knowledge_view
+from fisherfold.page.layer_views import (
+    diagnostic_table,
+    estimator_table,
+    kind_table,
+    rank_views,
+    residual_map,
+    spectrum_views,
+)
+from fisherfold.page.page import (
+    Markup,
+    details,
+    element,
+    figure,
+    join,
+    megabytes,
+    number,
+    page,
+    percent,
+    section,
+    table,
+)
+from fisherfold.page.pictures import Line, legend, line_chart
+from fisherfold.page.record import Record
+from fisherfold.page.references import REFERENCES
+from fisherfold.page.trajectory_view import trajectory_view
+from fisherfold.run.params import ReportParams
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.workspace import Workspace
 
 MODELS = ("dense", "compressed")
 COMPARED = (*MODELS, "difference")

@@ -21,19 +21,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from stages import fasc  # noqa: F401  this enters its metric
-from stages.errors import NumericalError
-from stages.layers import LinearLayer, by_group, write_layers
-from stages.metrics import METRICS, Decomposition, MetricSources, OwnDecomposition
-from stages.models import decomposing_device, read_weight
-from stages.params import SubspaceParams
-from stages.progress import announce
-from stages.scratch import Scratch
-from stages.shrinkage import SHRINKAGES, read_sampling
-from stages.statistics import Statistics
-from stages.store import gather_groups, write_arrays
-from stages.weighted_svd import Damping, Metric, MetricRoot, WeightedSVD, block_root, metric_root, weighted_svd
-from stages.workspace import Workspace, verify_output
+from fisherfold.linalg.weighted_svd import (
+    Damping,
+    Metric,
+    MetricRoot,
+    WeightedSVD,
+    block_root,
+    metric_root,
+    weighted_svd,
+)
+from fisherfold.network.layers import LinearLayer, by_group, write_layers
+from fisherfold.network.models import decomposing_device, read_weight
+from fisherfold.run.errors import NumericalError
+from fisherfold.run.files import verify_output
+from fisherfold.run.params import SubspaceParams
+from fisherfold.run.progress import announce
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.store import gather_groups, write_arrays
+from fisherfold.run.workspace import Workspace
+from fisherfold.statistics.layer_statistics import Statistics
+from fisherfold.subspaces import fasc  # noqa: F401  this enters its metric
+from fisherfold.subspaces.metrics import METRICS, Decomposition, MetricSources, OwnDecomposition
+from fisherfold.subspaces.shrinkage import SHRINKAGES, read_sampling
 
 SPECTRA = pa.schema([("module", pa.string()), ("component", pa.int32()), ("sigma", pa.float64())])
 DIAGNOSTICS = pa.schema(

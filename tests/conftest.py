@@ -1,10 +1,7 @@
 import os
-import sys
-from pathlib import Path
 
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("steady", deadline=None, derandomize=True)  # a busy machine fails no test
 settings.load_profile("steady")
@@ -15,4 +12,8 @@ LAST = ("test_pipeline", "test_demo")  # whole runs come after what can fail in 
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    items.sort(key=lambda item: LAST.index(item.module.__name__) if item.module.__name__ in LAST else -1)
+    items.sort(key=lambda item: LAST.index(_name(item)) if _name(item) in LAST else -1)
+
+
+def _name(item) -> str:
+    return item.module.__name__.rpartition(".")[2]

@@ -19,7 +19,7 @@ SMALL = (
 GENERATE = """
 import sys
 sys.meta_path.insert(0, type("NoFisherfold", (), {"find_spec": staticmethod(
-    lambda name, *rest: sys.exit("imported " + name) if name.split(".")[0] in ("stages", "flows") else None)}))
+    lambda name, *rest: sys.exit("imported " + name) if name.split(".")[0] in ("fisherfold", "stages", "flows") else None)}))
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
 tokenizer = AutoTokenizer.from_pretrained(folder)

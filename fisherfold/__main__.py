@@ -1,0 +1,5 @@
+import sys
+
+from fisherfold.cli import main
+
+sys.exit(main())

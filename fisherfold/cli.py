@@ -1,0 +1,58 @@
+"""The command `fisherfold`: finds the project folder it stands in, and hands over to that project's own `flows`.
+
+The wheel carries the library alone. `flows` and `stages` are the project's (the clone's), whatever else of that name is installed
+or lies on PYTHONPATH; processes that this one starts, Ray's workers and Prefect's runs among them, find the same by PYTHONPATH.
+Outside a project, commands that need none work from a copy of `flows` that the wheel carries out of Python's sight.
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+BUNDLE = PACKAGE / "_orchestration"
+"""Of a wheel: holds `flows`, `stages` and what `plan` reads of `data`."""
+
+
+def main() -> int:
+    """Run the command line; return its exit status."""
+    use_code_of(find_project(Path.cwd()) or own_code())
+    return importlib.import_module("flows.cli").main()
+
+
+def find_project(folder: Path) -> Path | None:
+    """The nearest folder upwards that is a project: params.yaml beside dvc.yaml, and the code of both drivers."""
+    for place in (folder, *folder.parents):
+        if is_project(place) and (place / "flows").is_dir() and (place / "stages").is_dir():
+            return place
+    return None
+
+
+def is_project(folder: Path) -> bool:
+    """Whether it holds what `Workspace` and DVC need."""
+    return (folder / "params.yaml").exists() and (folder / "dvc.yaml").exists()
+
+
+def own_code() -> Path:
+    """Where `flows` and `stages` lie that came with this library: the checkout it was installed from, or the wheel's copy."""
+    checkout = PACKAGE.parent
+    return checkout if is_project(checkout) else BUNDLE
+
+
+def use_code_of(root: Path) -> None:
+    """Make `flows` and `stages` those below `root`, and `fisherfold` its library if it has one; here and in child processes."""
+    path = str(root)
+    sys.path[:] = [path, *(entry for entry in sys.path if entry != path)]
+    paths = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != path]
+    os.environ["PYTHONPATH"] = os.pathsep.join([path, *paths])
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in ("flows", "stages", "fisherfold") and _foreign(module, root):
+            del sys.modules[name]
+
+
+def _foreign(module: object, root: Path) -> bool:
+    """Whether a loaded module is shadowed by one of the project: the checkout's own library stays where `root` has none."""
+    name = module.__name__.partition(".")[0] if hasattr(module, "__name__") else ""
+    file = getattr(module, "__file__", None)
+    return (root / name).is_dir() and not (file and Path(file).is_relative_to(root))

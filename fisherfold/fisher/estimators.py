@@ -1,0 +1,185 @@
+"""Estimators of a layer's Kronecker factors, chosen by ``kronecker.estimator``.
+
+Shapes: n outputs, m inputs, S sequences, N tokens, k sketch rank; F the per-sequence Fisher of `nearest_kronecker`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from fisherfold.fisher.gradient_samples import GradientSamples
+from fisherfold.fisher.nearest_kronecker import (
+    KroneckerPair,
+    SpannedFisher,
+    StreamedFisher,
+    fisher_of,
+    nearest_kronecker,
+)
+from fisherfold.fisher.sampling import gram_variance
+from fisherfold.network.layers import LinearLayer
+from fisherfold.run.params import KroneckerParams
+from fisherfold.run.registry import Registry
+from fisherfold.statistics.layer_statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Kronecker factors of one layer's Fisher.
+
+    Attributes:
+        A: [m, m].
+        B: [n, n].
+        further: of Kronecker rank above one, more pairs (A_r, B_r, σ_r) to add to A ⊗ B, orthogonal to it and to each other.
+        nearest_norm: ‖A ⊗ B (+ further)‖, if no other such sum is nearer to F.
+        iterations: steps done.
+        converged: whether they reached the tolerance.
+        samples: rank-one terms that A and B are sums of, the nominal sample count of `shrinkage.oas`.
+        variances: E‖Â − A‖² / ‖Â‖² and the same of B, with sequences as the independent samples; None where they cannot be had.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    samples: tuple[int, int]
+    variances: tuple[float, float] | None = None
+    iterations: int = 0
+    converged: bool = True
+    further: tuple[tuple[torch.Tensor, torch.Tensor, float], ...] = ()
+    nearest_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the estimators and diagnostics of one layer read; what two of them share is made once.
+
+    Attributes:
+        half: 0 or 1 to see every second sequence only; None for all.
+    """
+
+    statistics: Statistics
+    layer: LinearLayer
+    params: KroneckerParams
+    half: int | None = None
+
+    @property
+    def samples(self) -> GradientSamples:
+        return GradientSamples(self.statistics, self.layer, self.params, self.half)
+
+    @cached_property
+    def fisher(self) -> StreamedFisher | SpannedFisher:
+        """F of the sequences' gradients, or of their averages."""
+        return fisher_of(self.samples.blocks)
+
+    @cached_property
+    def fisher_norm(self) -> float:
+        """‖F‖."""
+        return self.fisher.norm_squared() ** 0.5
+
+    @cached_property
+    def token_fisher(self) -> StreamedFisher | SpannedFisher:
+        """The Fisher of single tokens' gradients."""
+        return fisher_of(self.samples.token_blocks)
+
+    def nearest(
+        self, fisher: StreamedFisher | SpannedFisher, start: torch.Tensor | None = None, **options: object
+    ) -> KroneckerPair:
+        """The nearest pair by the parameters' method.
+
+        A streamed F starts from E[x xᵀ]; one in the span of its gradients from the identity, since its steps cost less than
+        reading that.
+        """
+        if start is None and isinstance(fisher, StreamedFisher):
+            start = self.statistics.input_covariance(self.layer)
+        limits = self.params.iterations, self.params.tolerance, self.params.method
+        return nearest_kronecker(fisher, start, *limits, with_norm=False, **options)
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An entry of the registry.
+
+    Attributes:
+        estimate: the function that does it, for one layer.
+        reads: what it needs of the capture, a property of `Statistics` (has_gradients, has_tokens); None for sums alone.
+        fisher: the Fisher that it is the nearest pair of; None if it is not defined so.
+    """
+
+    estimate: Callable[[Evidence], Estimate]
+    reads: str | None = None
+    fisher: Callable[[Evidence], StreamedFisher | SpannedFisher] | None = None
+
+    @property
+    def makes_factors(self) -> bool:
+        """Whether its estimates hold factors of their own."""
+        return self.fisher is not None
+
+
+ESTIMATORS: Registry[Estimator] = Registry("kronecker.estimator")
+
+
+def kfac(evidence: Evidence) -> Estimate:
+    """Token-wise factors A = E[x xᵀ], B = E[d dᵀ] (K-FAC, arXiv 1503.05671), over all tokens: neither trimmed nor clipped."""
+    statistics, layer = evidence.statistics, evidence.layer
+    A, B = statistics.input_covariance(layer), statistics.output_covariance(layer)
+    variances = None
+    if statistics.has_tokens:
+        tokens = evidence.samples.tokens
+        variances = tuple(gram_variance(tokens(side), M, statistics) for side, M in (("x", A), ("d", B)))
+    return Estimate(A, B, (statistics.tokens, statistics.tokens), variances)
+
+
+def sequence(evidence: Evidence) -> Estimate:
+    """The Kronecker product nearest to the per-sequence Fisher (GFWSVD, arXiv 2505.17974).
+
+    With kronecker.sequences_per_gradient = c, to that of gradients averaged over c sequences, as the paper did (c = 32).
+    """
+    pair = evidence.nearest(evidence.fisher, with_variances=True, rank=evidence.params.rank)
+    facts, layer, together = evidence.statistics.facts, evidence.layer, evidence.params.sequences_per_gradient
+    of_sequence = facts["sketch_rank" if facts["gradients"] == "sketch" else "sequence_length"]
+    rank = min(together * of_sequence, layer.outputs, layer.inputs)
+    return replace(
+        _of_pair(evidence, pair, evidence.fisher.count * rank),
+        nearest_norm=None if evidence.params.prior else pair.sum_norm,
+    )
+
+
+def token(evidence: Evidence) -> Estimate:
+    """The Kronecker product nearest to the Fisher of single tokens, (1/N) Σ_t vec(d_t x_tᵀ) vec(d_t x_tᵀ)ᵀ, of the sampled tokens.
+
+    Each step is two weighted Gram products, and nothing is formed for pairs of tokens of different sequences. A few tokens with
+    huge gradients rule this Fisher (their norms count to the fourth power), so they are clipped to kronecker.clip times the
+    median norm, and kronecker.trim_tokens leaves out the first tokens of every sequence.
+    """
+    pair = evidence.nearest(evidence.token_fisher, with_variances=True, rank=evidence.params.rank)
+    return _of_pair(evidence, pair, evidence.token_fisher.count)
+
+
+def _of_pair(evidence: Evidence, pair: KroneckerPair, samples: int) -> Estimate:
+    A, B, variances, prior = pair.A, pair.B, pair.variances, evidence.params.prior
+    if prior:
+        statistics, layer = evidence.statistics, evidence.layer
+        A, of_A = shrink(A, statistics.input_covariance(layer), prior)
+        B, of_B = shrink(B, statistics.output_covariance(layer), prior)
+        variances = variances and (of_A * variances[0], of_B * variances[1])
+    return Estimate(A, B, (samples, samples), variances, pair.iterations, pair.converged, further=pair.further)
+
+
+def shrink(factor: torch.Tensor, target: torch.Tensor, share: float) -> tuple[torch.Tensor, float]:
+    """(1 − π) M + π (tr M / tr T) T: a factor of few effective samples shrunk towards a target T with share π.
+
+    T is the token-wise factor, a sum over all tokens, where damping's target is a multiple of the identity (Ledoit and Wolf 2004).
+
+    Returns:
+        The matrix, and what its relative variance is to be multiplied by, T taken as exact: ((1 − π) ‖M‖ / ‖result‖)².
+    """
+    trace = target.trace()
+    if not trace > 0:
+        return factor, 1.0
+    mixed = (1 - share) * factor + share * (factor.trace() / trace) * target.to(factor)
+    return mixed, float(((1 - share) * factor.norm() / mixed.norm()) ** 2)
+
+
+ESTIMATORS.register("kfac")(Estimator(kfac))
+ESTIMATORS.register("sequence")(Estimator(sequence, "has_gradients", lambda evidence: evidence.fisher))
+ESTIMATORS.register("token")(Estimator(token, "has_tokens", lambda evidence: evidence.token_fisher))

@@ -1,0 +1,118 @@
+"""How well Kronecker factors fit a layer's Fisher and how far they can be trusted: one row for each estimator compared.
+
+`kronecker.diagnostics` chooses how much of it is computed:
+
+    none     nothing beyond the factors asked for
+    basic    fit of the chosen estimator and of kfac to the same gradients, effective ranks
+    full     every estimator that the capture allows, condition numbers, σ₁/σ₂, the error from two halves of the sequences
+
+Shapes: A [m, m], B [n, n]; F the Fisher of the captured gradients (of sequences, or averages of several).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fisherfold.fisher.estimators import ESTIMATORS, Estimate, Evidence
+from fisherfold.fisher.nearest_kronecker import leading_sigmas, relative_residual
+from fisherfold.fisher.sampling import condition, effective_count, effective_rank, halves_error
+from fisherfold.run.registry import Registry
+
+
+@dataclass(frozen=True)
+class Level:
+    """How much is computed.
+
+    Attributes:
+        compared: names of the estimators, given what there is and the one that was asked for.
+        fitted: whether factors are compared with F.
+        thorough: whether what takes decompositions and further solutions is computed.
+    """
+
+    compared: Callable[[Evidence], list[str]]
+    fitted: bool
+    thorough: bool
+
+
+LEVELS: Registry[Level] = Registry("kronecker.diagnostics")
+LEVELS.register("none")(Level(lambda evidence: [evidence.params.estimator], False, False))
+LEVELS.register("basic")(Level(lambda evidence: sorted({"kfac", evidence.params.estimator}), True, False))
+LEVELS.register("full")(Level(lambda evidence: available(evidence), True, True))
+
+
+def available(evidence: Evidence) -> list[str]:
+    """The estimators that the capture has the data for."""
+    reads = {name: ESTIMATORS.lookup(name).reads for name in ESTIMATORS}
+    return [name for name, needed in reads.items() if needed is None or getattr(evidence.statistics, needed)]
+
+
+def describe_layer(evidence: Evidence) -> dict:
+    """What is known of the layer whatever the estimator: ‖F‖, σ₁/σ₂, effective numbers of sequences and tokens."""
+    level, statistics = LEVELS.lookup(evidence.params.diagnostics), evidence.statistics
+    row = {"fisher_norm": None, "sigma_ratio": None, "effective_sequences": None, "effective_tokens": None}
+    if level.fitted and statistics.has_gradients:
+        row["fisher_norm"] = evidence.fisher_norm
+        row["effective_sequences"] = effective_count(statistics.gradient_norms(evidence.layer))
+    if level.thorough and statistics.has_gradients:
+        sigmas = leading_sigmas(evidence.fisher, 2)
+        row["sigma_ratio"] = sigmas[0] / sigmas[1] if len(sigmas) > 1 else None
+    if level.fitted and statistics.has_tokens:
+        row["effective_tokens"] = effective_count(
+            torch.cat([block.energies() for block in evidence.samples.token_blocks()])
+        )
+    return row
+
+
+def describe_estimate(evidence: Evidence, name: str, estimate: Estimate) -> dict:
+    """One row of comparison.parquet, without the module."""
+    level = LEVELS.lookup(evidence.params.diagnostics)
+    variances = estimate.variances or (None, None)
+    row = {
+        "estimator": name,
+        **_fit(evidence, estimate, level),
+        "iterations": estimate.iterations,
+        "converged": estimate.converged,
+        "input_samples": estimate.samples[0],
+        "output_samples": estimate.samples[1],
+        "input_variance": variances[0],
+        "output_variance": variances[1],
+        "input_rank": effective_rank(estimate.A),
+        "output_rank": effective_rank(estimate.B),
+        "input_condition": condition(estimate.A) if level.thorough else None,
+        "output_condition": condition(estimate.B) if level.thorough else None,
+        "sampling_error": _halves(evidence, name, estimate) if level.thorough else None,
+    }
+    return row
+
+
+def _fit(evidence: Evidence, estimate: Estimate, level: Level) -> dict:
+    """scale c that makes c · A ⊗ B nearest to F, norm ‖c · A ⊗ B‖ and residual ‖F − c · A ⊗ B‖ / ‖F‖."""
+    if not level.fitted or not evidence.statistics.has_gradients:
+        return {"scale": None, "norm": None, "residual": None}
+    if estimate.nearest_norm is not None:
+        scale, norm = 1.0, estimate.nearest_norm
+    else:
+        pairs = [(estimate.A, estimate.B), *((A, B) for A, B, _ in estimate.further)]
+        size = sum((_norm(A) * _norm(B)) ** 2 for A, B in pairs) ** 0.5
+        norm = sum(evidence.fisher.overlap(A, B) for A, B in pairs) / size if size > 0 else 0.0
+        scale = norm / size if size > 0 else None
+    return {"scale": scale, "norm": norm, "residual": relative_residual(norm, evidence.fisher_norm)}
+
+
+def _halves(evidence: Evidence, name: str, estimate: Estimate) -> float | None:
+    """Sampling error of an estimator that is the nearest pair of some Fisher, each half solved from the pair of both."""
+    fisher = ESTIMATORS.lookup(name).fisher
+    gradients = -(-evidence.statistics.sequences // evidence.params.sequences_per_gradient)
+    if fisher is None or gradients < 2:
+        return None
+
+    def nearest(half: int):
+        part = replace(evidence, half=half)
+        return part.nearest(fisher(part), estimate.A)
+
+    return halves_error(nearest)
+
+
+def _norm(matrix: torch.Tensor) -> float:
+    return torch.linalg.vector_norm(matrix, dtype=torch.float64).item()

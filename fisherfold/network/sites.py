@@ -1,0 +1,84 @@
+"""Sites: what has one rank. A site is one layer, or all layers that read one input and share the right factor of their products.
+
+A site of layers c is the stacked layer [Σ n_c, m]: W_c ≈ left_c right with left_c [n_c, r] for each layer and one right [r, m],
+r = min(Σ n_c, m). Which of the two a subspace has, its subspace.json says ("shared").
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fisherfold.network.layers import LinearLayer, read_layers
+from fisherfold.run.errors import CorruptArtifact
+from fisherfold.run.store import read_array
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer, or several with one right factor.
+
+    Attributes:
+        name: of the first layer.
+        layers: in model order.
+    """
+
+    name: str
+    layers: tuple[LinearLayer, ...]
+
+    @property
+    def outputs(self) -> int:
+        """Σ n_c."""
+        return sum(layer.outputs for layer in self.layers)
+
+    @property
+    def inputs(self) -> int:
+        """m."""
+        return self.layers[0].inputs
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.outputs, self.inputs)
+
+    @property
+    def dense_numbers(self) -> int:
+        return self.outputs * self.inputs
+
+    def read_basis(self, bases: Path, rank: int | None = None) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """left_c [n_c, r] of every layer, and right [r, m]; or their first `rank` components."""
+        lefts = [read_array(bases, f"{layer.name}/left")[:, :rank] for layer in self.layers]
+        return lefts, read_array(bases, f"{self.name}/right", slice(0, rank))
+
+
+def find_sites(layers: Sequence[LinearLayer], shared: bool) -> list[Site]:
+    """The sites of layers in model order: layers of one group if factors are shared, else every layer alone."""
+    members: dict[str, list[LinearLayer]] = {}
+    for layer in layers:
+        members.setdefault(layer.group if shared else layer.name, []).append(layer)
+    return [Site(found[0].name, tuple(found)) for found in members.values()]
+
+
+def read_sites(subspace: Path) -> list[Site]:
+    """The sites of the published output of stage `subspace`, in model order.
+
+    Raises:
+        CorruptArtifact: it is not whole.
+    """
+    return find_sites(read_layers(subspace), read_facts(subspace).get("shared", False))
+
+
+def read_facts(subspace: Path) -> dict:
+    """subspace.json.
+
+    Raises:
+        CorruptArtifact: it is missing or not readable.
+    """
+    path = subspace / "subspace.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CorruptArtifact(
+            f"{path} is not readable ({error}). Write it again with `dvc repro --force --single-item subspace`."
+        ) from None

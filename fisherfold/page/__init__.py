@@ -1,0 +1,2 @@
+"""The report's views: one HTML page, its pictures, and what each says. Imports `run`.
+"""

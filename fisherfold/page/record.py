@@ -1,0 +1,89 @@
+"""What the stages recorded about one run, read from their published outputs for the report."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fisherfold.run.errors import CorruptArtifact
+from fisherfold.run.files import digest_json, verify_output
+from fisherfold.run.workspace import Workspace
+
+FACTS = {
+    "prepare": "prepare.json",
+    "capture": "capture.json",
+    "kronecker": "kronecker.json",
+    "subspace": "subspace.json",
+    "ranks": "budget.json",
+    "factorize": "factorize.json",
+    "evaluate": "evaluation.json",
+}
+TABLES = {
+    "capture": ("questions.parquet",),
+    "kronecker": ("diagnostics.parquet", "comparison.parquet", "dependence.parquet"),
+    "subspace": ("diagnostics.parquet", "spectra.parquet"),
+    "ranks": ("ranks.parquet", "trajectory.parquet"),
+    "evaluate": ("metrics.json", "tasks.json", "losses.csv", "questions.parquet"),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """The recorded facts of a run; whatever a stage did not record reads as None or empty."""
+
+    workspace: Workspace
+
+    def digests(self) -> dict[str, str]:
+        """Digest of all that is read, by stage.
+
+        Raises:
+            CorruptArtifact: a stage has not finished, or a file of it is missing or cut short.
+        """
+        return {
+            stage: digest_json(
+                [verify_output(self.workspace.out(stage), name) for name in (file, *TABLES.get(stage, ()))]
+            )
+            for stage, file in FACTS.items()
+        }
+
+    @cached_property
+    def facts(self) -> dict[str, dict]:
+        """The facts of each stage, as it wrote them."""
+        return {stage: self.json(stage, file) or {} for stage, file in FACTS.items()}
+
+    @cached_property
+    def metrics(self) -> dict:
+        """metrics.json.
+
+        Raises:
+            CorruptArtifact: there is none.
+        """
+        metrics = self.json("evaluate", "metrics.json")
+        if metrics is None:
+            raise CorruptArtifact(
+                f"{self.workspace.out('evaluate')} holds no metrics.json. Run stage 'evaluate' again."
+            )
+        return metrics
+
+    def json(self, stage: str, name: str) -> dict | None:
+        path = self._path(stage, name)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def table(self, stage: str, name: str) -> pa.Table | None:
+        path = self._path(stage, name)
+        return pq.read_table(path) if path.exists() else None
+
+    def rows(self, stage: str, name: str) -> list[dict]:
+        """The rows of a small table; none if there is no such table."""
+        table = self.table(stage, name)
+        return table.to_pylist() if table is not None else []
+
+    def text(self, stage: str, name: str) -> str | None:
+        path = self._path(stage, name)
+        return path.read_text() if path.exists() else None
+
+    def _path(self, stage: str, name: str) -> Path:
+        return self.workspace.out(stage) / name

@@ -1,0 +1,218 @@
+"""The parameters of the pipeline: one block of params.yaml per stage, every key checked.
+
+A key is here only if it can change a bit of a result. Where work runs (engine, device, address) is a setting of
+the run, see ``flows``.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from fisherfold.run.errors import ParameterError
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Damping = Annotated[float, Field(ge=0, le=1)]
+Floor = Annotated[float, Field(ge=0, lt=1)]
+Ceiling = Annotated[float, Field(gt=0, le=1)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Block(BaseModel):
+    """One stage's parameters: unknown keys are refused, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ComputeBlock(Block):
+    """A block of a stage that adds up floats: their order, and so the last bits, depend on the number of threads."""
+
+    threads: Count = 2
+
+
+class PrepareParams(Block):
+    model: str = "smollm2-135m-instruct"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Dtype = "float32"
+    corpus: str = "wikipedia-leads"
+    text_field: str | None = None
+    sequence_length: Annotated[int, Field(ge=2)] = 256
+    calibration_sequences: Count = 48
+    tuning_sequences: Count = 16
+    evaluation_sequences: Count = 32
+    questions: str | None = "wikipedia-descriptions"
+    question_count: Count = 200
+    seed: int = 0
+
+
+class CaptureParams(ComputeBlock):
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: Count = 2
+    sequences_per_shard: Count = 8
+    gradients: Literal["none", "sketch", "exact"] = "sketch"
+    sketch_rank: Count = 32
+    layers_per_pass: Count | None = None
+    skip_nonfinite: bool = False
+    tokens_per_sequence: Annotated[int, Field(ge=0)] = 16
+    token_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    knowledge_questions: Annotated[int, Field(ge=0)] = 32
+    seed: int = 0
+
+
+class KroneckerParams(ComputeBlock):
+    estimator: str = "kfac"
+    method: str = "power"
+    iterations: Count = 200
+    tolerance: Annotated[float, Field(gt=0)] = 1e-4
+    dtype: Literal["float32", "float64"] = "float32"
+    rank: Count = 1
+    sequences_per_gradient: Count = 1
+    prior: Damping = 0.0
+    clip: Annotated[float, Field(gt=0)] | None = None
+    trim_tokens: Annotated[int, Field(ge=0)] = 0
+    diagnostics: Literal["none", "basic", "full"] = "basic"
+    dependence_draws: Annotated[int, Field(ge=0)] = 60
+    seed: int = 0
+
+
+class FascParams(Block):
+    """Metric `fasc`."""
+
+    objective: str = "gaussian"
+    projector: Literal["orthonormal", "oblique"] = "oblique"
+    share: Share = 0.5
+    steps: Annotated[int, Field(ge=0)] = 5
+    threshold: float | None = None
+    rho: Literal["rho_F", "rho_cca", "rho_kfac"] = "rho_kfac"
+
+
+class SubspaceParams(ComputeBlock):
+    metric: str = "kfac"
+    input_damping: Damping | Literal["ledoit_wolf", "oas"] = 0.01
+    output_damping: Damping | Literal["ledoit_wolf", "oas"] = 0.1
+    asvd_alpha: Annotated[float, Field(ge=0)] = 0.5
+    share_inputs: bool = False
+    fasc: FascParams = FascParams()
+
+
+class FermigradParams(Block):
+    """Allocator `fermigrad`; temperatures and rates are shares of each layer's rank range."""
+
+    objective: Literal["kl", "cross_entropy"] = "kl"
+    steps: Count = 40
+    batches: Count = 1
+    sequences: Count = 4
+    tau_first: Share = 0.03
+    tau_last: Share = 0.007
+    rate_first: Share = 0.03
+    rate_last: Share = 0.005
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class MeasuredParams(Block):
+    """Allocators `sensitivity` and `ilp`, which measure one layer at a time."""
+
+    levels: Count = 8
+    sequences: Count = 2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class RanksParams(ComputeBlock):
+    ratio: Share = 0.2
+    budget: str = "parameters"
+    allocator: str = "fisher"
+    storage: Literal["factors", "pivoted", "pivoted_outputs", "pivoted_inputs"] = "pivoted"
+    round_to: Count = 1
+    floor: Floor | dict[str, Floor] = 0.0
+    ceiling: Ceiling | dict[str, Ceiling] = 1.0
+    fixed: dict[str, Annotated[int, Field(ge=0)]] = {}
+    exclude: list[str] = []
+    fermigrad: FermigradParams = FermigradParams()
+    measured: MeasuredParams = MeasuredParams()
+
+
+class FactorizeParams(ComputeBlock):
+    threads: Count = 1
+    dtype: Dtype | None = None
+    dense_export: bool = False
+    alternations: Annotated[int, Field(ge=0)] = 0
+    gguf_export: bool = False
+
+
+class EvaluateParams(ComputeBlock):
+    dtype: Dtype = "float32"
+    batch_size: Count = 4
+    tasks: list[str] = []
+    task_folder: str | None = None
+    task_limit: Count | None = None
+
+
+class ReportParams(Block):
+    title: str = "Fisherfold"
+
+
+class Params(Block):
+    """All blocks of params.yaml, in the order of the pipeline."""
+
+    prepare: PrepareParams = PrepareParams()
+    capture: CaptureParams = CaptureParams()
+    kronecker: KroneckerParams = KroneckerParams()
+    subspace: SubspaceParams = SubspaceParams()
+    ranks: RanksParams = RanksParams()
+    factorize: FactorizeParams = FactorizeParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    report: ReportParams = ReportParams()
+
+
+STAGES = tuple(Params.model_fields)
+
+
+def load_params(path: Path) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        ParameterError: the file is missing or not YAML, or a key or value is not valid; the message names the key
+            and, for an unknown one, the nearest that exists.
+    """
+    try:
+        document = YAML(typ="safe").load(path)
+    except FileNotFoundError:
+        raise ParameterError(f"{path} does not exist. Run fisherfold from the folder that holds params.yaml.") from None
+    except YAMLError as error:
+        raise ParameterError(f"{path} is not valid YAML: {error}") from None
+    return check_params(document or {}, source=str(path))
+
+
+def check_params(document: dict, source: str) -> Params:
+    """Validate a parsed params document; see ``load_params`` for the errors."""
+    if not isinstance(document, dict):
+        raise ParameterError(f"{source}: expected one block per stage ({', '.join(STAGES)}), found {document!r}.")
+    try:
+        return Params.model_validate(document)
+    except ValidationError as error:
+        lines = [_explain(issue) for issue in error.errors()]
+        raise ParameterError(f"{source}: " + "; ".join(lines)) from None
+
+
+def _explain(issue: dict) -> str:
+    """One validation issue as a sentence: the dotted key, what is wrong, the nearest valid key."""
+    location = [part for part in issue["loc"] if isinstance(part, str)]
+    key = ".".join(location)
+    if issue["type"] == "extra_forbidden":
+        valid = valid_keys(location[0] if len(location) > 1 else None)
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(valid)}"
+        return f"unknown parameter {key!r}; {hint}"
+    return f"{key} = {issue['input']!r}: {issue['msg'].lower()}"
+
+
+def valid_keys(block: str | None) -> list[str]:
+    """The names of the blocks, or of the keys of one block."""
+    if block is None:
+        return list(STAGES)
+    return list(Params.model_fields[block].annotation.model_fields)

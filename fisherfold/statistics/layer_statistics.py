@@ -1,0 +1,146 @@
+"""Reading what stage `capture` published: one array at a time, so memory is that of one layer.
+
+Shapes: n outputs, m inputs, N tokens, S sequences, t sampled tokens of each, k sketch rank; x [m] a layer's input and d [n] its output's gradient
+at a token, G_s [n, m] its gradient for a sequence. All arrays are float32 on the CPU.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fisherfold.network.layers import LinearLayer, read_layers
+from fisherfold.run.errors import CorruptArtifact, InputError
+from fisherfold.run.store import read_array, read_in_turn
+
+FACTS_FILE = "capture.json"
+SHARD_NAME = re.compile(r"shard-\d{5,}")
+
+
+class Statistics:
+    """The statistics of every layer of a model.
+
+    Attributes:
+        folder: the published output of stage `capture`.
+        layers: in model order.
+        facts: capture.json.
+
+    Raises:
+        CorruptArtifact: the folder is not whole; when reading, that an array is missing or fails its checksum.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.layers = read_layers(folder)
+        try:
+            self.facts = json.loads((folder / FACTS_FILE).read_text())
+        except (OSError, ValueError) as error:
+            raise CorruptArtifact(
+                f"{folder / FACTS_FILE} is not readable ({error}). Run stage 'capture' again."
+            ) from None
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.facts["tokens"]
+
+    @property
+    def sequences(self) -> int:
+        """S."""
+        return self.facts["sequences"]
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether per-sequence gradients, their mean and their squares were captured."""
+        return self.facts["gradients"] != "none"
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether inputs and output gradients of sampled tokens were captured."""
+        return self.facts.get("tokens_per_sequence", 0) > 0
+
+    def input_gram(self, layer: LinearLayer) -> torch.Tensor:
+        """Σ_t x xᵀ [m, m]."""
+        return self._read(layer.group, "input_gram")
+
+    def input_covariance(self, layer: LinearLayer) -> torch.Tensor:
+        """E[x xᵀ] [m, m], about zero and not about the mean."""
+        return self.input_gram(layer) / self.tokens
+
+    def input_magnitude(self, layer: LinearLayer) -> torch.Tensor:
+        """E[|x|] [m]."""
+        return self._read(layer.group, "input_abs") / self.tokens
+
+    def gradient_gram(self, layer: LinearLayer) -> torch.Tensor:
+        """Σ_t g gᵀ [m, m] of a group of several layers, g = Σ_c W_cᵀ d_c over them."""
+        return self._read(layer.group, "gradient_gram")
+
+    def output_gram(self, layer: LinearLayer) -> torch.Tensor:
+        """Σ_t d dᵀ [n, n]."""
+        return self._read(layer.name, "output_gram")
+
+    def output_covariance(self, layer: LinearLayer) -> torch.Tensor:
+        """E[d dᵀ] [n, n], about zero and not about the mean."""
+        return self.output_gram(layer) / self.tokens
+
+    def gradient_sum(self, layer: LinearLayer) -> torch.Tensor:
+        """Σ_s G_s [n, m]."""
+        return self._read(layer.name, "gradient_sum", of_gradients=True)
+
+    def fisher_inputs(self, layer: LinearLayer) -> torch.Tensor:
+        """Σ_s Σ_rows G_s∘G_s [m]."""
+        return self._read(layer.name, "fisher_inputs", of_gradients=True)
+
+    def fisher_outputs(self, layer: LinearLayer) -> torch.Tensor:
+        """Σ_s Σ_columns G_s∘G_s [n]."""
+        return self._read(layer.name, "fisher_outputs", of_gradients=True)
+
+    def gradient_shards(self, layer: LinearLayer) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The gradients of each shard of S' sequences: (left [S', n, k], right [S', m, k]), or (gradient [S', n, m],)."""
+        kinds = ("gradient",) if self.facts["gradients"] == "exact" else ("left", "right")
+        yield from read_in_turn(self._gradient_shards(), [f"{layer.name}/{kind}" for kind in kinds])
+
+    def token_shards(self, layer: LinearLayer) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The sampled tokens of each shard of S' sequences: x [S', t, m], d [S', t, n] and their positions [S', t].
+
+        Positions ascend. A token that the layer did not see (of an expert) has x = 0 and d = 0.
+        """
+        if not self.has_tokens:
+            raise InputError(
+                f"{self.folder} holds no tokens: capture.tokens_per_sequence is 0. Set it to 16, say; more is more precise."
+            )
+        for x, d, positions in read_in_turn(self._shards(), [f"{layer.group}/x", f"{layer.name}/d", "positions"]):
+            yield x.float(), d.float(), positions.long()
+
+    def gradient_norms(self, layer: LinearLayer) -> torch.Tensor:
+        """‖G_s‖² [S]."""
+        return torch.cat([read_array(shard, f"{layer.name}/norm") for shard in self._gradient_shards()])
+
+    def energy_kept(self, layer: LinearLayer) -> torch.Tensor:
+        """The share of ‖G_s‖² [S] that the sketch of each sequence keeps; 1 where gradients are exact."""
+        if self.facts["gradients"] == "exact":
+            return torch.ones(self.sequences)
+        return torch.cat([read_array(shard, f"{layer.name}/kept") for shard in self._gradient_shards()])
+
+    def _gradient_shards(self) -> list[Path]:
+        self._require_gradients("the gradients of each sequence")
+        return self._shards()
+
+    def _shards(self) -> list[Path]:
+        shards = self.facts["shards"]
+        if bad := [shard for shard in shards if not SHARD_NAME.fullmatch(shard)]:
+            raise CorruptArtifact(f"{self.folder / FACTS_FILE} lists {bad[0]!r}, which is not the name of a shard.")
+        return [self.folder / "gradients" / shard for shard in shards]
+
+    def _read(self, name: str, kind: str, of_gradients: bool = False) -> torch.Tensor:
+        if of_gradients:
+            self._require_gradients(kind)
+        return read_array(self.folder / "statistics", f"{name}/{kind}")
+
+    def _require_gradients(self, what: str) -> None:
+        if not self.has_gradients:
+            raise InputError(
+                f"{self.folder} holds no {what}: capture.gradients is 'none'. Set it to 'sketch' or 'exact'."
+            )

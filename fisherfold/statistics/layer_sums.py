@@ -1,0 +1,338 @@
+"""Statistics of linear layers, summed by hooks while a model runs forward and backward.
+
+Shapes: B sequences of T tokens in a batch, x [m] input and d [n] output gradient of a layer at one token,
+X [T, m] and D [T, n] those of one sequence, G = D^T X [n, m] the sequence's gradient, k sketch rank.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from fisherfold.linalg.gram import add_gram, exact_products, mirror
+from fisherfold.linalg.sketch import GradientBatch, gaussian_probes, products_need_gradient, sketch, sketch_width
+from fisherfold.network.gradient_pass import GradientPass, gradient_pass
+from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, input_gradient_hooks, linear_modules
+from fisherfold.run.errors import InputError
+from fisherfold.run.registry import Registry
+from fisherfold.statistics.token_sample import TokenSample
+
+ROWS_IN_CACHE = 256
+
+Arrays = dict[str, torch.Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+
+class GradientForm(Protocol):
+    """The form in which each sequence's gradient of one layer is kept.
+
+    Args:
+        layer: the layer.
+        rank: capture.sketch_rank.
+        seed: capture.seed.
+    """
+
+    def __init__(self, layer: LinearLayer, rank: int, seed: int) -> None: ...
+
+    @staticmethod
+    def shapes(layer: LinearLayer, rank: int) -> Shapes:
+        """Shape of every array that is kept for one sequence."""
+
+    def needs_gradients(self, tokens: int) -> bool:
+        """Whether the gradients of sequences of T = `tokens` must be written out, all of a batch at once."""
+
+    def arrays(self, batch: GradientBatch) -> Arrays:
+        """What is kept of a batch, with its G written out if needed."""
+
+
+GRADIENT_FORMS: Registry[type[GradientForm] | None] = Registry("capture.gradients")
+GRADIENT_FORMS.register("none")(None)
+
+
+@GRADIENT_FORMS.register("sketch")
+class SketchedGradient:
+    """left [n, k] and right [m, k] with G ~ left right^T, and the share of ||G||_F^2 that they keep."""
+
+    def __init__(self, layer: LinearLayer, rank: int, seed: int) -> None:
+        self.layer = layer
+        self.probes = gaussian_probes(layer.outputs, layer.inputs, rank, seed, layer.name)
+
+    @staticmethod
+    def shapes(layer: LinearLayer, rank: int) -> Shapes:
+        width = sketch_width(layer.outputs, layer.inputs, rank)
+        return {"left": (layer.outputs, width), "right": (layer.inputs, width), "kept": ()}
+
+    def needs_gradients(self, tokens: int) -> bool:
+        return products_need_gradient(tokens, self.layer.outputs, self.layer.inputs)
+
+    def arrays(self, batch: GradientBatch) -> Arrays:
+        self.probes = self.probes.to(batch.D)
+        return sketch(batch, self.probes)._asdict()
+
+
+@GRADIENT_FORMS.register("exact")
+class ExactGradient:
+    """The gradient [n, m] itself."""
+
+    def __init__(self, layer: LinearLayer, rank: int, seed: int) -> None:
+        pass
+
+    @staticmethod
+    def shapes(layer: LinearLayer, rank: int) -> Shapes:
+        return {"gradient": (layer.outputs, layer.inputs)}
+
+    def needs_gradients(self, tokens: int) -> bool:
+        return True
+
+    def arrays(self, batch: GradientBatch) -> Arrays:
+        return {"gradient": batch.G}
+
+
+class InputSums:
+    """Sums of x x^T and |x| over the tokens that a group of layers reads.
+
+    If several layers read them, also the sum of g g^T, where g = sum_c W_c^T d_c is what these send back; that of a single
+    layer is W^T (sum of d d^T) W.
+    """
+
+    def __init__(self, inputs: int, device: torch.device, shared: bool) -> None:
+        self.gram = torch.zeros(inputs, inputs, device=device)
+        self.absolute = torch.zeros(inputs, device=device)
+        self.gradient_gram = torch.zeros(inputs, inputs, device=device) if shared else None
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add the tokens of x [..., m]."""
+        rows = x.flatten(0, -2).to(self.gram)
+        with exact_products(x):
+            add_gram(self.gram, rows)
+        for some in rows.split(ROWS_IN_CACHE):
+            self.absolute += some.abs().sum(0)
+
+    def add_gradient(self, g: torch.Tensor) -> None:
+        """Add the tokens of g [..., m]."""
+        with exact_products(g):
+            add_gram(self.gradient_gram, g.flatten(0, -2).to(self.gram))
+
+    def grams(self) -> list[torch.Tensor]:
+        """Those that are there."""
+        return [self.gram] if self.gradient_gram is None else [self.gram, self.gradient_gram]
+
+    def arrays(self) -> Arrays:
+        names = ("input_gram", "gradient_gram")
+        return {"input_abs": self.absolute, **{name: mirror(gram) for name, gram in zip(names, self.grams())}}
+
+
+class OutputSums:
+    """Sum of d d^T over the tokens of one layer and, if gradients are kept, sums over its sequences of G and G*G."""
+
+    def __init__(self, layer: LinearLayer, device: torch.device, form: GradientForm | None) -> None:
+        self.form = form
+        self.tokens = 0
+        self.gram = torch.zeros(layer.outputs, layer.outputs, device=device)
+        self.kept: dict[str, list[torch.Tensor]] = defaultdict(list)
+        if form is not None:
+            self.gradient = torch.zeros(layer.outputs, layer.inputs, device=device)
+            self.squares_by_input = torch.zeros(layer.inputs, device=device)
+            self.squares_by_output = torch.zeros(layer.outputs, device=device)
+
+    def add(self, d: torch.Tensor) -> torch.Tensor:
+        """Add the tokens of d [..., n]; d in float32."""
+        values = d.to(self.gram)
+        rows = values.flatten(0, -2)
+        self.tokens += len(rows)
+        with exact_products(d):
+            add_gram(self.gram, rows)
+        return values
+
+    def add_gradients(self, D: torch.Tensor, X: torch.Tensor) -> None:
+        """Add the gradients of a batch, from D [B, T, n] in float32 and X [B, T, m]."""
+        exact = exact_products(X)  # a linear layer's output, and so its gradient, has its input's dtype
+        X = X.to(self.gram)
+        needed = self.form.needs_gradients(D.shape[1])
+        G = D.new_empty(len(D) if needed else 1, *self.gradient.shape)
+        norms = D.new_empty(len(D))
+        squares = torch.empty_like(self.gradient)
+        for s in range(len(D)):
+            one = G[s if needed else 0]
+            with exact:
+                torch.mm(D[s].T, X[s], out=one)
+            norms[s] = self._add_gradient(one, squares)
+        arrays = self.form.arrays(GradientBatch(D, X, G if needed else None, norms, coarse=exact))
+        for name, values in {**arrays, "norm": norms}.items():
+            self.kept[name].append(values)
+
+    def _add_gradient(self, G: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        """Add one sequence's gradient [n, m]; its norm squared. `squares` [n, m] is overwritten."""
+        torch.mul(G, G, out=squares)
+        by_output = squares.sum(1)
+        self.gradient += G
+        self.squares_by_input += squares.sum(0)
+        self.squares_by_output += by_output
+        return by_output.sum()
+
+    def grams(self) -> list[torch.Tensor]:
+        return [self.gram]
+
+    def arrays(self) -> Arrays:
+        arrays = {"output_gram": mirror(self.gram)}
+        if self.form is not None:
+            arrays["gradient_sum"] = self.gradient
+            arrays["fisher_inputs"] = self.squares_by_input
+            arrays["fisher_outputs"] = self.squares_by_output
+        return arrays
+
+
+@dataclass
+class Call:
+    """One use of a layer in a pass: its input and, once the backward pass has come to it, its output's gradient."""
+
+    x: torch.Tensor | None
+    d: torch.Tensor | None = None
+
+
+class ModelSums:
+    """The statistics of some layers of a model, a batch of sequences at a time.
+
+    Sums live on each layer's own device, and a layer's input is held only until the backward pass has come to it. A
+    layer that is used several times in a pass counts every time, and its sequence gradient is the sum over uses, as the
+    gradient of its weight is. One that is never used stays at zero.
+
+    Args:
+        model: frozen.
+        layers: some of its linear layers; of a group, all or none.
+        form: entry of `GRADIENT_FORMS`.
+        rank: capture.sketch_rank.
+        seed: capture.seed.
+        token_dtype: in which x and d of sampled tokens are kept; None keeps no tokens.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[LinearLayer],
+        form: type[GradientForm] | None,
+        rank: int,
+        seed: int,
+        token_dtype: torch.dtype | None = None,
+    ) -> None:
+        modules = linear_modules(model)
+        self.model = model
+        self.modules = {layer.name: modules[layer.name] for layer in layers}
+        self.outputs: dict[str, OutputSums] = {}
+        self.inputs: dict[str, InputSums] = {}
+        self.samples: dict[str, TokenSample] = {}
+        self.positions: list[torch.Tensor] = []
+        groups = by_group(layers)
+        self.shared = {
+            name: [self.modules[layer.name] for layer in group] for name, group in groups.items() if len(group) > 1
+        }
+        for layer in layers:
+            device = modules[layer.name].weight.device
+            self.outputs[layer.name] = OutputSums(layer, device, form and form(layer, rank, seed))
+            if token_dtype:
+                self.samples[f"{layer.name}/d"] = TokenSample(layer.outputs, token_dtype, device)
+            if layer.group == layer.name:
+                self.inputs[layer.name] = InputSums(layer.inputs, device, layer.name in self.shared)
+                if token_dtype:
+                    self.samples[f"{layer.name}/x"] = TokenSample(layer.inputs, token_dtype, device)
+
+    def add(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> GradientPass:
+        """Run token ids [B, T] forward and backward and add what the layers see.
+
+        Args:
+            positions: [B, t], of the tokens to keep, if tokens are kept.
+
+        Raises:
+            InputError: gradients or tokens are kept and the tokens of a layer cannot be told apart by sequence.
+        """
+        self._shape = ids.shape
+        self._calls: dict[str, list[Call]] = {name: [] for name in self.modules}
+        self._positions = positions
+        with (
+            input_gradient_hooks(self.shared, lambda group, g: self.inputs[group].add_gradient(g)),
+            forward_hooks(self.modules, self._on_forward),
+        ):
+            result = gradient_pass(self.model, ids)
+        for name in self.modules:  # layers with a use that no gradient came back to
+            self._add_gradients(name)
+        if self.samples:
+            self.positions.append(positions.int())
+            for sample in self.samples.values():
+                sample.end_pass(positions)
+        return result
+
+    def finite(self) -> bool:
+        """Whether all sums of squares are finite, and with them everything that was ever added."""
+        sums = (*self.inputs.values(), *self.outputs.values())
+        return all(bool(gram.diagonal().isfinite().all()) for each in sums for gram in each.grams())
+
+    def arrays(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All sums by name, ``<group>/input_gram`` and so on; completes the Grams, so add nothing more."""
+        for parts in (self.inputs, self.outputs):
+            for name, sums in parts.items():
+                yield from ((f"{name}/{kind}", values) for kind, values in sums.arrays().items())
+
+    def take_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is kept of each sequence since the last call, [S', ...] by name: ``<layer>/left`` and so on."""
+        of_layers = {f"{name}/{kind}": kept for name, sums in self.outputs.items() for kind, kept in sums.kept.items()}
+        of_tokens = {name: sample.kept for name, sample in self.samples.items()}
+        for name, values in {**of_layers, **of_tokens, "positions": self.positions}.items():
+            if values:
+                yield name, torch.cat(values)
+                values.clear()
+
+    def unreached(self) -> list[str]:
+        """Layers that no gradient came to."""
+        return [name for name, sums in self.outputs.items() if sums.tokens == 0]
+
+    def _on_forward(self, name: str, x: torch.Tensor, output: torch.Tensor) -> None:
+        if name in self.inputs:
+            self.inputs[name].add(x.detach())
+            if self.samples:
+                self._sample(f"{name}/x", self.samples[f"{name}/x"].use(), x.detach())
+        use = self.samples[f"{name}/d"].use() if self.samples else 0
+        if output.requires_grad:
+            call = Call(x.detach() if self.outputs[name].form else None)
+            self._calls[name].append(call)
+            output.register_hook(lambda d: self._on_gradient(name, call, use, d))
+
+    def _sample(self, kind: str, use: int, values: torch.Tensor) -> None:
+        self.samples[kind].see(use, self._by_sequence(kind, values), self._positions)
+
+    def _on_gradient(self, name: str, call: Call, use: int, d: torch.Tensor) -> None:
+        if self.samples:
+            self._sample(f"{name}/d", use, d)
+        values = self.outputs[name].add(d)
+        if call.x is not None:
+            call.d = values
+            if all(each.d is not None for each in self._calls[name]):
+                self._add_gradients(name)
+
+    def _add_gradients(self, name: str) -> None:
+        """Add each sequence's gradient, over all uses of the layer: D^T X of the uses' tokens one after the other."""
+        uses = [
+            (self._by_sequence(name, call.d), self._by_sequence(name, call.x))
+            for call in self._calls[name]
+            if call.d is not None
+        ]
+        for call in self._calls[name]:
+            call.x = call.d = None
+        self._calls[name].clear()
+        if uses:
+            D, X = uses[0] if len(uses) == 1 else (torch.cat(parts, 1) for parts in zip(*uses))
+            self.outputs[name].add_gradients(D, X)
+
+    def _by_sequence(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Values [..., p] of a batch's tokens as [B, T, p]; a batch of one sequence may have fewer tokens at a layer."""
+        sequences, length = self._shape
+        rows = values.flatten(0, -2)
+        if sequences > 1 and len(rows) != sequences * length:
+            raise InputError(
+                f"Stage 'capture': layer {name.partition('/')[0]} sees {len(rows)} of a batch's {sequences * length} tokens, "
+                "so they cannot be told apart by sequence. Set capture.batch_size: 1 (or capture.gradients: none and "
+                "capture.tokens_per_sequence: 0)."
+            )
+        return rows.view(sequences, -1, rows.shape[-1])

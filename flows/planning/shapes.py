@@ -1,0 +1,96 @@
+"""The shapes of a model without its weights: from a configuration, on fake tensors, so a model of any size takes no memory."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from fisherfold.network.layers import LinearLayer, find_layers
+from fisherfold.run.errors import InputError
+from fisherfold.run.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """What a plan needs to know of a model.
+
+    Attributes:
+        name: as asked for.
+        layers: the targeted linear layers.
+        parameters: of the whole model, tied ones once.
+        vocabulary, hidden: V and the width h of the output embedding [V, h].
+        blocks: decoder blocks.
+        attention_width: heads times their size.
+    """
+
+    name: str
+    layers: tuple[LinearLayer, ...]
+    parameters: int
+    vocabulary: int
+    hidden: int
+    blocks: int
+    attention_width: int
+
+    @property
+    def targeted(self) -> int:
+        """Σ n m over the targeted layers."""
+        return sum(layer.dense_numbers for layer in self.layers)
+
+
+def find_shapes(workspace: Workspace, name: str) -> ModelShapes:
+    """The shapes that a name means: a recipe in data/shapes, a folder with a config.json, the prepared model, a hub name.
+
+    Raises:
+        InputError: it is none of these, or its architecture has no causal language model in transformers.
+    """
+    try:
+        return shapes_of(name, find_config(workspace, name))
+    except (OSError, ValueError, KeyError) as error:
+        known = ", ".join(sorted(path.stem for path in workspace.recipes("shapes").glob("*.yaml")))
+        raise InputError(
+            f"--model {name!r} is none of data/shapes ({known}), no folder with a config.json and no hub name that can be read here "
+            f"({str(error).splitlines()[0]})."
+        ) from None
+
+
+def find_config(workspace: Workspace, name: str) -> PreTrainedConfig:
+    """The configuration of the model that a name means; see `find_shapes`."""
+    recipe = workspace.recipes("shapes") / f"{Path(name).name}.yaml"
+    if recipe.stem == name and recipe.exists():
+        return AutoConfig.for_model(**YAML(typ="safe").load(recipe))
+    folder = workspace.model if _prepared(workspace) == name else workspace.root / Path(name).expanduser()
+    if not folder.is_dir() and "/" not in name:
+        raise ValueError("a hub name is OWNER/NAME")
+    return AutoConfig.from_pretrained(folder if folder.is_dir() else name)
+
+
+def _prepared(workspace: Workspace) -> str | None:
+    """The name of the model that stage `prepare` has written, if it has."""
+    try:
+        return json.loads((workspace.out("prepare") / "prepare.json").read_text())["model"]["name"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def shapes_of(name: str, config: PreTrainedConfig) -> ModelShapes:
+    """The shapes of the model that a configuration describes."""
+    with FakeTensorMode(), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
+        layers = tuple(find_layers(model))
+        vocabulary, hidden = model.get_output_embeddings().weight.shape
+    text = config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return ModelShapes(
+        name=name,
+        layers=layers,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        vocabulary=vocabulary,
+        hidden=hidden,
+        blocks=text.num_hidden_layers,
+        attention_width=head * text.num_attention_heads,
+    )

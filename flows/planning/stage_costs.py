@@ -1,0 +1,369 @@
+"""What the units of every stage ask of a worker, on paper: operations, bytes read and written, memory.
+
+Operations count a multiplication and an addition as two. They are those of the very code in stages/, by its own shapes, stripes and
+rules; where a count depends on the data (iterations, questions' length, ranks), the assumption is a constant here.
+
+Shapes: S sequences of T tokens, N = S T; n outputs, m inputs, r = min(n, m), k sketch rank; V vocabulary, h hidden width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from fisherfold.allocators.cost import PIVOTED_SIDES
+from fisherfold.linalg.gram import NARROWEST, STRIPES
+from fisherfold.network.layers import LinearLayer, by_group
+from fisherfold.network.models import DTYPES
+from fisherfold.run.params import CaptureParams, Params
+from fisherfold.run.registry import Registry
+from fisherfold.run.scratch import share
+from fisherfold.statistics.dependence import MOST_TOKENS
+from fisherfold.statistics.layer_sums import GRADIENT_FORMS
+from fisherfold.statistics.shard import layer_slices
+from fisherfold.statistics.tree_sum import Part, summation_tree
+from flows.planning.group_shapes import basis_shapes, group_bytes, kept_bytes, sum_shapes
+from flows.planning.shapes import ModelShapes
+from stages.capture import disk_bytes
+from stages.evaluate import BATCHES_PER_SHARD, QUESTIONS_PER_UNIT
+
+POWER_STEPS = 10  # of the nearest Kronecker pair; six for most layers of the demo
+PASSES_PER_DRAW = 14  # over tokens × tokens float64 numbers: a permutation of two kernels, a product with each, a mean
+QUESTION_TOKENS = 48  # of a question with all its choices, the context read once
+DECOMPOSITION = {
+    "eigen": 9.0,
+    "svd": 21.0,
+}  # operations / p³ for eigenvectors; / (larger · smaller²) for singular vectors
+GRADIENT_TRAFFIC = 6  # times that a sequence's gradient passes through memory: written, squared, added up, sketched
+CONVERSION = 1500  # operations a parameter: dequantising, checking, casting
+LOGIT_BYTES = 12  # held a logit: two models' in float32, and their product
+LOGIT_TRAFFIC = 40  # bytes a logit: probabilities of two models in float32, their losses and divergence
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one unit asks for.
+
+    Attributes:
+        model: operations of forward and backward passes, in the model's dtype.
+        products: of matrix products in float32, of values in the model's dtype.
+        eigen, svd: of decompositions in float64.
+        host: of float64 work in NumPy and SciPy, on a processor even where there is a GPU.
+        traffic: bytes through a device's memory beyond those products.
+        read, written: bytes from and to the store.
+    """
+
+    model: float = 0.0
+    products: float = 0.0
+    eigen: float = 0.0
+    svd: float = 0.0
+    host: float = 0.0
+    traffic: float = 0.0
+    read: float = 0.0
+    written: float = 0.0
+
+    def __add__(self, other: "Demand") -> "Demand":
+        return Demand(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
+    def __mul__(self, factor: float) -> "Demand":
+        return Demand(*(getattr(self, one.name) * factor for one in fields(self)))
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage on paper.
+
+    Attributes:
+        units: what each asks for, and which it waits for, in the stage's order.
+        serial: what the head does alone, before and after.
+        peak: bytes that the stage holds on the disk at most.
+        published: bytes of its output.
+        memory: bytes that a unit holds on its device.
+        loads: bytes that every worker reads before its first unit: the models.
+        dtype: what the models compute in.
+    """
+
+    units: dict[str, tuple[Demand, tuple[str, ...]]]
+    serial: Demand = Demand()
+    peak: float = 0.0
+    published: float = 0.0
+    memory: float = 0.0
+    loads: float = 0.0
+    dtype: str = "float32"
+    seconds: float = 0.0
+    notes: tuple[str, ...] = field(default=())
+
+
+STAGE_COSTS: Registry[Callable[[ModelShapes, Params, int], StageCost]] = Registry("stage")
+"""By stage: (shapes, params, workers) -> its cost."""
+
+
+# Passes through the model
+
+
+def forward_operations(shapes: ModelShapes, tokens: int, length: int, logits: bool = True) -> float:
+    """2 N (Σ n m + V h) for the products and 4 N T a for scores and values of every block, a heads' width together."""
+    head = shapes.vocabulary * shapes.hidden if logits else 0
+    return 2.0 * tokens * (shapes.targeted + head) + 4.0 * tokens * length * shapes.attention_width * shapes.blocks
+
+
+def pass_operations(shapes: ModelShapes, tokens: int, length: int) -> float:
+    """A forward pass and the backward pass for activations alone, which repeats its products (attention: twice)."""
+    attention = 4.0 * tokens * length * shapes.attention_width * shapes.blocks
+    return 2 * forward_operations(shapes, tokens, length) + attention
+
+
+def gram_operations(tokens: int, size: int) -> float:
+    """Σ xᵀx in stripes of the upper block triangle: (1 + 1/stripes) N p²."""
+    stripes = -(-size // max(NARROWEST, -(-size // STRIPES)))
+    return tokens * size * size * (1 + 1 / stripes)
+
+
+def sketch_operations(layer: LinearLayer, length: int, rank: int, needs_gradient: bool) -> float:
+    """Of one sequence: three products with G (or with D and X), and two bases [p, k] from k x k Cholesky factors."""
+    n, m = layer.outputs, layer.inputs
+    product = 2.0 * n * m if needs_gradient else 2.0 * length * (n + m)
+    return 3 * rank * product + 4.0 * (n + m) * rank**2
+
+
+# Stages
+
+
+@STAGE_COSTS.register("prepare")
+def prepare_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
+    """Fetch, convert and tokenise, on the head."""
+    weights = shapes.parameters * DTYPES[params.prepare.dtype].itemsize
+    write = Demand(read=weights, written=weights, host=CONVERSION * shapes.parameters)
+    return StageCost({"model": (write, ())}, peak=weights, published=weights)
+
+
+@STAGE_COSTS.register("capture")
+def capture_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
+    """Shards of sequences times slices of layers, and the sums of their sums along the tree."""
+    own, length, sequences = params.capture, params.prepare.sequence_length, params.prepare.calibration_sequences
+    shards, slices = -(-sequences // own.sequences_per_shard), layer_slices(shapes.layers, own.layers_per_pass)
+    gradients, units = own.gradients != "none", {}
+    sums = [group_bytes(sum_shapes(part, gradients)) for part in slices]
+    for index, part in enumerate(slices):
+        kept = kept_bytes(part, own, own.sequences_per_shard, length)
+        shard = shard_demand(shapes, part, own, length) + Demand(written=sums[index] + kept)
+        add = Demand(read=2 * sums[index], written=sums[index], traffic=3 * sums[index])
+        for step in summation_tree(shards, workers):
+            units[_unit(index, step.part)] = (add if step.terms else shard, tuple(_unit(index, t) for t in step.after))
+    last = sequences - (shards - 1) * own.sequences_per_shard
+    whole = [kept_bytes(shapes.layers, own, size, length) for size in (own.sequences_per_shard, last)]
+    published = group_bytes(sum_shapes(shapes.layers, gradients)) + (shards - 1) * whole[0] + whole[1]
+    weights = shapes.parameters * DTYPES[own.dtype].itemsize
+    return StageCost(
+        units,
+        serial=Demand(read=published, written=published) if len(slices) > 1 else Demand(),
+        peak=disk_bytes(shapes.layers, own, sequences, workers),
+        published=published,
+        memory=weights + max(sums) + activation_bytes(shapes, own.batch_size * length, own.dtype),
+        loads=weights,
+        dtype=own.dtype,
+    )
+
+
+def _unit(index: int, part: Part) -> str:
+    return f"{index}.{part.first}-{part.last}"
+
+
+def shard_demand(shapes: ModelShapes, layers: Sequence[LinearLayer], params: CaptureParams, length: int) -> Demand:
+    """Passes, Grams, gradients and sketches of one shard, for one slice of the layers."""
+    sequences = params.sequences_per_shard
+    tokens = sequences * length
+    products, traffic = 0.0, 0.0
+    form = GRADIENT_FORMS.lookup(params.gradients)
+    for members in by_group(layers).values():
+        products += gram_operations(tokens, members[0].inputs) * (2 if len(members) > 1 else 1)
+    for layer in layers:
+        n, m = layer.outputs, layer.inputs
+        products += gram_operations(tokens, n)
+        traffic += 4 * tokens * (n + m)
+        if form is not None:
+            one = form(layer, 1, 0)
+            sketched = (
+                sketch_operations(layer, length, min(params.sketch_rank, n, m), one.needs_gradients(length))
+                if params.gradients == "sketch"
+                else 0.0
+            )
+            products += 2.0 * tokens * n * m + sequences * sketched
+            traffic += 4.0 * GRADIENT_TRAFFIC * sequences * n * m
+    return Demand(model=pass_operations(shapes, tokens, length), products=products, traffic=traffic)
+
+
+def activation_bytes(shapes: ModelShapes, tokens: int, dtype: str) -> float:
+    """What a forward pass leaves for the backward pass: inputs and outputs of every layer, and logits with their gradient."""
+    per_token = sum(layer.outputs + layer.inputs for layer in shapes.layers) + 4 * shapes.vocabulary
+    return tokens * per_token * DTYPES[dtype].itemsize
+
+
+@STAGE_COSTS.register("kronecker")
+def kronecker_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
+    """Layer by layer: its gradients against the factors, or the power steps that find better ones. Input by input: ρ."""
+    sequences, own = params.prepare.calibration_sequences, params.capture
+    if own.gradients == "none":
+        return StageCost({layer.name: (Demand(), ()) for layer in shapes.layers})
+    makes_factors = params.kronecker.estimator != "kfac"
+    layers, factors = {}, {}
+    for layer in shapes.layers:
+        n, m = layer.outputs, layer.inputs
+        columns = sequences * min(own.sketch_rank, n, m) if own.gradients == "sketch" else sequences * min(n, m)
+        step = 2.0 * columns * (n * n + m * m)
+        norm = min(float(columns) ** 2 * (n + m), 2.0 * n * m * (columns + sequences**2))
+        products = norm + step * (1 + (POWER_STEPS if makes_factors else 0))
+        read = 4 * columns * (n + m) + 4 * (n * n + m * m)
+        written = 4 * (n * n + m * m) if makes_factors else 0
+        layers[layer.name] = Demand(products=products, read=read, written=written, traffic=2 * read)
+        if makes_factors:
+            factors |= {f"{layer.name}/A": (m, m), f"{layer.name}/B": (n, n)}
+    published = group_bytes(factors) if factors else 0
+    largest = max(
+        4 * (2 * (x.outputs**2 + x.inputs**2) + sequences * own.sketch_rank * (x.outputs + x.inputs))
+        for x in shapes.layers
+    )
+    units = shared(layers, {layer.name: layer.dense_numbers for layer in shapes.layers})
+    if own.tokens_per_sequence:
+        groups = {f"dependence.{name}": members for name, members in by_group(shapes.layers).items()}
+        scores = {name: dependence_demand(members, params) for name, members in groups.items()}
+        units |= shared(scores, {name: sum(one.dense_numbers for one in members) for name, members in groups.items()})
+    join = Demand(read=published, written=published)
+    return StageCost(units, join, 2 * published, published, memory=largest)
+
+
+def shared(demands: Mapping[str, Demand], sizes: Mapping[str, int]) -> dict[str, tuple[Demand, tuple[str, ...]]]:
+    """Units of pieces, of which small ones share one; see `Scratch.map`."""
+    return {names[0]: (sum((demands[name] for name in names), Demand()), ()) for names in share(sizes)}
+
+
+def dependence_demand(members: Sequence[LinearLayer], params: Params) -> Demand:
+    """ρ of one input: three kernels of its tokens, two of them whitened, and PASSES_PER_DRAW of all for every draw."""
+    inputs, outputs = members[0].inputs, sum(layer.outputs for layer in members)
+    captured = params.prepare.calibration_sequences * params.capture.tokens_per_sequence
+    tokens = min(MOST_TOKENS, captured)
+    return Demand(
+        eigen=2.0 * tokens * inputs * outputs + 6.0 * tokens**2 * inputs + 6.0 * tokens**3,
+        traffic=8.0 * PASSES_PER_DRAW * params.kronecker.dependence_draws * tokens**2,
+        read=4.0 * captured * (inputs + outputs) + 4.0 * inputs * outputs,
+    )
+
+
+@STAGE_COSTS.register("subspace")
+def subspace_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
+    """One group of layers that share their input a unit: roots of both metrics, the products, the decomposition."""
+    inputs, outputs = METRIC_ROOTS.get(params.subspace.metric, (True, True))
+    units = {}
+    for name, members in by_group(shapes.layers).items():
+        own = input_group_demand(members[0], inputs)
+        for layer in members:
+            own = own + basis_demand(layer, outputs)
+        units[name] = (own, ())
+    published = group_bytes(basis_shapes(shapes.layers))
+    return StageCost(
+        units,
+        serial=Demand(read=published, written=published),
+        peak=2 * published,
+        published=published,
+        memory=max(8.0 * (3 * x.outputs**2 + 3 * x.inputs**2 + 6 * x.outputs * x.inputs) for x in shapes.layers),
+    )
+
+
+METRIC_ROOTS = {"svd": (False, False), "fwsvd": (False, False), "asvd": (False, False), "svd_llm": (True, False)}
+"""Metrics whose input or output side needs no eigenvectors; the others need both."""
+
+
+def input_group_demand(layer: LinearLayer, full: bool) -> Demand:
+    """The root of a group's input metric, found once."""
+    m = float(layer.inputs)
+    return Demand(eigen=DECOMPOSITION["eigen"] * m**3, read=4 * m * m) if full else Demand(read=4 * m)
+
+
+def basis_demand(layer: LinearLayer, full: bool) -> Demand:
+    """The root of a layer's output metric, two weighted products, the SVD, and the components from it."""
+    n, m = float(layer.outputs), float(layer.inputs)
+    r, most = min(n, m), max(n, m)
+    root = DECOMPOSITION["eigen"] * n**3 if full else 0.0
+    products = 4 * n * m * (n + m) + 4 * n * m * r
+    svd = DECOMPOSITION["svd"] * most * r * r
+    return Demand(eigen=root + products / 10, svd=svd, read=4 * (n * m + n * n), written=4 * r * (n + m))
+
+
+@STAGE_COSTS.register("ranks")
+def ranks_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
+    """From the spectra alone on the head; FermiGrad descends on the network, measured allocators run it once a candidate."""
+    length = params.prepare.sequence_length
+    spectra = 8.0 * sum(min(layer.outputs, layer.inputs) for layer in shapes.layers)
+    table = Demand(host=400 * spectra / 8, read=2 * spectra)
+    passes = NETWORK_PASSES.get(params.ranks.allocator, lambda params, layers: 0)(params, len(shapes.layers))
+    model = forward_operations(shapes, passes * length, length)
+    weights = shapes.parameters * DTYPES[params.ranks.fermigrad.dtype].itemsize if passes else 0
+    return StageCost({"ranks": (table + Demand(model=model), ())}, memory=3 * weights, loads=weights)
+
+
+NETWORK_PASSES: dict[str, Callable[[Params, int], int]] = {
+    "fermigrad": lambda params, layers: (
+        8 * params.ranks.fermigrad.steps * params.ranks.fermigrad.batches * params.ranks.fermigrad.sequences
+    ),
+    "sensitivity": lambda params, layers: layers * params.ranks.measured.levels * params.ranks.measured.sequences,
+    "ilp": lambda params, layers: layers * params.ranks.measured.levels * params.ranks.measured.sequences,
+}
+"""Forward passes of one sequence that an allocator takes; FermiGrad's step is about eight (both factors whole, backward, dense)."""
+
+
+@STAGE_COSTS.register("factorize")
+def factorize_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
+    """Layer by layer: cut, pivot, round, measure; in float64 on a processor. Then the checkpoint, on the head."""
+    keep = 1 - params.ranks.ratio
+    gauges = {layer.name: gauge_demand(layer, keep, params.ranks.storage) for layer in shapes.layers}
+    units = shared(gauges, {layer.name: layer.dense_numbers for layer in shapes.layers})
+    dense = shapes.parameters * DTYPES[params.factorize.dtype or params.prepare.dtype].itemsize
+    written = dense - shapes.targeted * params.ranks.ratio * dense / shapes.parameters
+    exports = written + (dense if params.factorize.dense_export else 0)
+    return StageCost(
+        units,
+        serial=Demand(read=exports, written=exports),
+        peak=dense * (3 if params.factorize.dense_export else 2),
+        published=exports,
+        memory=max(8.0 * 6 * layer.outputs * layer.inputs for layer in shapes.layers),
+    )
+
+
+def gauge_demand(layer: LinearLayer, keep: float, storage: str) -> Demand:
+    """Of a layer that keeps the share `keep` of its numbers: pivoted QR, rounding with feedback, and three products."""
+    n, m = float(layer.outputs), float(layer.inputs)
+    rank = kept_rank(n, m, keep, storage)
+    pivoting = 4 * min(n, m) * rank**2 + 2 * rank**2 * (n + m) if storage in PIVOTED_SIDES else 0.0
+    return Demand(host=pivoting + 6 * n * m * rank, read=4 * rank * (n + m) + 4 * n * m, written=4 * keep * n * m)
+
+
+def kept_rank(n: float, m: float, keep: float, storage: str) -> float:
+    """The rank r with r (n + m) = c n m numbers, or r (n + m - r) for the pivoted gauge."""
+    if storage == "factors":
+        return keep * n * m / (n + m)
+    return (n + m - ((n + m) ** 2 - 4 * keep * n * m) ** 0.5) / 2
+
+
+@STAGE_COSTS.register("evaluate")
+def evaluate_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
+    """Both models on the evaluation sequences and the questions, a few batches a unit."""
+    own, length, sequences = params.evaluate, params.prepare.sequence_length, params.prepare.evaluation_sequences
+    step = own.batch_size * BATCHES_PER_SHARD
+    asked = params.prepare.question_count if params.prepare.questions else 0
+    units = {}
+    for first in range(0, sequences, step):
+        tokens = min(step, sequences - first) * length
+        logits = LOGIT_TRAFFIC * tokens * shapes.vocabulary
+        units[f"losses-{first}"] = (Demand(model=2 * forward_operations(shapes, tokens, length), traffic=logits), ())
+    for first in range(0, asked, QUESTIONS_PER_UNIT):
+        tokens = min(QUESTIONS_PER_UNIT, asked - first) * QUESTION_TOKENS
+        for model in ("dense", "compressed"):
+            units[f"{model}-{first}"] = (Demand(model=forward_operations(shapes, tokens, QUESTION_TOKENS)), ())
+    weights = shapes.parameters * DTYPES[own.dtype].itemsize
+    both = weights * (2 - params.ranks.ratio)
+    memory = both + LOGIT_BYTES * own.batch_size * length * shapes.vocabulary
+    return StageCost(units, memory=memory, loads=both, dtype=own.dtype)
+
+
+@STAGE_COSTS.register("report")
+def report_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
+    """Pictures and one page, on the head."""
+    return StageCost({"page": (Demand(host=3e9), ())})

@@ -1,0 +1,249 @@
+"""Allocators that look at the network, on a tiny model that went through the real stages before."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+from tiny_subspace import subspace_workspace
+
+from fisherfold.allocators import fermi_descent, measured_allocation, zero_sum
+from fisherfold.allocators.allocation import ALLOCATORS, Allocation, pose
+from fisherfold.allocators.fermi_descent import round_ranks, softened_model
+from fisherfold.allocators.fermigrad import next_token_loss
+from fisherfold.network.layers import LinearLayer
+from fisherfold.network.models import load_model
+from fisherfold.network.sites import Site, find_sites, read_sites
+from fisherfold.run import scratch
+from fisherfold.run.engine import use_engine
+from fisherfold.run.errors import NumericalError
+from fisherfold.run.files import read_manifest
+from fisherfold.run.params import CaptureParams, KroneckerParams, RanksParams, SubspaceParams
+from fisherfold.run.store import read_array
+from fisherfold.run.tables import read_sequences, write_sequences
+from fisherfold.run.workspace import Workspace
+from fisherfold.statistics.layer_statistics import Statistics
+from stages import capture, kronecker, ranks, subspace
+
+SMALL = {"fermigrad": {"steps": 4, "batches": 2, "sequences": 1}, "measured": {"levels": 3, "sequences": 1}}
+MEASURING = ("fermigrad", "sensitivity", "ilp")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Workspace:
+    workspace = tiny.tiny_workspace(tmp_path_factory.mktemp("workspace"), "qwen2")
+    capture.run(workspace, CaptureParams(sequences_per_shard=4, sketch_rank=4, knowledge_questions=0))
+    kronecker.run(workspace, KroneckerParams())
+    subspace.run(workspace, SubspaceParams())
+    return workspace
+
+
+@pytest.fixture
+def workspace(prepared, tmp_path) -> Workspace:
+    softened_model.cache_clear()
+    return Workspace(Path(shutil.copytree(prepared.root, tmp_path / "workspace")))
+
+
+def parameters(allocator: str, ratio: float = 0.4) -> RanksParams:
+    return RanksParams.model_validate({"ratio": ratio, "allocator": allocator, **SMALL})
+
+
+@pytest.mark.parametrize("allocator", list(ALLOCATORS))
+def test_budget_is_met_to_within_one_rank_and_never_exceeded(workspace, allocator):
+    ranks.run(workspace, parameters(allocator))
+    budget = json.loads((workspace.out("ranks") / "budget.json").read_text())
+    rows = pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()
+    largest_step = max(row["n"] + row["m"] for row in rows)
+    assert budget["budget"] - largest_step < budget["stored_parameters"] <= budget["budget"]
+    assert {row["allocator"] for row in rows} == {allocator}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Workspace:
+    """A capture as above, and a subspace whose layers share right factors."""
+    workspace = subspace_workspace(tmp_path_factory.mktemp("shared"), shared=True)
+    write_sequences(workspace.table("calibration"), tiny.random_ids(4, 12).numpy(), [["a"]] * 4, tiny.VOCABULARY)
+    capture.run(workspace, CaptureParams(sketch_rank=4, knowledge_questions=0))
+    return workspace
+
+
+@pytest.mark.parametrize("allocator", list(ALLOCATORS))
+def test_sites_of_several_layers(shared, allocator):
+    softened_model.cache_clear()
+    ranks.run(shared, parameters(allocator))
+    budget = json.loads((shared.out("ranks") / "budget.json").read_text())
+    sites = read_sites(shared.out("subspace"))
+    largest_step = max(site.outputs + site.inputs for site in sites)
+    assert budget["budget"] - largest_step < budget["stored_parameters"] <= budget["budget"]
+    if allocator == "fermigrad":
+        steps = pq.read_table(shared.out("ranks") / "trajectory.parquet").to_pylist()
+        assert [row["module"] for row in steps] == [site.name for site in sites] * 4
+
+
+def test_settled_sites_are_truncated_in_the_network_that_descends(workspace, monkeypatch):
+    seen = []
+    model_of = fermi_descent.softened_model
+    monkeypatch.setattr(fermi_descent, "softened_model", lambda softened: seen.append(softened) or model_of(softened))
+    ranks.run(workspace, parameters("fermigrad").model_copy(update={"fixed": {"*.0.mlp.up_proj": 3}}))
+    assert dict(seen[0].settled) == {"model.layers.0.mlp.up_proj": 3}
+    settled = model_of(seen[0]).settled[0]
+    assert settled.occupations()[:5].tolist() == [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("allocator", MEASURING)
+def test_layer_without_a_choice_is_not_touched(workspace, allocator, monkeypatch):
+    softened = []
+    soften = fermi_descent.soften
+    monkeypatch.setattr(fermi_descent, "soften", lambda *parts: softened.extend(parts[2]) or soften(*parts))
+    ranks.run(workspace, parameters(allocator).model_copy(update={"exclude": ["*.0.mlp.up_proj"]}))
+    rows = {row["module"]: row for row in pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()}
+    assert rows["model.layers.0.mlp.up_proj"]["storage"] == "dense"
+    assert set(rows) - {site.name for site in softened} == {"model.layers.0.mlp.up_proj"}
+
+
+@pytest.mark.parametrize("allocator", MEASURING)
+def test_killed_allocator_resumes_with_the_same_bytes(workspace, allocator, monkeypatch):
+    ranks.run(workspace, parameters(allocator))
+    expected = read_manifest(workspace.out("ranks"))
+    shutil.rmtree(workspace.artifacts / "ranks.partial")
+    shutil.rmtree(workspace.out("ranks"))
+    units, write_unit = itertools.count(), scratch.write_unit
+
+    def dying_unit(*arguments):
+        if next(units) == 3:
+            raise KeyboardInterrupt
+        return write_unit(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scratch, "write_unit", dying_unit)
+        ranks.run(workspace, parameters(allocator))
+    calls = []
+    for module, name in ((fermi_descent, "measure_batch"), (measured_allocation, "measure_site")):
+        work = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments, work=work: (calls.append(arguments), work(*arguments)))
+    ranks.run(workspace, parameters(allocator))
+    assert read_manifest(workspace.out("ranks")) == expected
+    assert len(calls) == {"fermigrad": 8}.get(allocator, 14) - 3
+
+
+@pytest.mark.parametrize("allocator", list(ALLOCATORS))
+def test_allocator_killed_after_its_last_unit_resumes_with_the_same_bytes(workspace, allocator, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ranks, "choose_storage", killed)
+        ranks.run(workspace, parameters(allocator))
+    assert not workspace.out("ranks").exists()
+    softened_model.cache_clear()
+    ranks.run(workspace, parameters(allocator))
+    resumed = read_manifest(workspace.out("ranks"))
+    shutil.rmtree(workspace.artifacts / "ranks.partial")
+    ranks.run(workspace, parameters(allocator))
+    assert read_manifest(workspace.out("ranks")) == resumed
+
+
+class Backwards:
+    """An engine that takes the last unit first."""
+
+    slots = 1
+
+    def run(self, write, units):
+        for name in reversed(units):
+            yield name, write(name, units[name])
+
+
+@pytest.mark.parametrize("allocator", MEASURING)
+def test_units_in_another_order_give_the_same_bytes(workspace, allocator):
+    ranks.run(workspace, parameters(allocator))
+    expected = read_manifest(workspace.out("ranks"))
+    shutil.rmtree(workspace.artifacts / "ranks.partial")
+    with use_engine(Backwards()):
+        ranks.run(workspace, parameters(allocator))
+    assert read_manifest(workspace.out("ranks")) == expected
+
+
+def test_descent_lowers_the_loss_at_one_temperature(workspace):
+    params = parameters("fermigrad").model_copy(
+        update={
+            "fermigrad": RanksParams().fermigrad.model_copy(
+                update={
+                    "steps": 30,
+                    "sequences": 8,
+                    "tau_first": 0.06,
+                    "tau_last": 0.06,
+                    "rate_first": 0.01,
+                    "rate_last": 0.01,
+                }
+            )
+        }
+    )
+    ranks.run(workspace, params)
+    losses = pq.read_table(workspace.out("ranks") / "trajectory.parquet")["loss"].to_pylist()
+    assert losses[-1] < losses[0]
+
+
+def test_first_order_effects_are_derivatives_of_the_loss(workspace):
+    model = load_model(workspace.model, torch.float32)
+    ids = read_sequences(workspace.table("calibration"), 96)
+    statistics = Statistics(workspace.out("capture"))
+    layer = statistics.layers[4]
+    site = Site(layer.name, (layer,))
+    allocation = Allocation([site], [], np.zeros((1, 1)), np.zeros((1, 1), bool), 0, workspace=workspace)
+    effects = zero_sum.first_order_effects(allocation, statistics, site)
+    weight = model.get_submodule(layer.name).weight.requires_grad_()
+    next_token_loss(None, model(ids).logits, ids).backward()
+    bases = workspace.out("subspace") / "bases"
+    left, right = (read_array(bases, f"{layer.name}/{side}") for side in ("left", "right"))
+    expected = [-float((weight.grad * torch.outer(left[:, i], right[i])).sum()) for i in range(len(right))]
+    np.testing.assert_allclose(effects, expected, rtol=1e-3, atol=1e-6 * np.abs(expected).max())
+
+
+def task_of(losses: np.ndarray, ratio: float) -> Allocation:
+    sites = find_sites(
+        [LinearLayer(f"layer{i}", 6, 5 + i, False, False, f"layer{i}") for i in range(len(losses))], shared=False
+    )
+    spectra = [np.linspace(1, 0.1, 5 + min(i, 1)) for i in range(len(losses))]
+    return pose(sites, spectra, RanksParams(ratio=ratio, storage="factors"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ilp_is_the_best_of_all_choices(monkeypatch, seed):
+    losses = np.sort(np.random.default_rng(seed).random((3, 4)), axis=1)[:, ::-1]
+    task = task_of(losses, 0.45)
+    candidates = np.stack([measured_allocation.candidate_ranks(allowed, 3) for allowed in task.allowed])
+    monkeypatch.setattr(measured_allocation, "measure_losses", lambda allocation: (candidates, losses))
+    chosen = []
+    monkeypatch.setattr(Allocation, "fill_from", lambda self, ranks: chosen.append(ranks) or ranks)
+    measured_allocation.ilp(task)
+    costs = measured_allocation.candidate_costs(task, candidates)
+    feasible = [
+        choice for choice in itertools.product(range(4), repeat=3) if costs[range(3), choice].sum() <= task.budget
+    ]
+    best = min(losses[range(3), choice].sum() for choice in feasible)
+    columns = [int(np.flatnonzero(row == rank)[0]) for row, rank in zip(candidates, chosen[0], strict=True)]
+    assert losses[range(3), columns].sum() == pytest.approx(best)
+
+
+def test_rounding_stays_near_mu_and_in_budget():
+    task = task_of(np.zeros((3, 1)), 0.4)
+    budget = fermi_descent.rank_budget(task)
+    mu = budget.project(budget.limit * torch.tensor([0.2, 0.5, 0.4]))
+    rounded = round_ranks(task, mu.numpy())
+    assert task.costs[range(3), rounded].sum() <= task.budget
+    for rank, target, allowed in zip(rounded, mu.numpy(), task.allowed, strict=True):
+        between = np.flatnonzero(allowed)
+        between = between[(between > min(rank, target)) & (between < max(rank, target))]
+        assert allowed[rank]
+        assert abs(rank - target) <= 1.5 or not len(between)
+
+
+def test_gradient_that_is_not_finite_is_named(workspace, monkeypatch):
+    monkeypatch.setitem(fermi_descent.OBJECTIVES, "kl", lambda dense, soft, ids: soft.sum() * float("nan"))
+    with pytest.raises(NumericalError, match="fermigrad: module"):
+        ranks.run(workspace, parameters("fermigrad"))

@@ -1,0 +1,265 @@
+"""Model folders, the hub and its cache; and every model that cannot be used."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from fisherfold.inputs import hub, pretrained
+from fisherfold.inputs.hub import HubEntry, HubUnknown
+from fisherfold.inputs.pretrained import check_model, count_parameters, find_model, write_model
+from fisherfold.run.errors import InputError
+from fisherfold.run.params import PrepareParams
+from fisherfold.run.workspace import Workspace
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 96}
+
+
+def prepare(tmp_path, name="model", dtype="float32", length=16, **params):
+    """Find, check and write a model; return the written folder."""
+    model = find_model(Workspace(tmp_path), PrepareParams(model=name, **params))
+    check_model(model, length)
+    out = tmp_path / "unit"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    write_model(out, model, dtype)
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_survive_unchanged(tmp_path, family):
+    save_tiny(tmp_path / "model", family)
+    out = prepare(tmp_path)
+    dense = tiny_model(family)
+    written = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in written.state_dict().items())
+    assert AutoTokenizer.from_pretrained(out / "model").get_vocab() == tiny_tokenizer().get_vocab()
+    facts = json.loads((out / "facts.json").read_text())
+    assert (
+        facts["parameters"]
+        == dense.num_parameters()
+        == count_parameters(find_model(Workspace(tmp_path), PrepareParams(model="model")))
+    )
+    assert not list((out / "model").glob("*.bin")) and (out / "model" / "generation_config.json").exists()
+
+
+def test_nothing_of_this_machine_is_written(tmp_path):
+    save_tiny(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "_model_name_or_path": "/home/me/model"}))
+    out = prepare(tmp_path)
+    for file in (out / "model").glob("*.json"):
+        text = file.read_text()
+        assert "/home/me" not in text and str(tmp_path) not in text and "local_files_only" not in text
+
+
+def test_bfloat16(tmp_path):
+    save_tiny(tmp_path / "model")
+    out = prepare(tmp_path, dtype="bfloat16")
+    assert {value.dtype for value in load_file(out / "model" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((out / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_digest_follows_the_bytes(tmp_path):
+    save_tiny(tmp_path / "model")
+    before = find_model(Workspace(tmp_path), PrepareParams(model="model")).source
+    (tmp_path / "model" / "README.md").write_text("not part of the model")
+    assert find_model(Workspace(tmp_path), PrepareParams(model="model")).source == before
+    save_tiny(tmp_path / "model", seed=1)
+    assert find_model(Workspace(tmp_path), PrepareParams(model="model")).source != before
+
+
+def test_hub_model_is_loaded_at_its_commit(tmp_path, monkeypatch):
+    """A folder in the current directory stands in for the hub: transformers reads both alike."""
+    save_tiny(tmp_path / "owner")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "resolve_model", lambda name, revision: HubEntry(f"commit-of-{revision}", "mit"))
+    workspace = Workspace(tmp_path / "elsewhere")
+    model = find_model(workspace, PrepareParams(model="owner", revision="v1"))
+    assert (model.revision, model.source.digest, model.source.licence) == ("commit-of-v1", "commit-of-v1", "mit")
+    assert model.options == {"trust_remote_code": False, "revision": "commit-of-v1"}
+    assert check_model(model, 16).model_type == "llama"
+
+
+def test_hub_cache_serves_without_a_network(tmp_path, monkeypatch):
+    base = tmp_path / "models--owner--tiny"
+    save_tiny(base / "snapshots" / "c0ffee")
+    (base / "refs").mkdir()
+    (base / "refs" / "main").write_text("c0ffee")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "_resolve", unreachable)
+    monkeypatch.chdir(tmp_path / "models--owner--tiny")
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    assert (prepare(workspace, "owner/tiny") / "model" / "model.safetensors").exists()
+    assert find_model(Workspace(workspace), PrepareParams(model="owner/tiny")).source.digest == "c0ffee"
+
+
+def unreachable(*_):
+    raise HubUnknown("the hub cannot be asked (no network)")
+
+
+def test_unknown_name_gives_the_nearest_recipe(tmp_path, monkeypatch):
+    (tmp_path / "data" / "models").mkdir(parents=True)
+    (tmp_path / "data" / "models" / "smollm2-135m-instruct.yaml").write_text("")
+    monkeypatch.setattr(hub, "_resolve", unreachable)
+    with pytest.raises(
+        InputError,
+        match=r"prepare.model = 'smollm2-135m' is no recipe .*no network.*Did you mean 'smollm2-135m-instruct'",
+    ):
+        find_model(Workspace(tmp_path), PrepareParams(model="smollm2-135m"))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="cannot be a name on the hub"):
+        find_model(Workspace(tmp_path), PrepareParams(model="../a/folder that/is not there"))
+
+
+def test_revision_is_for_the_hub(tmp_path):
+    save_tiny(tmp_path / "model")
+    with pytest.raises(InputError, match=r"prepare.revision = 'v1' is for models of the hub"):
+        find_model(Workspace(tmp_path), PrepareParams(model="model", revision="v1"))
+
+
+def break_no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def break_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def break_truncated(folder):
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(2000)
+
+
+def break_pointer(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def break_missing_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def break_shape(folder):
+    edit_config(folder, intermediate_size=32)
+
+
+def break_nan(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def break_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+def break_tokenizer_file(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def break_vocabulary(folder):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"new{i}" for i in range(4)])
+    tokenizer.save_pretrained(folder)
+
+
+def break_quantised(folder):
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+def break_config(folder):
+    (folder / "config.json").write_text('{"model_type":')
+
+
+def break_type(folder):
+    edit_config(folder, model_type="unheard-of")
+
+
+def break_base_model(folder):
+    edit_config(folder, architectures=["LlamaModel"])
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_no_config, "no config.json, so it is not a Hugging Face model folder"),
+        (break_no_weights, "holds no weights"),
+        (break_truncated, "its weights cannot be read"),
+        (break_pointer, "its weights cannot be read"),
+        (break_missing_weight, "lacks 1 of its weights.*model.layers.1.mlp.up_proj.weight"),
+        (break_shape, "cannot be read|another shape"),
+        (break_nan, "'model.layers.1.mlp.up_proj.weight' .*not finite"),
+        (break_tokenizer, "tokenizer"),
+        (break_tokenizer_file, "tokenizer"),
+        (break_vocabulary, "tokenizer .* has 100 tokens, but the model embeds 96"),
+        (break_quantised, r"quantised \(gptq\)"),
+        (break_config, "its configuration cannot be read"),
+        (break_type, "its configuration cannot be read"),
+        (break_base_model, r"LlamaModel\) is not a causal language model"),
+    ],
+)
+def test_damaged_folder(tmp_path, damage, message):
+    folder = save_tiny(tmp_path / "model")
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        prepare(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_tokenizer_in_any_family(tmp_path, family):
+    break_tokenizer(save_tiny(tmp_path / "model", family))
+    with pytest.raises(InputError, match="tokenizer"):
+        prepare(tmp_path)
+
+
+def test_other_kinds_of_models(tmp_path):
+    BertForMaskedLM(BertConfig(**TINY)).save_pretrained(tmp_path / "bert")
+    T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=96)).save_pretrained(
+        tmp_path / "t5"
+    )
+    for name in ("bert", "t5"):
+        with pytest.raises(InputError, match="not a causal language model"):
+            prepare(tmp_path, name)
+
+
+def test_sequence_longer_than_the_positions(tmp_path):
+    save_tiny(tmp_path / "model")
+    save_tiny(tmp_path / "gpt2", "gpt2")
+    for name in ("model", "gpt2"):
+        with pytest.raises(InputError, match=r"prepare.sequence_length = 65 is more than the 64 positions"):
+            prepare(tmp_path, name, length=65)
+
+
+def test_code_in_the_checkpoint_runs_only_if_asked(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    mapping = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    edit_config(folder, model_type="own", architectures=["OwnForCausalLM"], auto_map=mapping)
+    with pytest.raises(InputError, match=r"set prepare.trust_remote_code to true"):
+        prepare(tmp_path)
+    out = prepare(tmp_path, trust_remote_code=True)
+    assert (out / "model" / "modeling_own.py").exists()

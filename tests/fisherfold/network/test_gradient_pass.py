@@ -1,0 +1,46 @@
+import pytest
+import torch
+from tiny import FAMILIES, random_ids, tiny_model
+
+from fisherfold.network.gradient_pass import gradient_pass, loss_gradient
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_are_shifted_exactly_once(family):
+    model = tiny_model(family).requires_grad_(False)
+    ids = random_ids(3, 12)
+    own = [model(input_ids=sequence[None], labels=sequence[None]).loss for sequence in ids]
+    torch.testing.assert_close(gradient_pass(model, ids).losses, torch.stack(own))
+
+
+def test_the_gradient_is_that_of_the_loss():
+    logits = torch.randn(2, 7, 11, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ids = torch.randint(11, (2, 7), generator=torch.Generator().manual_seed(1))
+    oracle = torch.stack([torch.nn.functional.cross_entropy(logits[s, :-1], ids[s, 1:]) for s in range(2)])
+    oracle.sum().backward()
+    losses, gradient = loss_gradient(logits.detach(), ids)
+    torch.testing.assert_close(losses, oracle.detach())
+    torch.testing.assert_close(gradient, logits.grad)
+
+
+def test_bfloat16_logits_are_turned_to_float32_for_the_loss():
+    logits = 8 * torch.randn(2, 7, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids = torch.zeros(2, 7, dtype=torch.long)
+    losses, gradient = loss_gradient(logits, ids)
+    exact, _ = loss_gradient(logits.float(), ids)
+    assert torch.equal(losses, exact) and gradient.dtype == torch.bfloat16
+
+
+def test_a_sequence_that_is_not_finite_is_told_apart():
+    model = tiny_model("qwen2").requires_grad_(False)
+    ids = random_ids(3, 12).clamp(min=10)
+    ids[1, 4] = 7
+    model.get_input_embeddings().weight[7] = torch.nan
+    result = gradient_pass(model, ids)
+    assert result.finite.tolist() == [True, False, True]
+    assert result.losses[[0, 2]].isfinite().all()
+
+
+def test_weights_must_be_frozen():
+    with pytest.raises(RuntimeError, match="freeze"):
+        gradient_pass(tiny_model(), random_ids(1, 5))

@@ -1,0 +1,50 @@
+"""What the bits of float sums depend on."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+PRODUCTS = """
+import hashlib, os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[2])])
+import numpy, scipy.linalg, torch
+from fisherfold.run.determinism import computing_threads
+with computing_threads(int(sys.argv[1])):
+    A = torch.randn(700, 1536, generator=torch.Generator().manual_seed(0))
+    B = A.T @ A
+    C = B[:300, :300].double()
+    results = B, A.sum(), torch.linalg.eigh(C)[1], numpy.linalg.eigh(C.numpy())[1], scipy.linalg.qr(C.numpy())[0]
+    print(hashlib.sha256(b"".join(numpy.ascontiguousarray(x).tobytes() for x in results)).hexdigest())
+"""
+
+
+@cache
+def digest(threads: int, cores: int) -> str:
+    return said(PRODUCTS, str(threads), str(cores))
+
+
+def said(script: str, *arguments: str) -> str:
+    """What a fresh Python prints."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("OMP_NUM_THREADS", None)
+    words = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_bits_depend_on_threads_and_not_on_cores():
+    assert digest(2, cores=1) == digest(2, cores=2)
+    assert digest(1, cores=2) != digest(2, cores=2)
+
+
+def test_a_stage_that_loads_no_model_starts_without_what_loads_one():
+    """Each process of a stage, on every worker, would spend seconds on imports that it does not need."""
+    script = (
+        "import sys; from fisherfold.run.determinism import compute_deterministically; compute_deterministically()\n"
+        "from stages import kronecker, ranks, report, subspace\n"
+        "print({'transformers', 'torch._dynamo', 'datasets'} & sys.modules.keys() or '')"
+    )
+    assert said(script) == ""

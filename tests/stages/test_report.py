@@ -1,0 +1,351 @@
+import html.parser
+import json
+import re
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fisherfold.evaluation.scores import mean_by_position, summarise_answers, summarise_losses
+from fisherfold.page.layer_views import gather, place, rank_views, read_spectra, spectrum_views
+from fisherfold.page.page import Markup, element, megabytes, number, percent
+from fisherfold.page.pictures import Line, line_chart
+from fisherfold.page.trajectory_view import trajectory_view
+from fisherfold.run.errors import CorruptArtifact
+from fisherfold.run.params import Params, ReportParams
+from fisherfold.run.scratch import Scratch, scratch_folder
+from fisherfold.run.workspace import Workspace
+from stages import report
+
+SIZE = {
+    "targeted_parameters_dense": 1000,
+    "targeted_parameters_compressed": 800,
+    "model_parameters_dense": 2000,
+    "model_parameters_compressed": 1800,
+    "model_bytes_dense": 8_000_000,
+    "model_bytes_compressed": 7_200_000,
+}
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+def publish(workspace: Workspace, stage: str, **files: object) -> None:
+    """Publish `files` (name with `__` for the dot) as the output of a stage."""
+    with (
+        Scratch(workspace, stage, getattr(Params(), stage), {"files": repr(files)}) as scratch,
+        scratch.publish() as out,
+    ):
+        for name, content in files.items():
+            path = out / name.replace("__", ".")
+            if isinstance(content, pa.Table):
+                pq.write_table(content, path)
+            else:
+                path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def layer_rows(modules: list[str]) -> list[dict]:
+    return [
+        {"module": module, "n": 6, "m": 4, "rank": 1 + i % 4, "stored_parameters": 10 + i % 4, "dense_parameters": 24,
+         "method": "kfac", "allocator": "fisher", "storage": "dense" if i == 3 else "pivoted"}
+        for i, module in enumerate(modules)
+    ]  # fmt: skip
+
+
+def spectra_rows(modules: list[str]) -> pa.Table:
+    sigma = [3.0, 1.0, 0.1, 0.0]
+    rows = [{"module": module, "component": i, "sigma": value} for module in modules for i, value in enumerate(sigma)]
+    return pa.Table.from_pylist(rows)
+
+
+def evaluation(questions: bool = True) -> dict[str, object]:
+    rng = np.random.default_rng(0)
+    losses = {"dense": rng.random((4, 9)) + 3, "compressed": rng.random((4, 9)) + 3.2, "divergence": rng.random((4, 9))}
+    text = summarise_losses(losses)
+    answers = {
+        model: [{"acc": i % step == 0, "acc_norm": 0} for i in range(20)]
+        for model, step in (("dense", 2), ("compressed", 3))
+    }
+    knowledge = summarise_answers(answers if questions else {"dense": [], "compressed": []})
+    accuracy = knowledge["mean"]["acc"] if knowledge else {"dense": None, "compressed": None}
+    metrics = {
+        model: {"perplexity": text["perplexity"][model], "knowledge_accuracy": accuracy[model]}
+        for model in ("dense", "compressed")
+    }
+    metrics["compressed"]["kl_to_dense"] = text["mean"]["divergence"]
+    rows = "\n".join(",".join(map(str, row)) for row in mean_by_position(losses, 5))
+    return {
+        "metrics__json": metrics | {"size": SIZE},
+        "evaluation__json": {"params": {"dtype": "float32"}, "text": text, "knowledge": knowledge},
+        "losses__csv": f"position,dense,compressed\n{rows}\n",
+        "tasks__json": {},
+    }
+
+
+def finished(root, modules: list[str], evaluated: dict[str, object] | None = None) -> Workspace:
+    """A workspace in which every stage before `report` has published what it must."""
+    workspace = Workspace(root)
+    publish(workspace, "prepare", prepare__json={"model": {"name": "tiny", "licence": "Apache-2.0"}})
+    publish(
+        workspace,
+        "capture",
+        capture__json={"sequences": 8, "tokens": 96, "gradients": "sketch", "sketch_rank": 4, "skipped": [5]},
+    )
+    kronecker = [{"module": module, "residual": 0.5, "scale": 1.0, "iterations": None} for module in modules]
+    publish(
+        workspace,
+        "kronecker",
+        kronecker__json={"estimator": "kfac"},
+        diagnostics__parquet=pa.Table.from_pylist(kronecker),
+    )
+    conditions = [{"module": module, "input_condition": float("inf"), "output_condition": 10.0} for module in modules]
+    publish(
+        workspace,
+        "subspace",
+        subspace__json={"metric": "kfac"},
+        spectra__parquet=spectra_rows(modules),
+        diagnostics__parquet=pa.Table.from_pylist(conditions),
+    )
+    publish(workspace, "ranks", budget__json={"ratio": 0.2}, ranks__parquet=pa.Table.from_pylist(layer_rows(modules)))
+    publish(workspace, "factorize", factorize__json={"size": SIZE})
+    publish(workspace, "evaluate", **(evaluated or evaluation()))
+    return workspace
+
+
+LLAMA = [f"model.layers.{block}.{kind}" for block in range(3) for kind in ("self_attn.q_proj", "mlp.up_proj")]
+
+
+def write(workspace: Workspace) -> str:
+    report.run(workspace, ReportParams())
+    assert [path.name for path in sorted(workspace.out("report").iterdir())] == ["index.html", "manifest.json"]
+    return (workspace.out("report") / "index.html").read_text()
+
+
+class Page(html.parser.HTMLParser):
+    """Collects elements and text, and checks that elements nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words).replace("\N{NO-BREAK SPACE}", " ")
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def test_one_file_that_loads_nothing(tmp_path):
+    text = write(finished(tmp_path, LLAMA))
+    page = Page(text)
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "base", "image", "use"}
+    assert not {name for _, attributes in page.elements for name in attributes} & {
+        "src",
+        "srcset",
+        "xlink:href",
+        "data",
+    }
+    assert not re.search(r"url\(|@import|@font-face", text)
+    addresses = [attributes["href"] for _, attributes in page.elements if "href" in attributes]
+    assert addresses and all(address.startswith("https://") for address in addresses)
+    assert all(tag == "a" for tag, attributes in page.elements if "href" in attributes)
+    assert page.all("meta")[1]["content"].startswith("default-src 'none'")
+
+
+def test_the_figures_are_there(tmp_path):
+    workspace = finished(tmp_path, LLAMA)
+    text = Page(write(workspace)).text
+    metrics = json.loads((workspace.out("evaluate") / "metrics.json").read_text())
+    for expected in (
+        "stores 80.0 % of the parameters of its 6 targeted layers, which is 90.0 % of the whole model: 7.20 MB instead of 8.00 MB",
+        f"perplexity is {number(metrics['compressed']['perplexity'])} where the dense model has {number(metrics['dense']['perplexity'])}",
+        "Of 20 knowledge questions it answers 35.0 % right, the dense model 50.0 %: a difference of −15.0 points",
+        "96 tokens of 8 calibration sequences",
+        "1 skipped because a gradient was not finite (5); every sequence's gradient was kept as a sketch of rank 4",
+        "1 layer was left dense",
+        "--set ranks.ratio=0.2",
+        "Optimizing neural networks with Kronecker-factored approximate curvature",
+    ):
+        assert expected in text
+
+
+def test_it_can_be_read_without_seeing_it(tmp_path):
+    page = Page(write(finished(tmp_path, LLAMA)))
+    assert page.all("html") == [{"lang": "en"}]
+    pictures = page.all("svg")
+    assert len(pictures) > 4
+    assert all(picture.get("aria-label") or picture.get("aria-hidden") == "true" for picture in pictures)
+    assert all(cell.get("scope") in ("col", "row") for cell in page.all("th"))
+    assert len(page.all("caption")) == len(page.all("table")) > 4
+    assert page.elements.index(("h1", {})) < page.elements.index(("h2", {}))
+
+
+def test_the_same_bytes_again(tmp_path):
+    workspace = finished(tmp_path, LLAMA)
+    first = write(workspace)
+    shutil.rmtree(workspace.out("report"))
+    shutil.rmtree(scratch_folder(workspace, "report"))
+    assert write(workspace) == first
+    assert not re.search(r"20\d\d-\d\d-\d\d", first)
+
+
+def test_odd_names_are_text(tmp_path):
+    odd = [
+        "h.0.<b>bold</b>",
+        "h.1.<b>bold</b>",
+        "h.0.a&b\"'",
+        "lm_head",
+        "x.<script>alert(1)</script>",
+        f"h.0.{'long' * 40}",
+    ]
+    workspace = finished(tmp_path, odd)
+    publish(workspace, "prepare", prepare__json={"model": {"name": "<i>model</i>"}})
+    report.run(workspace, ReportParams(title="<u>Title</u>"))
+    page = Page((workspace.out("report") / "index.html").read_text())
+    assert not {"b", "i", "u", "script"} & {tag for tag, _ in page.elements}
+    assert "<b>bold</b>" in page.text and "<u>Title</u>" in page.text and "<i>model</i>" in page.text
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        [f"transformer.h.{block}.{kind}" for block in range(2) for kind in ("attn.c_attn", "mlp.c_fc")],
+        [f"model.layers.{block}.mlp.experts.{expert}.up_proj" for block in range(200) for expert in range(2)],
+        ["only"],
+    ],
+)
+def test_other_architectures(tmp_path, modules):
+    Page(write(finished(tmp_path, modules)))
+
+
+def test_without_questions_and_optional_facts(tmp_path):
+    evaluated = evaluation(questions=False)
+    del evaluated["losses__csv"], evaluated["tasks__json"]
+    workspace = finished(tmp_path, LLAMA, evaluated)
+    publish(workspace, "capture", capture__json={})
+    publish(workspace, "kronecker", kronecker__json={})
+    publish(workspace, "subspace", subspace__json={})
+    page = Page(write(workspace))
+    assert "knowledge questions" not in page.text.lower() and "None" not in page.text and "nan" not in page.text
+    assert "The capture stage recorded no facts." in page.text
+
+
+def test_further_tasks(tmp_path):
+    result = {"metrics": {"acc": {"value": 0.25, "standard_error": None}}, "documents": 12}
+    tasks = {"mmlu": {"dense": {"mmlu": result}, "compressed": {"mmlu": result}}}
+    page = Page(write(finished(tmp_path, LLAMA, evaluation() | {"tasks__json": tasks})))
+    assert "mmlu, acc" in page.text and "0.2500" in page.text
+
+
+def test_a_stage_that_has_not_finished_is_named(tmp_path):
+    workspace = finished(tmp_path, LLAMA)
+    shutil.rmtree(workspace.out("ranks"))
+    with pytest.raises(CorruptArtifact, match="stage 'ranks' has not finished"):
+        report.run(workspace, ReportParams())
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        ("model.layers.3.self_attn.q_proj", (3, "self_attn.q_proj")),
+        ("transformer.h.11.attn.c_attn", (11, "attn.c_attn")),
+        ("model.layers.2.mlp.experts.7.up_proj", (2, "mlp.experts.*.up_proj")),
+        ("lm_head", (0, "lm_head")),
+        ("blocks.4", (0, "blocks.4")),
+    ],
+)
+def test_place_of_a_module(module, expected):
+    assert place(module) == expected
+
+
+def test_modules_of_one_cell_are_joined():
+    names = ["layers.0.experts.0.up", "layers.0.experts.1.up", "layers.1.experts.0.up"]
+    assert gather(names) == {"experts.*.up": {0: names[:2], 1: names[2:]}}
+
+
+def test_spectra_by_module():
+    found = read_spectra(spectra_rows(["b", "a"]))
+    assert list(found) == ["b", "a"]
+    assert found["a"].tolist() == [3.0, 1.0, 0.1, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "–"),
+        (0, "0"),
+        (0.0, "0.0"),
+        (33.92, "33.9"),
+        (1234.5, "1,234"),
+        (-0.01234, "−0.0123"),
+        (9.999, "10.00"),
+        (3e7, "3.00e+07"),
+        (106168320, "106,168,320"),
+    ],
+)
+def test_numbers_for_people(value, expected):
+    assert number(value) == expected
+
+
+def test_units_and_escapes():
+    assert (percent(0.8), percent(-0.05, sign=True), megabytes(538_090_408), megabytes(12)) == tuple(
+        text.replace(" ", "\N{NO-BREAK SPACE}") for text in ("80.0 %", "−5.0 %", "538 MB", "12 B")
+    )
+    assert (
+        element("p", "a < b", Markup("<i>c</i>"), None, class_="x", title='"')
+        == '<p class="x" title="&quot;">a &lt; b<i>c</i></p>'
+    )
+
+
+@pytest.mark.parametrize(
+    "points",
+    [[], [(0, 1)], [(0, 5), (1, 5)], [(0, float("nan")), (1, 2), (2, float("inf"))], [(0, -1e-9), (1e9, 1e-9)]],
+)
+def test_charts_of_awkward_data(points):
+    chart = line_chart("label", [Line("line", points)], "x", "y")
+    assert "nan" not in chart and "inf" not in chart
+
+
+def test_layers_that_share_a_right_factor_are_shown_together():
+    rows = [
+        {"module": f"model.layers.0.attn.{name}", "n": n, "m": 8, "rank": 6, "stored_parameters": stored, "dense_parameters": 8 * n,
+         "method": "fasc", "allocator": "fisher", "storage": "factors", "site": "model.layers.0.attn.q"}
+        for name, n, stored in (("q", 8, 48 + 48), ("k", 2, 12), ("v", 2, 12))
+    ]  # fmt: skip
+    picture = rank_views(rows)
+    assert picture.count("125.0% of its parameters kept".replace("%", " %")) in (0, 3)
+    assert "attn.k, block 0: rank 2 of 2" in picture
+    assert "share one right factor" in picture
+    spectra = pa.table({"module": ["model.layers.0.attn.q"] * 8, "sigma": np.linspace(1, 0.1, 8)})
+    assert spectrum_views(spectra, rows).count('class="dot"') == 1
+
+
+def test_the_descent_is_shown():
+    rows = layer_rows(["model.layers.0.q", "model.layers.1.q", "model.layers.0.o"])
+    steps = [
+        {"step": step, "loss": 2.0 - step / 4, "tau": 0.1 / (1 + step), "module": row["module"], "mu": 2.0 + step / 10}
+        for step in range(4)
+        for row in rows
+    ]
+    view = trajectory_view(steps, rows)
+    assert "over the 4 steps of FermiGrad" in view
+    assert "2.00 on average, that of the last 1.25" in view
+    assert view.count("<polyline") == 2
+    assert trajectory_view([], rows) is None
