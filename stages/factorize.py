@@ -27,7 +27,6 @@ from fisherfold.export.architecture import (
 from fisherfold.export.gauges import SHARED_MEMBER, gauge_site, product, right_factor
 from fisherfold.export.gguf_export import gguf_format, write_gguf
 from fisherfold.export.model_card import compressed_card, dense_card
-from fisherfold.export.refinement import refined_bases
 from fisherfold.network.layers import LinearLayer
 from fisherfold.network.models import DTYPES, read_weight
 from fisherfold.network.sites import Site, read_sites
@@ -74,9 +73,8 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         InputError: the model's architecture is not one of transformers' own, so its code cannot travel with the checkpoint.
         CorruptArtifact: the output of an earlier stage is not whole, or the saved tensors are not what was planned.
         NotEnoughDisk: the checkpoint would not fit.
-        ParameterError: see `refined_bases`.
     """
-    with Scratch(workspace, "factorize", params, _inputs(workspace, params)) as scratch:
+    with Scratch(workspace, "factorize", params, _inputs(workspace)) as scratch:
         if scratch.republish():
             return
         architecture = dense_architecture(workspace.model)
@@ -89,14 +87,10 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         dense = {name: tensor.cast(dtype) for name, tensor in stored.items()}
         scratch.require_disk(count_bytes(dense) * (2 + params.dense_export + params.gguf_export))
         low_rank = [site for site in sites if plan[site.name]["storage"] != DENSE]
-        bases = dict.fromkeys((site.name for site in low_rank), workspace.out("subspace") / "bases")
-        if params.alternations:
-            layers = {site.name: site.layers[0] for site in low_rank if plan[site.name]["rank"]}
-            ranks = {name: plan[name]["rank"] for name in layers}
-            bases |= dict.fromkeys(layers, refined_bases(scratch, workspace, layers, ranks, params.alternations))
+        bases = workspace.out("subspace") / "bases"
         units = {
             site.name: (
-                bases[site.name],
+                bases,
                 workspace.model,
                 site,
                 plan[site.name]["rank"],
@@ -123,9 +117,8 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
                 write_gguf(out / "model.gguf", architecture.config, workspace.model, tensors, dtype)
 
 
-def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
-    refinement = {"kronecker": verify_output(workspace.out("kronecker"))} if params.alternations else {}
-    return refinement | {
+def _inputs(workspace: Workspace) -> dict[str, str]:
+    return {
         "model": verify_output(workspace.out("prepare"), "model/"),
         "facts": verify_output(workspace.out("prepare"), "prepare.json"),
         "bases": verify_output(workspace.out("subspace"), "bases"),

@@ -2,7 +2,7 @@
 
 Reads the statistics, gradients and tokens of stage `capture`; writes, in model order, diagnostics.parquet (one row a layer),
 comparison.parquet (one row a layer and estimator), kronecker.json, and, if the estimator computes factors of its own, factors/ with
-<layer>/A [m, m] and <layer>/B [n, n] in float32 (with kronecker.rank above one also <layer>/A_2, <layer>/B_2, …).
+<layer>/A [m, m] and <layer>/B [n, n] in float32.
 """
 
 import json
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from fisherfold.fisher.estimators import ESTIMATORS, Estimate, Evidence
+from fisherfold.fisher.estimators import ESTIMATORS, Evidence
 from fisherfold.fisher.fisher_diagnostics import LEVELS, describe_estimate, describe_layer
 from fisherfold.linalg.leading_pairs import SOLVERS
 from fisherfold.network.layers import LinearLayer
@@ -103,7 +103,7 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
         layers = statistics.layers
         if estimator.makes_factors:
             numbers = sum(layer.outputs**2 + layer.inputs**2 for layer in layers)
-            scratch.require_disk(4 * params.rank * numbers)
+            scratch.require_disk(4 * numbers)
         units = {layer.name: (capture, layer, params) for layer in layers}
         sizes = {layer.name: layer.dense_numbers for layer in layers}
         folders = scratch.map("estimating Kronecker factors", estimate_layer, units, sizes)
@@ -129,8 +129,6 @@ def _require(statistics: Statistics, params: KroneckerParams) -> None:
     reads = ESTIMATORS.lookup(params.estimator).reads
     if reads is not None and not getattr(statistics, reads):
         raise ParameterError(f"kronecker.estimator = {params.estimator!r} needs {NEEDED[reads]}, or choose 'kfac'.")
-    if params.prior and params.rank > 1:
-        raise ParameterError("kronecker.prior shrinks a single pair: set kronecker.rank = 1, or kronecker.prior = 0.")
 
 
 def estimate_layer(folder: Path, capture: Path, layer: LinearLayer, params: KroneckerParams) -> None:
@@ -143,7 +141,8 @@ def estimate_layer(folder: Path, capture: Path, layer: LinearLayer, params: Kron
             estimate = estimator.estimate(evidence)
             rows.append({"module": layer.name, **describe_estimate(evidence, name, estimate)})
             if name == params.estimator and estimator.makes_factors:
-                write_arrays(folder / "factors", _arrays(layer, estimate))
+                factors = {f"{layer.name}/A": estimate.A.float(), f"{layer.name}/B": estimate.B.float()}
+                write_arrays(folder / "factors", factors)
         about = describe_layer(evidence)
     except (NumericalError, torch.linalg.LinAlgError) as error:
         raise NumericalError(f"Stage 'kronecker', module {layer.name!r}: {error}. {NOT_FINITE}") from error
@@ -154,14 +153,6 @@ def estimate_layer(folder: Path, capture: Path, layer: LinearLayer, params: Kron
     }
     diagnostics = {**facts, **about, "sequences": evidence.statistics.sequences}
     (folder / "estimate.json").write_text(json.dumps({"diagnostics": diagnostics, "comparison": rows}, sort_keys=True))
-
-
-def _arrays(layer: LinearLayer, estimate: Estimate) -> dict[str, torch.Tensor]:
-    """The factors by the names they are stored under."""
-    arrays = {f"{layer.name}/A": estimate.A.float(), f"{layer.name}/B": estimate.B.float()}
-    for index, (A, B, _) in enumerate(estimate.further, start=2):
-        arrays |= {f"{layer.name}/A_{index}": A.float(), f"{layer.name}/B_{index}": B.float()}
-    return arrays
 
 
 def _check_finite(rows: Sequence[dict], layer: LinearLayer) -> None:

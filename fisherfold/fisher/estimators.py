@@ -31,8 +31,7 @@ class Estimate:
     Attributes:
         A: [m, m].
         B: [n, n].
-        further: of Kronecker rank above one, more pairs (A_r, B_r, σ_r) to add to A ⊗ B, orthogonal to it and to each other.
-        nearest_norm: ‖A ⊗ B (+ further)‖, if no other such sum is nearer to F.
+        nearest_norm: ‖A ⊗ B‖, if no other pair is nearer to F.
         iterations: steps done.
         converged: whether they reached the tolerance.
         samples: rank-one terms that A and B are sums of, the nominal sample count of `shrinkage.oas`.
@@ -45,7 +44,6 @@ class Estimate:
     variances: tuple[float, float] | None = None
     iterations: int = 0
     converged: bool = True
-    further: tuple[tuple[torch.Tensor, torch.Tensor, float], ...] = ()
     nearest_norm: float | None = None
 
 
@@ -134,13 +132,13 @@ def sequence(evidence: Evidence) -> Estimate:
 
     With kronecker.sequences_per_gradient = c, to that of gradients averaged over c sequences, as the paper did (c = 32).
     """
-    pair = evidence.nearest(evidence.fisher, with_variances=True, rank=evidence.params.rank)
+    pair = evidence.nearest(evidence.fisher, with_variances=True)
     facts, layer, together = evidence.statistics.facts, evidence.layer, evidence.params.sequences_per_gradient
     of_sequence = facts["sketch_rank" if facts["gradients"] == "sketch" else "sequence_length"]
     rank = min(together * of_sequence, layer.outputs, layer.inputs)
     return replace(
         _of_pair(evidence, pair, evidence.fisher.count * rank),
-        nearest_norm=None if evidence.params.prior else pair.sum_norm,
+        nearest_norm=None if evidence.params.prior else pair.norm,
     )
 
 
@@ -151,7 +149,7 @@ def token(evidence: Evidence) -> Estimate:
     huge gradients rule this Fisher (their norms count to the fourth power), so they are clipped to kronecker.clip times the
     median norm, and kronecker.trim_tokens leaves out the first tokens of every sequence.
     """
-    pair = evidence.nearest(evidence.token_fisher, with_variances=True, rank=evidence.params.rank)
+    pair = evidence.nearest(evidence.token_fisher, with_variances=True)
     return _of_pair(evidence, pair, evidence.token_fisher.count)
 
 
@@ -162,7 +160,7 @@ def _of_pair(evidence: Evidence, pair: KroneckerPair, samples: int) -> Estimate:
         A, of_A = shrink(A, statistics.input_covariance(layer), prior)
         B, of_B = shrink(B, statistics.output_covariance(layer), prior)
         variances = variances and (of_A * variances[0], of_B * variances[1])
-    return Estimate(A, B, (samples, samples), variances, pair.iterations, pair.converged, further=pair.further)
+    return Estimate(A, B, (samples, samples), variances, pair.iterations, pair.converged)
 
 
 def shrink(factor: torch.Tensor, target: torch.Tensor, share: float) -> tuple[torch.Tensor, float]:

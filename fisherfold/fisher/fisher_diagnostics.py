@@ -93,9 +93,8 @@ def _fit(evidence: Evidence, estimate: Estimate, level: Level) -> dict:
     if estimate.nearest_norm is not None:
         scale, norm = 1.0, estimate.nearest_norm
     else:
-        pairs = [(estimate.A, estimate.B), *((A, B) for A, B, _ in estimate.further)]
-        size = sum((_norm(A) * _norm(B)) ** 2 for A, B in pairs) ** 0.5
-        norm = sum(evidence.fisher.overlap(A, B) for A, B in pairs) / size if size > 0 else 0.0
+        size = _norm(estimate.A) * _norm(estimate.B)
+        norm = evidence.fisher.overlap(estimate.A, estimate.B) / size if size > 0 else 0.0
         scale = norm / size if size > 0 else None
     return {"scale": scale, "norm": norm, "residual": relative_residual(norm, evidence.fisher_norm)}
 

@@ -260,7 +260,7 @@ def fisher_of(blocks: Callable[[], Iterable[Gradients]]) -> StreamedFisher | Spa
 
 @dataclass(frozen=True)
 class KroneckerPair:
-    """A ⊗ B nearest to F, and further pairs: A ⊗ B + Σ A_r ⊗ B_r is the nearest sum of as many.
+    """A ⊗ B nearest to F.
 
     Attributes:
         A: input factor [m, m], of norm √σ₁.
@@ -270,7 +270,6 @@ class KroneckerPair:
         iterations: iterations done, each one A step and one B step.
         converged: whether the last iteration moved the unit factor B by no more than the tolerance.
         variances: of A and B, see `relative_variance`; None if they were not asked for, or there is one gradient.
-        further: (A_r, B_r, σ_r), symmetric but not semi-definite, σ descending; all pairs are orthogonal to one another.
     """
 
     A: torch.Tensor
@@ -280,17 +279,11 @@ class KroneckerPair:
     iterations: int
     converged: bool
     variances: tuple[float, float] | None = None
-    further: tuple[tuple[torch.Tensor, torch.Tensor, float], ...] = ()
-
-    @property
-    def sum_norm(self) -> float:
-        """‖A ⊗ B + Σ A_r ⊗ B_r‖ = √Σ σ²."""
-        return math.hypot(self.norm, *(sigma for _, _, sigma in self.further))
 
     @property
     def residual(self) -> float | None:
-        """‖F − all pairs‖ / ‖F‖, None for F = 0. In float32, values below 1e-3 are rounding."""
-        return relative_residual(self.sum_norm, self.fisher_norm)
+        """‖F − A ⊗ B‖ / ‖F‖, None for F = 0. In float32, values below 1e-3 are rounding."""
+        return relative_residual(self.norm, self.fisher_norm)
 
 
 def relative_residual(norm: float, fisher_norm: float) -> float | None:
@@ -304,23 +297,21 @@ def nearest_kronecker(
     iterations: int = 200,
     tolerance: float = 1e-4,
     method: str = "power",
-    rank: int = 1,
     with_norm: bool = True,
     with_variances: bool = False,
 ) -> KroneckerPair:
-    """The nearest Kronecker pair of F (or sum of `rank` pairs), by one of `leading_pairs.SOLVERS`.
+    """The nearest Kronecker pair of F, by one of `leading_pairs.SOLVERS`.
 
-    Each σ is split evenly, ‖A‖_F = ‖B‖_F = √σ. The common sign of two factors is that which makes tr A + tr B positive: the leading
+    σ₁ is split evenly, ‖A‖_F = ‖B‖_F = √σ₁. The common sign of the factors is that which makes tr A + tr B positive: the leading
     pair of a Fisher is semi-definite, and Lanczos finds it up to a sign. A vanishing F gives vanishing factors.
 
     Args:
         fisher: F, see `fisher_of`.
         start: positive semi-definite A [m, m] to start from, else the identity. The token-wise Σ x xᵀ saves steps of a streamed F.
-        iterations: at most so many for each pair.
+        iterations: at most so many.
         tolerance: stop when an iteration changes (or would change) the unit factor B by no more, in Frobenius norm. Below 1e-6 only
             in float64.
         method: power or lanczos.
-        rank: pairs wanted; fewer come if F is an exact sum of fewer.
         with_norm: whether ‖F‖ is wanted, which streamed over many blocks costs more than the steps.
         with_variances: whether the sampling variances of the factors are wanted, which streamed cost half a step.
 
@@ -333,13 +324,12 @@ def nearest_kronecker(
     if B is None:
         A, B = (torch.zeros(size, size) for size in reversed(fisher.shape))
         return KroneckerPair(A, B, 0.0, 0.0, 0, True)
-    found = solve(fisher, B, iterations, tolerance, rank)
+    found = solve(fisher, B, iterations, tolerance)
     fisher_norm = math.sqrt(fisher.norm_squared()) if with_norm else None
-    variances = fisher.variances(*found.pairs[0], found.sigmas[0]) if with_variances else None
-    first, *further = (
-        (*_factors(fisher, *pair, sigma), sigma) for pair, sigma in zip(found.pairs, found.sigmas, strict=True)
-    )
-    return KroneckerPair(*first, fisher_norm, found.iterations, found.converged, variances, tuple(further))
+    pair, sigma = found.pairs[0], found.sigmas[0]
+    variances = fisher.variances(*pair, sigma) if with_variances else None
+    A, B = _factors(fisher, *pair, sigma)
+    return KroneckerPair(A, B, sigma, fisher_norm, found.iterations, found.converged, variances)
 
 
 def leading_sigmas(

@@ -51,9 +51,9 @@ class LeadingPairs:
 
 
 class Solver(Protocol):
-    """Finds the `count` leading pairs of `map` from a unit left vector `start`, in at most `iterations` steps for each."""
+    """Finds the leading pair of `map` from a unit left vector `start`, in at most `iterations` steps."""
 
-    def __call__(self, map: PairMap, start: Vector, iterations: int, tolerance: float, count: int) -> LeadingPairs: ...
+    def __call__(self, map: PairMap, start: Vector, iterations: int, tolerance: float) -> LeadingPairs: ...
 
 
 SOLVERS: Registry[Solver] = Registry("kronecker.method")
@@ -75,46 +75,20 @@ def combine(vectors: Sequence[Vector], weights: Sequence[float]) -> Vector:
 
 
 @SOLVERS.register("power")
-def power(map: PairMap, start: Vector, iterations: int, tolerance: float, count: int = 1) -> LeadingPairs:
-    """Alternating power steps; each further pair orthogonal to the ones before (deflation).
+def power(map: PairMap, start: Vector, iterations: int, tolerance: float) -> LeadingPairs:
+    """Alternating power steps from a unit vector B until it stays.
 
-    The iterates of the first pair are positive semi-definite if R and the start are.
+    The iterates are positive semi-definite if R and the start are.
     """
-    pairs, sigmas, total, converged = [], [], 0, True
-    for _ in range(count):
-        found = [B for _, B in pairs]
-        B = _orthogonal(start, found)
-        if found and B.norm() <= tolerance * start.norm():
-            break  # the start holds nothing of further pairs: R has one pair, up to rounding
-        A, B, sigma, done, settled = _alternate(map, B / B.norm(), found, iterations, tolerance)
-        if found and sigma <= UNSEEN * sigmas[0]:
-            break
-        pairs.append((A, B))
-        sigmas.append(sigma)
-        total, converged = total + done, converged and settled
-    return LeadingPairs(tuple(pairs), tuple(sigmas), total, converged)
-
-
-def _alternate(
-    map: PairMap, B: Vector, found: Sequence[Vector], iterations: int, tolerance: float
-) -> tuple[Vector, Vector, float, int, bool]:
-    """Steps from a unit vector B, orthogonal to those found before, until it stays: A, B, σ, steps, whether it stayed."""
-    done, settled = 0, False
+    B, done, settled = start, 0, False
     while done < iterations and not settled:
         A = map.inputs(B)
         A = A / A.norm()
-        image = _orthogonal(map.outputs(A), found)
+        image = map.outputs(A)
         sigma = image.norm()
         before, B = B, image / sigma
         done, settled = done + 1, float((B - before).norm()) <= tolerance
-    return A, B, float(sigma), done, settled
-
-
-def _orthogonal(vector: Vector, found: Sequence[Vector]) -> Vector:
-    """What is left of a vector orthogonal to the unit vectors `found`."""
-    for other in found:
-        vector = vector - other * inner(other, vector)
-    return vector
+    return LeadingPairs(((A, B),), (float(sigma),), done, settled)
 
 
 @SOLVERS.register("lanczos")

@@ -70,7 +70,6 @@ class KroneckerParams(ComputeBlock):
     iterations: Count = 200
     tolerance: Annotated[float, Field(gt=0)] = 1e-4
     dtype: Literal["float32", "float64"] = "float32"
-    rank: Count = 1
     sequences_per_gradient: Count = 1
     prior: Damping = 0.0
     clip: Annotated[float, Field(gt=0)] | None = None
@@ -140,7 +139,6 @@ class FactorizeParams(ComputeBlock):
     threads: Count = 1
     dtype: Dtype | None = None
     dense_export: bool = False
-    alternations: Annotated[int, Field(ge=0)] = 0
     gguf_export: bool = False
 
 

@@ -12,17 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fisherfold.allocators.cost import FORMATS
 from fisherfold.export.architecture import dense_architecture
-from fisherfold.fisher.kronecker_sum import weighted_loss
 from fisherfold.network.layers import read_layers
-from fisherfold.network.models import read_weight
 from fisherfold.network.sites import read_sites
 from fisherfold.run import scratch
 from fisherfold.run.checkpoint import read_tensors
 from fisherfold.run.errors import CorruptArtifact, InputError, NotEnoughDisk
 from fisherfold.run.files import digest_file
-from fisherfold.run.params import FactorizeParams, KroneckerParams
-from fisherfold.run.scratch import Scratch
-from fisherfold.run.store import read_array, write_arrays
+from fisherfold.run.params import FactorizeParams
+from fisherfold.run.store import read_array
 from fisherfold.run.workspace import Workspace
 from stages import factorize
 
@@ -109,43 +106,6 @@ def test_shared_right_factors_are_stored_once(tmp_path, family, storage):
     compressed = AutoModelForCausalLM.from_pretrained(workspace.out("factorize") / "model", trust_remote_code=True)
     ids = random_ids(2, 9)
     torch.testing.assert_close(compressed.eval()(ids).logits, dense(ids).logits, atol=1e-4, rtol=1e-4)
-
-
-def test_alternations_change_what_is_stored_for_the_better(tmp_path):
-    """Under a sum of pairs that the bases were not made for, every truncated layer of the export loses less."""
-    workspace = subspace_workspace(tmp_path, metric="gfwsvd")
-    publish_ranks(workspace, mixed_ranks(workspace))
-    layers = read_layers(workspace.out("subspace"))
-    pairs = {layer.name: [random_pair(layer, seed) for seed in range(2)] for layer in layers}
-    with Scratch(workspace, "kronecker", KroneckerParams(), {}) as scratch, scratch.publish() as out:
-        sides = {f"{name}/{side}{suffix}": matrix
-                 for name, terms in pairs.items() for suffix, pair in zip(("", "_2"), terms) for side, matrix in zip("AB", pair)}  # fmt: skip
-        write_arrays(out / "factors", sides)
-        (out / "kronecker.json").write_text(json.dumps({"rank": 2}))
-    losses = []
-    for alternations in (0, 20):
-        _, facts = factorized(workspace, dense_export=True, alternations=alternations)
-        dense = read_tensors(workspace.out("factorize") / "dense")
-        errors = {
-            layer.name: read_weight(workspace.model, layer).double() - dense[f"{layer.name}.weight"].read()
-            for layer in layers
-        }
-        losses.append(
-            {
-                name: weighted_loss(error, [tuple(m.double() for m in pair) for pair in pairs[name]])
-                for name, error in errors.items()
-            }
-        )
-    truncated = [name for name, record in facts["layers"].items() if record["rank"]]
-    assert len(truncated) > 5
-    assert all(losses[1][name] < 0.95 * losses[0][name] for name in truncated)
-
-
-def random_pair(layer, seed):
-    """Positive definite A [m, m] and B [n, n], float32."""
-    generator = torch.Generator().manual_seed(seed)
-    roots = (torch.randn(size, size, generator=generator) for size in (layer.inputs, layer.outputs))
-    return tuple(root @ root.T / len(root) + 0.1 * torch.eye(len(root)) for root in roots)
 
 
 def test_counts_come_from_the_saved_tensors(llama):

@@ -109,8 +109,6 @@ def test_a_prior_mixes_in_the_token_wise_factors(tmp_path: Path, estimator: str)
             scale = ((F * product).sum() / product.square().sum()).item()
             assert row["scale"] == pytest.approx(scale, rel=1e-4)
             assert row["residual"] == pytest.approx(((F - scale * product).norm() / F.norm()).item(), rel=1e-4)
-    with pytest.raises(ParameterError, match=r"kronecker\.rank = 1"):
-        run(tiny, estimator=estimator, prior=0.3, rank=2)
 
 
 def test_without_gradients(tmp_path: Path) -> None:
