@@ -105,7 +105,7 @@ def run_stage(sequences: int, blocks: int, length: int) -> None:
 
 def peak_bytes() -> int:
     """VmHWM: unlike ru_maxrss it does not count what the parent process held."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 

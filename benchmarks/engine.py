@@ -165,7 +165,7 @@ def small_project(folder: Path) -> Path:
     llama(folder / "model", 16, 24, 30, 2, 1)
     drawn = random.Random(0)
     articles = [" ".join(f"w{drawn.randrange(3, VOCABULARY)}" for _ in range(40)) for _ in range(400)]
-    (folder / "corpus.txt").write_text("\n\n".join(articles) + "\n")
+    (folder / "corpus.txt").write_text("\n\n".join(articles) + "\n", encoding="utf-8")
     questions = [
         {
             "question": f"w{i + 3}",
@@ -175,7 +175,7 @@ def small_project(folder: Path) -> Path:
         }
         for i in range(200)
     ]
-    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)) + "\n")
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)) + "\n", encoding="utf-8")
     yaml = YAML()
     document = yaml.load(folder / "params.yaml")
     own = {"model": "model", "corpus": "corpus.txt", "questions": "questions.jsonl", "sequence_length": 16}

@@ -46,7 +46,7 @@ class StageProgress:
 
 def metrics_table(workspace: Workspace) -> None:
     """A table: quality and size of the dense and the compressed model."""
-    metrics = json.loads((workspace.out("evaluate") / "metrics.json").read_text())
+    metrics = json.loads((workspace.out("evaluate") / "metrics.json").read_text(encoding="utf-8"))
     rows = [
         {"measure": key, "dense": metrics["dense"].get(key), "compressed": value}
         for key, value in metrics["compressed"].items()

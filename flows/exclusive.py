@@ -21,7 +21,7 @@ def exclusive(workspace: Workspace, on_wait: Callable[[str], None], what: str = 
     """
     path = workspace.root / ".dvc" / "tmp" / f"fisherfold-{what}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -83,7 +83,9 @@ class Project:
         if not (root / ".git" / "ready").exists():
             shutil.rmtree(root, ignore_errors=True)
             self._populate(root)
-            (workspace.root / PARAMS).write_text(overridden(self.workspace.root / PARAMS, overrides)[0])
+            (workspace.root / PARAMS).write_text(
+                overridden(self.workspace.root / PARAMS, overrides)[0], encoding="utf-8"
+            )
             _share_cache(self.workspace, workspace)
             (root / ".git" / "ready").touch()
         return workspace
@@ -162,7 +164,7 @@ def _output(command: list[str], folder: Path) -> str:
     Raises:
         FisherfoldError: it failed; the message ends with what it said.
     """
-    result = subprocess.run(command, cwd=folder, env=tool_environment(), capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder, env=tool_environment(), capture_output=True, text=True, encoding="utf-8", errors="replace")
     if result.returncode:
         said = " ".join((result.stderr or result.stdout).strip().splitlines()[-2:])
         raise FisherfoldError(f"`{' '.join(command[:6])}` failed in {folder}: {said}")

@@ -23,7 +23,7 @@ def override_params(path: Path, assignments: Sequence[str]) -> None:
     """
     text, _ = overridden(path, assignments)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -54,13 +54,13 @@ def release_dead_locks(workspace: Workspace) -> None:
         return
     with make_lock(str(folder / RWLOCK_LOCK), tmp_dir=str(folder)):  # who writes the list holds this
         try:
-            locks = json.loads(path.read_text())
+            locks = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             locks = None
         alive = {mode: _living_holders(paths) for mode, paths in (locks or {}).items()}
         if alive != locks:
             partial = path.with_name(f"{RWLOCK_FILE}.partial")
-            partial.write_text(json.dumps(alive))
+            partial.write_text(json.dumps(alive), encoding="utf-8")
             partial.replace(path)
 
 

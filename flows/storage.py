@@ -83,7 +83,7 @@ def cached_pointers(workspace: Workspace) -> Iterator[Path]:
     with Repo(str(workspace.root)) as repo:
         cache = Path(repo.cache.local.path)
     for listing in cache.glob("*/*.dir"):
-        for entry in json.loads(listing.read_text()):
+        for entry in json.loads(listing.read_text(encoding="utf-8")):
             if entry["relpath"].endswith(SUFFIX):
                 pointer = cache / entry["md5"][:2] / entry["md5"][2:]
                 if not pointer.exists():

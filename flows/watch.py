@@ -88,7 +88,7 @@ def _attend(
     process: subprocess.Popen, lines: SimpleQueue, counts: Path, watcher: Watcher, pump: threading.Thread
 ) -> int:
     """Hand on what comes until the process has ended."""
-    with counts.open() as recorded:
+    with counts.open(encoding="utf-8") as recorded:
         while True:
             status = _wait(process)
             if status is not None:

@@ -169,7 +169,7 @@ def _publish(
     facts, shards = _gather_facts(scratch, params, length, roots)
     with scratch.publish() as out:
         write_layers(out, layers)
-        (out / "capture.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        (out / "capture.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         gather_groups(out / "statistics", [scratch.units / _unit_name(*root) / "statistics" for root in roots])
         for name, part in shards.items():
             units = [scratch.units / _unit_name(index, part) for index, _ in roots]
@@ -226,7 +226,7 @@ def _gather_facts(
 
 
 def _shard_facts(scratch: Scratch, index: int, part: Part) -> dict:
-    return json.loads((scratch.units / _unit_name(index, part) / FACTS_FILE).read_text())
+    return json.loads((scratch.units / _unit_name(index, part) / FACTS_FILE).read_text(encoding="utf-8"))
 
 
 def _in_all(lists: Sequence[list[str]]) -> list[str]:

@@ -133,7 +133,7 @@ def _task_folders(workspace: Workspace, params: EvaluateParams) -> tuple[Path | 
 def _read_sizes(workspace: Workspace) -> dict[str, int]:
     path = workspace.out("factorize") / "factorize.json"
     try:
-        size = json.loads(path.read_text())
+        size = json.loads(path.read_text(encoding="utf-8"))
         return {name: size[name] for name in SIZES}
     except (OSError, ValueError, KeyError, TypeError) as error:
         cure = "Write it with `dvc repro --force --single-item factorize`."
@@ -213,7 +213,9 @@ def _answer_questions(scratch: Scratch, models: dict[str, ModelRun], table: Path
         name: [
             row
             for start in runs
-            for row in json.loads((folders[f"knowledge-{name}-{start:06d}"] / "answers.json").read_text())
+            for row in json.loads(
+                (folders[f"knowledge-{name}-{start:06d}"] / "answers.json").read_text(encoding="utf-8")
+            )
         ]
         for name in models
     }
@@ -256,7 +258,10 @@ def _run_further_tasks(
     }
     folders = scratch.map("lm-eval tasks", _run_task, work) if work else {}
     return {
-        task: {name: json.loads((folders[units[task, name]] / "results.json").read_text()) for name in models}
+        task: {
+            name: json.loads((folders[units[task, name]] / "results.json").read_text(encoding="utf-8"))
+            for name in models
+        }
         for task in tasks
     }
 
@@ -277,7 +282,7 @@ def _metrics(text: dict, knowledge: dict | None, size: dict[str, int]) -> dict:
 
 
 def _write_losses(path: Path, losses: dict[str, np.ndarray]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["position", *MODELS])
         writer.writerows(mean_by_position(losses, POSITION_RUNS))
@@ -298,4 +303,4 @@ def _answers_table(questions: pa.Table, answers: dict[str, list[dict]]) -> pa.Ta
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")

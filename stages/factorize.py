@@ -107,11 +107,13 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         with scratch.publish() as out:
             write_model(out / "model", workspace, architecture, dense, compressed, dtype)
             facts = _count(out / "model", stored, plan, compressed)
-            (out / "model" / "README.md").write_text(compressed_card(workspace, architecture, facts, params))
-            (out / "factorize.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+            (out / "model" / "README.md").write_text(
+                compressed_card(workspace, architecture, facts, params), encoding="utf-8"
+            )
+            (out / "factorize.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             if params.dense_export:
                 write_dense(out / "dense", workspace, dense, compressed, dtype)
-                (out / "dense" / "README.md").write_text(dense_card(workspace, architecture, facts))
+                (out / "dense" / "README.md").write_text(dense_card(workspace, architecture, facts), encoding="utf-8")
             if params.gguf_export:
                 tensors = dense_tensors(dense, compressed, dtype)
                 write_gguf(out / "model.gguf", architecture.config, workspace.model, tensors, dtype)
@@ -152,7 +154,7 @@ def factorize_site(
         own = folder / layer.name
         own.mkdir()
         write_tensors(own, {name: _as_stored(values, dtype) for name, values in sorted(stored.parameters.items())})
-        (own / "layer.json").write_text(json.dumps(record, sort_keys=True) + "\n")
+        (own / "layer.json").write_text(json.dumps(record, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -170,7 +172,7 @@ def _stored_site(site: Site, folder: Path) -> dict[str, StoredLayer]:
     """The layers of a site by name."""
     found: dict[str, StoredLayer] = {}
     for layer in site.layers:
-        record = json.loads((folder / layer.name / "layer.json").read_text())
+        record = json.loads((folder / layer.name / "layer.json").read_text(encoding="utf-8"))
         found[layer.name] = StoredLayer(layer, folder / layer.name, record, found.get(record.get("source")))
     return found
 
@@ -222,8 +224,10 @@ def write_dense(
     """The same model with every product multiplied out, in the dense architecture, for tools that know no low-rank layer."""
     folder.mkdir(parents=True)
     write_tensors(folder, dense_tensors(dense, compressed, dtype))
-    config = json.loads((workspace.model / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    config = json.loads((workspace.model / "config.json").read_text(encoding="utf-8")) | {
+        "dtype": str(dtype).removeprefix("torch.")
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     copy_companions(workspace.model, folder)
 
 

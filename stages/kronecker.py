@@ -107,7 +107,7 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
         units = {layer.name: (capture, layer, params) for layer in layers}
         sizes = {layer.name: layer.dense_numbers for layer in layers}
         folders = scratch.map("estimating Kronecker factors", estimate_layer, units, sizes)
-        found = [json.loads((folders[layer.name] / "estimate.json").read_text()) for layer in layers]
+        found = [json.loads((folders[layer.name] / "estimate.json").read_text(encoding="utf-8")) for layer in layers]
         rows = [entry["diagnostics"] for entry in found]
         comparison = [row for entry in found for row in entry["comparison"]]
         _describe(rows, params)
@@ -119,7 +119,7 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
             pq.write_table(pa.Table.from_pylist(rows, DIAGNOSTICS), out / "diagnostics.parquet")
             pq.write_table(pa.Table.from_pylist(comparison, COMPARISON), out / "comparison.parquet")
             facts = {**params.model_dump(), "factors": estimator.makes_factors}
-            (out / "kronecker.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+            (out / "kronecker.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             if estimator.makes_factors:
                 gather_groups(out / "factors", [folders[layer.name] / "factors" for layer in layers])
 
@@ -152,7 +152,9 @@ def estimate_layer(folder: Path, capture: Path, layer: LinearLayer, params: Kron
         key: chosen[key] for key in ("module", "estimator", "scale", "norm", "residual", "iterations", "converged")
     }
     diagnostics = {**facts, **about, "sequences": evidence.statistics.sequences}
-    (folder / "estimate.json").write_text(json.dumps({"diagnostics": diagnostics, "comparison": rows}, sort_keys=True))
+    (folder / "estimate.json").write_text(
+        json.dumps({"diagnostics": diagnostics, "comparison": rows}, sort_keys=True), encoding="utf-8"
+    )
 
 
 def _check_finite(rows: Sequence[dict], layer: LinearLayer) -> None:

@@ -75,7 +75,9 @@ def write_tables(
     for name, split in splits.items():
         write_sequences(folder / "tables" / f"{name}.parquet", split.input_ids, split.articles, vocabulary)
     write_table(folder / "tables" / "questions.parquet", questions_table(rows), vocabulary)
-    (folder / "facts.json").write_text(json.dumps(_table_facts(splits, tokenizer, params, len(rows)), sort_keys=True))
+    (folder / "facts.json").write_text(
+        json.dumps(_table_facts(splits, tokenizer, params, len(rows)), sort_keys=True), encoding="utf-8"
+    )
 
 
 def _table_facts(
@@ -100,9 +102,9 @@ def _table_facts(
 
 def _write_facts(path: Path, sources: dict[str, Source], model_facts: Path, table_facts: Path) -> None:
     facts = {name: vars(source) for name, source in sources.items()}
-    facts["model"] |= json.loads(model_facts.read_text())
-    facts["data"] = json.loads(table_facts.read_text())
-    path.write_text(json.dumps(facts, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    facts["model"] |= json.loads(model_facts.read_text(encoding="utf-8"))
+    facts["data"] = json.loads(table_facts.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(facts, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _bytes_needed(model: ModelSource, params: PrepareParams) -> int:

@@ -82,7 +82,9 @@ def run(workspace: Workspace, params: RanksParams) -> None:
             )
             for name, extra in task.tables.items():
                 pq.write_table(extra, out / f"{name}.parquet")
-            (out / "budget.json").write_text(json.dumps(_budget(task, choices), indent=1, sort_keys=True) + "\n")
+            (out / "budget.json").write_text(
+                json.dumps(_budget(task, choices), indent=1, sort_keys=True) + "\n", encoding="utf-8"
+            )
             shutil.copyfile(subspace / "layers.json", out / "layers.json")
 
 

@@ -60,7 +60,7 @@ def run(workspace: Workspace, params: ReportParams) -> None:
         if scratch.republish():
             return
         with scratch.publish() as out:
-            (out / "index.html").write_text(write_page(record, params.title))
+            (out / "index.html").write_text(write_page(record, params.title), encoding="utf-8")
 
 
 def write_page(record: Record, title: str) -> str:

@@ -87,7 +87,7 @@ def run(workspace: Workspace, params: SubspaceParams) -> None:
             pq.write_table(pa.Table.from_pylist(rows, DIAGNOSTICS), out / "diagnostics.parquet")
             methods = {row["module"]: row["method"] for row in rows if "method" in row}
             facts = {**params.model_dump(), "dense": dense, "shared": shared, "methods": methods}
-            (out / "subspace.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+            (out / "subspace.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             write_layers(out, layers)
 
 
@@ -129,7 +129,7 @@ def decompose_group(
     rows: list[dict] = []
     sources = MetricSources(Statistics(capture), kronecker, params)
     write_arrays(folder / "bases", decomposition(params)(sources, model, layers, rows))
-    (folder / "rows.json").write_text(json.dumps(rows, sort_keys=True))
+    (folder / "rows.json").write_text(json.dumps(rows, sort_keys=True), encoding="utf-8")
 
 
 def weighted_layers(
@@ -261,7 +261,11 @@ def _row(layer: LinearLayer, basis: WeightedSVD, input_root: MetricRoot, output_
 
 def _gather_rows(folders: Iterable[Path], layers: Sequence[LinearLayer]) -> list[dict]:
     """The rows of all units in model order."""
-    rows = {row["module"]: row for folder in folders for row in json.loads((folder / "rows.json").read_text())}
+    rows = {
+        row["module"]: row
+        for folder in folders
+        for row in json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    }
     return [rows[layer.name] for layer in layers if layer.name in rows]
 
 

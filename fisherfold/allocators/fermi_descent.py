@@ -111,7 +111,7 @@ def measure_step(allocation: Allocation, state: Descent, tau: float) -> tuple[fl
         for batch in range(params.batches)
     }
     folders = scratch.map(f"FermiGrad step {state.step + 1} of {params.steps}", measure_batch, units)
-    parts = [json.loads((folder / GRADIENT).read_text()) for folder in folders.values()]
+    parts = [json.loads((folder / GRADIENT).read_text(encoding="utf-8")) for folder in folders.values()]
     loss = sum(part["loss"] for part in parts) / len(parts)
     return loss, torch.tensor([part["gradient"] for part in parts], dtype=torch.float64).mean(0)
 
@@ -122,7 +122,7 @@ def keep_state(scratch: Scratch, state: Descent, tau: float) -> Path:
     if not scratch.done(name):
         with scratch.unit(name) as folder:
             vectors = {field: getattr(state, field).tolist() for field in ("mu", "first_moment", "second_moment")}
-            (folder / STATE).write_text(json.dumps({"step": state.step, "tau": tau, **vectors}))
+            (folder / STATE).write_text(json.dumps({"step": state.step, "tau": tau, **vectors}), encoding="utf-8")
     return scratch.units / name / STATE
 
 
@@ -153,7 +153,7 @@ def measure_batch(folder: Path, softened: Softened, params: FermigradParams, sta
     ids = sequences[(first + torch.arange(params.sequences)) % len(sequences)].to(model.device)
     with dense_network([*ranks, *settled]):
         reference = model(input_ids=ids, use_cache=False).logits
-    at = json.loads(state.read_text())
+    at = json.loads(state.read_text(encoding="utf-8"))
     set_ranks(ranks, torch.tensor(at["mu"], dtype=torch.float64), at["tau"])
     loss = OBJECTIVES[params.objective](reference, model(input_ids=ids, use_cache=False).logits, ids)
     loss.backward()
@@ -165,7 +165,9 @@ def measure_batch(folder: Path, softened: Softened, params: FermigradParams, sta
             f"Stage 'ranks', fermigrad: {where} has a gradient that is not finite at tuning sequence {first % len(sequences)}. "
             "Use ranks.fermigrad.dtype = float32, or another allocator."
         )
-    (folder / GRADIENT).write_text(json.dumps({"loss": float(loss.detach()), "gradient": gradient.tolist()}))
+    (folder / GRADIENT).write_text(
+        json.dumps({"loss": float(loss.detach()), "gradient": gradient.tolist()}), encoding="utf-8"
+    )
 
 
 class SoftModel(NamedTuple):

@@ -97,7 +97,7 @@ def measure_losses(allocation: Allocation) -> tuple[np.ndarray, np.ndarray]:
     shape = len(names), params.levels + 1
     candidates, losses = np.full(shape, -1, np.int64), np.full(shape, np.inf)
     for row, (name, folder, ranks) in enumerate(zip(names, folders.values(), offered, strict=True)):
-        measured = json.loads((folder / LOSSES).read_text())
+        measured = json.loads((folder / LOSSES).read_text(encoding="utf-8"))
         candidates[row, : len(ranks)] = ranks
         losses[row, : len(ranks)] = [np.inf if loss is None else loss for loss in measured]
         if not np.isfinite(losses[row]).any():
@@ -111,7 +111,7 @@ def measure_site(folder: Path, softened: Softened, sequences: int, index: int, r
     for site in sites:
         site.soft = False
     losses = [_loss_at(model, sites[index], table[:sequences], rank) for rank in ranks]
-    (folder / LOSSES).write_text(json.dumps([loss if np.isfinite(loss) else None for loss in losses]))
+    (folder / LOSSES).write_text(json.dumps([loss if np.isfinite(loss) else None for loss in losses]), encoding="utf-8")
 
 
 @torch.inference_mode()

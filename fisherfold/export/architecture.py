@@ -42,7 +42,7 @@ def dense_architecture(folder: Path) -> DenseArchitecture:
     Raises:
         InputError: its classes are not transformers' own, so a checkpoint could not extend them.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config_class = None if "auto_map" in config else type(AutoConfig.from_pretrained(folder, local_files_only=True))
     if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(
@@ -61,10 +61,10 @@ def dense_architecture(folder: Path) -> DenseArchitecture:
 
 def write_code(folder: Path, architecture: DenseArchitecture) -> None:
     """Write the template with the model's own classes in place of the example's."""
-    text = TEMPLATE.read_text()
+    text = TEMPLATE.read_text(encoding="utf-8")
     for example, own in zip(TEMPLATE_CLASSES, (architecture.config_class, architecture.model_class)):
         text = text.replace(example, own)
-    (folder / TEMPLATE.name).write_text(text)
+    (folder / TEMPLATE.name).write_text(text, encoding="utf-8")
 
 
 def write_config(folder: Path, architecture: DenseArchitecture, dtype: torch.dtype, layers: Mapping[str, dict]) -> None:
@@ -80,7 +80,9 @@ def write_config(folder: Path, architecture: DenseArchitecture, dtype: torch.dty
         "dtype": str(dtype).removeprefix("torch."),
         "fisherfold": {"layers": dict(layers)},
     }
-    (folder / "config.json").write_text(json.dumps(architecture.config | own, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(architecture.config | own, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -119,7 +119,7 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Mapping, dtype: torch.dtype) -
 
 def _write_vocabulary(writer: gguf.GGUFWriter, config: Mapping, path: Path) -> None:
     """Tokens, their types and merges of a byte-level BPE tokenizer; of another, that there are none."""
-    model = json.loads(path.read_text()) if path.exists() else {"model": {"type": None}}
+    model = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model": {"type": None}}
     if model["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(model["pre_tokenizer"]):
         writer.add_tokenizer_model("no_vocab")
         return

@@ -114,13 +114,13 @@ def _origin(workspace: Workspace) -> dict[str, str]:
 
 
 def _facts(workspace: Workspace) -> dict:
-    return json.loads((workspace.out("prepare") / "prepare.json").read_text())["model"]
+    return json.loads((workspace.out("prepare") / "prepare.json").read_text(encoding="utf-8"))["model"]
 
 
 def _settings(workspace: Workspace, counts: dict) -> str:
     """The parameters that determine the result, one a line."""
-    subspace = json.loads((workspace.out("subspace") / "subspace.json").read_text())
-    budget = json.loads((workspace.out("ranks") / "budget.json").read_text())
+    subspace = json.loads((workspace.out("subspace") / "subspace.json").read_text(encoding="utf-8"))
+    budget = json.loads((workspace.out("ranks") / "budget.json").read_text(encoding="utf-8"))
     ranks = pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()
     settings = {f"subspace.{key}": value for key, value in sorted(subspace.items()) if key != "dense"} | {
         "ranks.ratio": budget["ratio"],

@@ -62,7 +62,7 @@ def _is_whole(path: Path, file: PackagedFile) -> bool:
 
 @contextmanager
 def _exclusive(lock: Path, name: str) -> Iterator[None]:
-    with lock.open("a") as holder:
+    with lock.open("a", encoding="utf-8") as holder:
         try:
             fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -115,7 +115,7 @@ def download_wheel(requirement: str, folder: Path) -> None:
     """
     options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, requirement]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL)
     if done.returncode:
         words = " ".join(line.strip() for line in done.stderr.strip().splitlines()[-2:])
         raise InputError(

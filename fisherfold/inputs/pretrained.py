@@ -214,7 +214,7 @@ def write_model(folder: Path, model: ModelSource, dtype: str) -> None:
     loaded.save_pretrained(folder / "model")
     _save_tokenizer(tokenizer, folder / "model")
     facts = {"architecture": type(loaded).__name__, "dtype": dtype, "parameters": parameters}
-    (folder / "facts.json").write_text(json.dumps(facts, sort_keys=True))
+    (folder / "facts.json").write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
 
 
 def load_tokenizer(model: ModelSource) -> PreTrainedTokenizerBase:
@@ -241,9 +241,9 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text())
+    settings = json.loads(path.read_text(encoding="utf-8"))
     kept = {key: value for key, value in settings.items() if key not in LOCAL_TOKENIZER_KEYS}
-    path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _load_weights(model: ModelSource, dtype: torch.dtype) -> PreTrainedModel:

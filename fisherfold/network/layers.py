@@ -173,7 +173,7 @@ def _is_transposed(module: nn.Module) -> bool:
 def write_layers(folder: Path, layers: Sequence[LinearLayer]) -> None:
     """Write layers.json into `folder`."""
     text = json.dumps([asdict(layer) for layer in layers], indent=1, sort_keys=True)
-    (folder / LAYERS_FILE).write_text(text + "\n")
+    (folder / LAYERS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_layers(folder: Path) -> list[LinearLayer]:
@@ -183,7 +183,7 @@ def read_layers(folder: Path) -> list[LinearLayer]:
         CorruptArtifact: it is missing or not readable, or holds a name that must not become a path.
     """
     try:
-        layers = [LinearLayer(**fields) for fields in json.loads((folder / LAYERS_FILE).read_text())]
+        layers = [LinearLayer(**fields) for fields in json.loads((folder / LAYERS_FILE).read_text(encoding="utf-8"))]
         bad = [name for layer in layers for name in (layer.name, layer.group) if not LAYER_NAME.fullmatch(name)]
     except (OSError, ValueError, TypeError) as error:
         raise CorruptArtifact(f"{folder / LAYERS_FILE} is not readable ({error}). Run its stage again.") from None

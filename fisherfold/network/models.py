@@ -66,7 +66,7 @@ def _weight_file(folder: Path, key: str) -> str:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return "model.safetensors"
-    files = json.loads(index.read_text())["weight_map"]
+    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     if key not in files:
         raise InputError(f"{folder} holds no weight {key!r}.")
     return files[key]

@@ -77,7 +77,7 @@ def read_facts(subspace: Path) -> dict:
     """
     path = subspace / "subspace.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CorruptArtifact(
             f"{path} is not readable ({error}). Write it again with `dvc repro --force --single-item subspace`."

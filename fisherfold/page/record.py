@@ -70,7 +70,7 @@ class Record:
 
     def json(self, stage: str, name: str) -> dict | None:
         path = self._path(stage, name)
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def table(self, stage: str, name: str) -> pa.Table | None:
         path = self._path(stage, name)
@@ -83,7 +83,7 @@ class Record:
 
     def text(self, stage: str, name: str) -> str | None:
         path = self._path(stage, name)
-        return path.read_text() if path.exists() else None
+        return path.read_text(encoding="utf-8") if path.exists() else None
 
     def _path(self, stage: str, name: str) -> Path:
         return self.workspace.out(stage) / name

@@ -65,7 +65,11 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     index = folder / INDEX
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [SINGLE]
+        files = (
+            sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if index.exists()
+            else [SINGLE]
+        )
         found = {name: tensor for file in files for name, tensor in _read_file(folder / file).items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CorruptArtifact(
@@ -101,7 +105,8 @@ def write_tensors(folder: Path, tensors: Mapping[str, StoredTensor], shard_bytes
         weight_map |= dict.fromkeys(names, file)
     metadata = {"total_parameters": count_numbers(tensors), "total_size": count_bytes(tensors)}
     (folder / INDEX).write_text(
-        json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+        json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n",
+        encoding="utf-8",
     )
 
 

@@ -71,7 +71,7 @@ def sync_folder(path: Path) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append one line and flush it to the disk."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -22,7 +22,7 @@ def read_manifest(folder: Path) -> dict:
         CorruptArtifact: there is none, or it is not readable.
     """
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CorruptArtifact(
             f"{folder} has no {MANIFEST}: stage {folder.name!r} has not finished. {_cure(folder)}"

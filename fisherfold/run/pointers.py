@@ -55,7 +55,7 @@ def write_pointer(path: Path, objects: list[StoredObject]) -> None:
     """Write the pointer that stands for the file `path`; as a new file, since others may have the old one linked."""
     pointer_file(path).unlink(missing_ok=True)
     content = {"objects": [asdict(stored) for stored in objects]}
-    pointer_file(path).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    pointer_file(path).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_pointer(pointer: Path) -> list[StoredObject]:
@@ -65,7 +65,7 @@ def read_pointer(pointer: Path) -> list[StoredObject]:
         CorruptArtifact: it is not a pointer, or a field is out of range.
     """
     try:
-        objects = [StoredObject(**entry) for entry in json.loads(pointer.read_text())["objects"]]
+        objects = [StoredObject(**entry) for entry in json.loads(pointer.read_text(encoding="utf-8"))["objects"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptArtifact(f"{pointer} is not a readable pointer ({error!r}). {CURE}") from None
     if not objects or not all(stored.valid() for stored in objects):

@@ -100,5 +100,5 @@ def _recorded(stage: str, doing: str, items: Iterable[Item], total: int) -> Iter
 
 def _record(path: str, stage: str, doing: str, done: int, total: int, left: float | None) -> None:
     entry = {"stage": stage, "doing": doing, "done": done, "total": total, "left": left}
-    with suppress(OSError), open(path, "a") as file:  # whoever watches may be gone
+    with suppress(OSError), open(path, "a", encoding="utf-8") as file:  # whoever watches may be gone
         file.write(json.dumps(entry) + "\n")

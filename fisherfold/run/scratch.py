@@ -188,7 +188,7 @@ class Scratch:
         partial = empty_folder(self.folder / "out.partial")
         yield partial
         manifest = {"stage": self.stage, "files": describe_files(partial)}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         sync_tree(partial)
         partial.replace(self.folder / "out")
         sync_folder(self.folder)
@@ -206,7 +206,7 @@ class Scratch:
         if not self._manifest.exists():
             return {}
         finished = {}
-        for line in self._manifest.read_text().splitlines():
+        for line in self._manifest.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:
@@ -326,7 +326,7 @@ def lock_stage(workspace: Workspace, stage: str):
     """
     path = scratch_folder(workspace, stage) / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+")
+    file = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -41,7 +41,7 @@ def code_modules(stage: str) -> tuple[str, ...]:
         name = pending.pop()
         if name not in seen and name not in CARRIERS:
             seen.add(name)
-            pending += imported_modules(module_file(name).read_text())
+            pending += imported_modules(module_file(name).read_text(encoding="utf-8"))
     return tuple(sorted(seen))
 
 
@@ -82,7 +82,7 @@ def _has_code(name: str) -> bool:
     path = module_file(name)
     if not path.is_file():
         return False
-    return path.name != "__init__.py" or len(ast.parse(path.read_text()).body) > 1
+    return path.name != "__init__.py" or len(ast.parse(path.read_text(encoding="utf-8")).body) > 1
 
 
 @cache

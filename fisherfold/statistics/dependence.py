@@ -159,7 +159,7 @@ def dependence_rows(scratch: Scratch, workspace: Workspace, params: KroneckerPar
     pieces = {name: (workspace.out("capture"), workspace.model, group, params) for name, group in groups.items()}
     sizes = {name: sum(layer.dense_numbers for layer in group) for name, group in groups.items()}
     folders = scratch.map("measuring dependence", measure_group, pieces, sizes)
-    return [json.loads((folder / ROW).read_text()) for folder in folders.values()]
+    return [json.loads((folder / ROW).read_text(encoding="utf-8")) for folder in folders.values()]
 
 
 def measure_group(
@@ -181,7 +181,7 @@ def measure_group(
             f"Stage 'kronecker', module {name!r}: its tokens are not finite. Run stage 'capture' again."
         )
     row = {"module": name, **measure_dependence(x, g, params.dependence_draws, params.seed)}
-    (folder / ROW).write_text(json.dumps(row, sort_keys=True))
+    (folder / ROW).write_text(json.dumps(row, sort_keys=True), encoding="utf-8")
 
 
 def _resample(sequences: int, length: int, generator: torch.Generator) -> torch.Tensor:

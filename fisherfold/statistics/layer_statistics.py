@@ -35,7 +35,7 @@ class Statistics:
         self.folder = folder
         self.layers = read_layers(folder)
         try:
-            self.facts = json.loads((folder / FACTS_FILE).read_text())
+            self.facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CorruptArtifact(
                 f"{folder / FACTS_FILE} is not readable ({error}). Run stage 'capture' again."

@@ -91,7 +91,7 @@ def capture_shard(folder: Path, model_folder: Path, table: Path, params: Capture
     offload_group(folder / "gradients")
     skipped = [{"sequence": first + s, "where": left_out[s]} for s in sorted(left_out)]
     facts = {"losses": losses, "skipped": skipped, "unreached": sums.unreached()}
-    (folder / FACTS_FILE).write_text(json.dumps(facts, sort_keys=True))
+    (folder / FACTS_FILE).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
 
 
 class NonFiniteBatch(Exception):

@@ -93,7 +93,7 @@ def gfwsvd(sources: MetricSources, layer: LinearLayer) -> tuple[Metric, Metric]:
     Raises:
         ParameterError: stage `kronecker` estimated none.
     """
-    facts = json.loads((sources.kronecker / "kronecker.json").read_text())
+    facts = json.loads((sources.kronecker / "kronecker.json").read_text(encoding="utf-8"))
     if not facts["factors"]:
         raise ParameterError(
             f"subspace.metric = 'gfwsvd' needs Kronecker factors, and kronecker.estimator = {facts['estimator']!r} computes none. "

@@ -86,7 +86,11 @@ def read_sampling(kronecker: Path, metric: str, module: str) -> tuple[FactorSamp
     Raises:
         ParameterError: the metric's factors are not means of samples, or nothing was recorded of them.
     """
-    own = json.loads((kronecker / "kronecker.json").read_text())["estimator"] if metric == "gfwsvd" else None
+    own = (
+        json.loads((kronecker / "kronecker.json").read_text(encoding="utf-8"))["estimator"]
+        if metric == "gfwsvd"
+        else None
+    )
     estimator = TOKEN_WISE.get(metric, own)
     if estimator is None:
         raise ParameterError(

@@ -86,9 +86,9 @@ def locked_probe(folder: Path) -> Iterator[Path | None]:
     """A file in `folder` with a text of its own, locked while the block runs; None if it cannot be locked."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"doctor-{secrets.token_hex(8)}.partial"
-    path.write_text(path.stem)
+    path.write_text(path.stem, encoding="utf-8")
     try:
-        with path.open("r+") as file:
+        with path.open("r+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -101,7 +101,7 @@ def locked_probe(folder: Path) -> Iterator[Path | None]:
 
 def is_excluded(path: Path) -> bool | None:
     """Whether a lock that another holds on `path` keeps this process out; None if the file system has no such locks."""
-    with path.open("r+") as file:
+    with path.open("r+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -113,14 +113,14 @@ def is_excluded(path: Path) -> bool | None:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError:
         return None
 
 
 def _writes(path: Path) -> bool:
     try:
-        path.write_text("")
+        path.write_text("", encoding="utf-8")
         path.unlink()
     except OSError:
         return False

@@ -71,7 +71,7 @@ def find_config(workspace: Workspace, name: str) -> PreTrainedConfig:
 def _prepared(workspace: Workspace) -> str | None:
     """The name of the model that stage `prepare` has written, if it has."""
     try:
-        return json.loads((workspace.out("prepare") / "prepare.json").read_text())["model"]["name"]
+        return json.loads((workspace.out("prepare") / "prepare.json").read_text(encoding="utf-8"))["model"]["name"]
     except (OSError, ValueError, KeyError):
         return None
 
