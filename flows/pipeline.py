@@ -46,13 +46,16 @@ class StageView:
         self._run = FlowRunContext.get().flow_run.id
 
     def line(self, text: str) -> None:
+        """A finished line of the stage, to Prefect's log."""
         (self._log.error if text.lower().startswith("error") else self._log.info)(text)
 
     def progress(self, entry: dict) -> None:
+        """A count of the stage, to Prefect's progress artifact."""
         with suppress(HTTPError):  # an API that is away for a moment stops no computation
             self._progress.show(entry)
 
     def cancelled(self) -> bool:
+        """Whether Prefect was told to cancel this run; asked every CANCEL_INTERVAL seconds."""
         if time.monotonic() - self._asked < CANCEL_INTERVAL:
             return False
         self._asked = time.monotonic()

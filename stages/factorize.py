@@ -55,6 +55,7 @@ class StoredLayer:
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
+        """The tensors of the layer in the checkpoint."""
         return read_tensors(self.folder)
 
     def product(self) -> np.ndarray:

@@ -32,6 +32,7 @@ class Stored:
     indices: np.ndarray
 
     def priced(self, unit: Unit) -> np.ndarray:
+        """What every rank costs in this unit, by rank."""
         return self.weights * unit.weight + self.indices * unit.index
 
 

@@ -77,6 +77,7 @@ class SoftTruncatedLinear(nn.Module):
         self.register_buffer("right", right, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Left factor, soft occupations, right factor: y = L (f ∘ (R x))."""
         if not self.rank.soft:
             return self.dense(x)
         kept = self.rank.occupations().to(x.dtype)
@@ -149,9 +150,11 @@ class Schedule:
     rate_last: float
 
     def tau(self, step: int) -> float:
+        """The temperature of a step, as a share of the rank range."""
         return _geometric(self.tau_first, self.tau_last, step, self.steps)
 
     def rate(self, step: int) -> float:
+        """The rate of a step, as a share of the rank range."""
         return _geometric(self.rate_first, self.rate_last, step, self.steps)
 
 

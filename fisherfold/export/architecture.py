@@ -33,6 +33,7 @@ class DenseArchitecture:
 
     @property
     def dtype(self) -> str:
+        """The dtype that config.json names; float32 where it names none."""
         return self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
 
 

@@ -32,6 +32,7 @@ class PackagedMember(_Entry):
 
     @property
     def requirement(self) -> str:
+        """The package as pip is asked for it."""
         return f"{self.name}=={self.version}"
 
 
@@ -94,6 +95,7 @@ class Source:
 
     @classmethod
     def from_recipe(cls, name: str, recipe: Recipe) -> "Source":
+        """The source that a recipe of the project describes."""
         origin = " ".join(part.requirement for part in recipe.file.packages)
         return cls(name, f"{origin} ({recipe.source})", recipe.licence, recipe.file.sha256)
 

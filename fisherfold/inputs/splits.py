@@ -33,6 +33,7 @@ class Split:
 
     @property
     def article_names(self) -> set[str]:
+        """The articles that the split draws from."""
         return {name for names in self.articles for name in names}
 
 

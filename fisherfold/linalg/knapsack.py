@@ -23,9 +23,11 @@ class Knapsack:
     budget: int
 
     def total_cost(self, picks: np.ndarray) -> int:
+        """What these picks cost together."""
         return int(pick(self.cost, picks).sum())
 
     def total_worth(self, picks: np.ndarray) -> float:
+        """What these picks are worth together."""
         return float(pick(self.worth, picks).sum())
 
 

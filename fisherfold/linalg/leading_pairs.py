@@ -28,9 +28,11 @@ UNSEEN = 1e-7  # share of σ₁ below which another σ is rounding
 class PairMap(Protocol[Vector]):
     """R and its adjoint."""
 
-    def outputs(self, A: Vector) -> Vector: ...
+    def outputs(self, A: Vector) -> Vector:
+        """R A: the output side that belongs to an input side."""
 
-    def inputs(self, B: Vector) -> Vector: ...
+    def inputs(self, B: Vector) -> Vector:
+        """Rᵀ B: the input side that belongs to an output side."""
 
 
 @dataclass(frozen=True)

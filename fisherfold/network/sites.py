@@ -40,10 +40,12 @@ class Site:
 
     @property
     def full_rank(self) -> int:
+        """The rank at which nothing is cut."""
         return min(self.outputs, self.inputs)
 
     @property
     def dense_numbers(self) -> int:
+        """Numbers that the site's layers store dense."""
         return self.outputs * self.inputs
 
     def read_basis(self, bases: Path, rank: int | None = None) -> tuple[list[torch.Tensor], torch.Tensor]:

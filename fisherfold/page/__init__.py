@@ -1,2 +1,1 @@
-"""The report's views: one HTML page, its pictures, and what each says. Imports `run`.
-"""
+"""The report's views: one HTML page, its pictures, and what each says. Imports `run`."""

@@ -101,6 +101,7 @@ def rank_views(rows: Sequence[Mapping]) -> Markup:
 
 
 def full_rank(row: Mapping) -> int:
+    """min(n, m) of a layer's row."""
     return min(row["n"], row["m"])
 
 

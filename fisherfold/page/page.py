@@ -54,10 +54,12 @@ def figure(picture: Markup, caption: str, wide: bool = True) -> Markup:
 
 
 def section(title: str, *children: object) -> Markup:
+    """A part of the page under a heading."""
     return element("section", element("h2", title), *children)
 
 
 def details(summary: str, *children: object) -> Markup:
+    """A part that is folded until it is asked for."""
     return element("details", element("summary", summary), *children)
 
 

@@ -69,10 +69,12 @@ class Record:
         return metrics
 
     def json(self, stage: str, name: str) -> dict | None:
+        """A published JSON file, parsed; None if the stage wrote none."""
         path = self._path(stage, name)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def table(self, stage: str, name: str) -> pa.Table | None:
+        """A published Parquet table; None if the stage wrote none."""
         path = self._path(stage, name)
         return pq.read_table(path) if path.exists() else None
 
@@ -82,6 +84,7 @@ class Record:
         return table.to_pylist() if table is not None else []
 
     def text(self, stage: str, name: str) -> str | None:
+        """A published text file; None if the stage wrote none."""
         path = self._path(stage, name)
         return path.read_text(encoding="utf-8") if path.exists() else None
 

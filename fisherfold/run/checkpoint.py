@@ -44,10 +44,12 @@ class StoredTensor:
 
     @property
     def numbers(self) -> int:
+        """How many numbers the tensor has."""
         return prod(self.shape)
 
     @property
     def bytes(self) -> int:
+        """How many bytes it takes on disk."""
         return self.numbers * self.dtype.itemsize
 
     def cast(self, dtype: torch.dtype) -> "StoredTensor":
@@ -111,10 +113,12 @@ def write_tensors(folder: Path, tensors: Mapping[str, StoredTensor], shard_bytes
 
 
 def count_numbers(tensors: Mapping[str, StoredTensor]) -> int:
+    """Numbers of all tensors."""
     return sum(tensor.numbers for tensor in tensors.values())
 
 
 def count_bytes(tensors: Mapping[str, StoredTensor]) -> int:
+    """Bytes of all tensors."""
     return sum(tensor.bytes for tensor in tensors.values())
 
 

@@ -50,6 +50,7 @@ class Inline:
     slots = 1
 
     def run(self, write: Callable[[str, Unit], Files], units: Mapping[str, Unit]) -> Iterator[tuple[str, Files]]:
+        """See `Engine.run`."""
         for name, unit in units.items():
             yield name, write(name, unit)
 

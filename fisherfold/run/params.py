@@ -35,6 +35,8 @@ class ComputeBlock(Block):
 
 
 class PrepareParams(Block):
+    """Of stage prepare: the model, the text and the questions."""
+
     model: str = "smollm2-135m-instruct"
     revision: str | None = None
     trust_remote_code: bool = False
@@ -51,6 +53,8 @@ class PrepareParams(Block):
 
 
 class CaptureParams(ComputeBlock):
+    """Of stage capture: what one pass over the calibration sequences measures."""
+
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Count = 2
     sequences_per_shard: Count = 8
@@ -65,6 +69,8 @@ class CaptureParams(ComputeBlock):
 
 
 class KroneckerParams(ComputeBlock):
+    """Of stage kronecker: how the Kronecker factors are estimated."""
+
     estimator: str = "kfac"
     method: str = "power"
     iterations: Count = 200
@@ -91,6 +97,8 @@ class FascParams(Block):
 
 
 class SubspaceParams(ComputeBlock):
+    """Of stage subspace: the metric of the weighted decomposition."""
+
     metric: str = "kfac"
     input_damping: Damping | Literal["ledoit_wolf", "oas"] = 0.01
     output_damping: Damping | Literal["ledoit_wolf", "oas"] = 0.1
@@ -122,6 +130,8 @@ class MeasuredParams(Block):
 
 
 class RanksParams(ComputeBlock):
+    """Of stage ranks: the budget and who spends it."""
+
     ratio: Share = 0.2
     budget: str = "parameters"
     allocator: str = "fisher"
@@ -136,6 +146,8 @@ class RanksParams(ComputeBlock):
 
 
 class FactorizeParams(ComputeBlock):
+    """Of stage factorize: what is written, and in which dtype."""
+
     threads: Count = 1
     dtype: Dtype | None = None
     dense_export: bool = False
@@ -143,6 +155,8 @@ class FactorizeParams(ComputeBlock):
 
 
 class EvaluateParams(ComputeBlock):
+    """Of stage evaluate: what the models are compared on."""
+
     dtype: Dtype = "float32"
     batch_size: Count = 4
     tasks: list[str] = []
@@ -151,6 +165,8 @@ class EvaluateParams(ComputeBlock):
 
 
 class ReportParams(Block):
+    """Of stage report."""
+
     title: str = "Fisherfold"
 
 

@@ -12,6 +12,7 @@ class Workspace:
 
     @property
     def artifacts(self) -> Path:
+        """The folder of all published outputs."""
         return self.root / "artifacts"
 
     def out(self, stage: str) -> Path:

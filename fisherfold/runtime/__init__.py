@@ -39,13 +39,16 @@ class LowRankQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
+        """Factors are ordinary parameters."""
         return True
 
     @property
     def is_compileable(self) -> bool:
+        """The layers are ordinary modules."""
         return True
 
     def is_serializable(self) -> bool:
+        """Saving writes the factors as they are."""
         return True
 
     def _process_model_before_weight_loading(
@@ -87,6 +90,7 @@ class CheckpointConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **options):
+        """The dense architecture's configuration, with the low-rank layers as its quantization."""
         dense_type = cls.model_type.removeprefix(f"{METHOD}_")
         dense = {key: value for key, value in config_dict.items() if key not in ("auto_map", METHOD)}
         quantization = {"quant_method": METHOD, "layers": (config_dict.get(METHOD) or {}).get("layers", {})}

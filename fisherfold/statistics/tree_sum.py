@@ -20,6 +20,7 @@ class Part(NamedTuple):
 
     @property
     def shards(self) -> int:
+        """How many shards the part sums."""
         return self.last - self.first + 1
 
 

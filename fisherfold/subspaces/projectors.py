@@ -81,11 +81,13 @@ class Gaussian:
     moments: Moments
 
     def inside(self, basis: Basis) -> "Gaussian":
+        """The same objective for errors inside a subspace."""
         L, R = basis.left, basis.right
         xx, xg, gg = self.moments.xx, self.moments.xg, self.moments.gg
         return Gaussian(Moments(R @ xx @ R.T, R @ xg @ L, L.T @ gg @ L))
 
     def loss_and_gradient(self, M: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """The objective at M = I − P, and its gradient in M."""
         xx, xg, gg = self.moments.xx, self.moments.xg, self.moments.gg
         mean = (M * xg.T).sum()
         weighted, crossed = gg @ M @ xx, (xg @ M @ xg).T
@@ -93,10 +95,12 @@ class Gaussian:
         return loss.item(), 2 * (mean * xg.T + weighted + crossed)
 
     def coupling(self) -> torch.Tensor:
+        """S_xg, [m, m]."""
         xx, xg, gg = self.moments.xx, self.moments.xg, self.moments.gg
         return torch.outer(xg.diagonal(), xg.diagonal()) + xx * gg + xg * xg.T
 
     def variances(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """S_xx and S_gg, [m, m] each."""
         return self.moments.xx.diagonal(), self.moments.gg.diagonal()
 
 
@@ -107,9 +111,11 @@ class Empirical:
     tokens: Callable[[], Tokens]
 
     def inside(self, basis: Basis) -> "Empirical":
+        """The same objective for errors inside a subspace."""
         return Empirical(lambda: ((x @ basis.right.T, g @ basis.left) for x, g in self.tokens()))
 
     def loss_and_gradient(self, M: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """The objective at M = I − P over the sampled tokens, and its gradient in M."""
         loss, gradient, count = 0.0, torch.zeros_like(M), 0
         for x, g in self.tokens():
             z = ((x @ M.T) * g).sum(1)
@@ -119,9 +125,11 @@ class Empirical:
         return loss / count, 2 * gradient / count
 
     def coupling(self) -> torch.Tensor:
+        """S_xg, [m, m], of the sampled tokens."""
         return _mean(self.tokens(), lambda x, g: (x * g).T @ (x * g))
 
     def variances(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """S_xx and S_gg, [m, m] each, of the sampled tokens."""
         squares = _mean(self.tokens(), lambda x, g: torch.stack([x.square().sum(0), g.square().sum(0)]))
         return squares[0], squares[1]
 

@@ -156,6 +156,7 @@ class RayEngine:
         announce(stage, f"on Ray: {len(nodes)} nodes, {self.slots} units at once, each asks for {_listed(asked)}")
 
     def run(self, write: Callable[[str, Unit], Files], units: Mapping[str, Unit]) -> Iterator[tuple[str, Files]]:
+        """See `fisherfold.run.engine.Engine.run`; what is still in work when the caller stops is cancelled."""
         batch = _Batch(self, write, units)
         try:
             yield from batch.results()

@@ -37,6 +37,7 @@ class RunEngine:
         self.slots = self._ask(threads)
 
     def run(self, write: Callable[[str, Unit], Files], units: Mapping[str, Unit]) -> Iterator[tuple[str, Files]]:
+        """See `fisherfold.run.engine.Engine.run`; units are packed and sent to the run."""
         packed = {name: Unit(write_packed, (pickle.dumps((write, unit)),), unit.after) for name, unit in units.items()}
         finished = self._ask(packed)
         while finished is not None:

@@ -52,7 +52,7 @@ def found(request, outcomes):
 
 
 def test_the_interpreter_has_no_fisherfold(found):
-    assert "No module named 'stages" in found["project_is_missing"]
+    assert "No module named 'fisherfold" in found["project_is_missing"]
 
 
 def test_loading_without_its_code_fails_loudly(found):
