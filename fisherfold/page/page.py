@@ -1,19 +1,63 @@
-"""A page of HTML that stands alone: elements that escape their text, numbers for people, and the style sheet."""
+"""A page of HTML that stands alone: elements and Jinja2 templates that escape their text, and numbers for people."""
 
-import html
 from collections.abc import Iterable, Sequence
 
+from jinja2 import Environment
+from markupsafe import Markup, escape
+
+from fisherfold.page.style import STYLE
+
 SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
-
-
-class Markup(str):
-    """Text that is HTML already; any other text is escaped when it becomes part of an element."""
+TEMPLATES = Environment(
+    autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=lambda value: "" if value is None else value
+)
+PAGE = TEMPLATES.from_string("""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ title }}</title>
+<style>{{ style }}</style>
+</head>
+<body><main>{{ content }}</main></body>
+</html>
+""")
+TABLE = TEMPLATES.from_string("""\
+<div class="scroll" tabindex="0" role="region" aria-label="{{ caption }}"><table><caption>{{ caption }}</caption>
+<thead><tr>
+{% for cell in header %}
+<th scope="col"{% if loop.index0 >= numbers_from %} class="number"{% endif %}>{{ cell }}</th>
+{% endfor %}
+</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr><th scope="row">{{ row[0] }}</th>
+{% for cell in row[1:] %}
+<td{% if loop.index >= numbers_from %} class="number"{% endif %}>{{ cell }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>
+""")
+FIGURE = TEMPLATES.from_string("""\
+<figure>
+{% if wide %}
+<div class="scroll" tabindex="0" role="region" aria-label="{{ caption }}">{{ picture }}</div>
+{% else %}
+{{ picture }}
+{% endif %}
+<figcaption>{{ caption }}</figcaption>
+</figure>
+""")
 
 
 def element(name: str, *children: object, **attributes: object) -> Markup:
     """``<name attributes>children</name>``; an attribute's trailing and inner ``_`` stand for nothing and ``-``; None drops it."""
     written = "".join(
-        f' {key.strip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        f' {key.strip("_").replace("_", "-")}="{escape(str(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -22,35 +66,18 @@ def element(name: str, *children: object, **attributes: object) -> Markup:
 
 def join(parts: Iterable[object]) -> Markup:
     """Parts one after another, plain text escaped, None left out."""
-    return Markup(
-        "".join(part if isinstance(part, Markup) else html.escape(str(part)) for part in parts if part is not None)
-    )
+    return Markup("").join(part if isinstance(part, Markup) else str(part) for part in parts if part is not None)
 
 
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]], numbers_from: int = 1) -> Markup:
     """A table whose first column names the row; columns from `numbers_from` on are aligned as numbers."""
-    kind = ["number" if column >= numbers_from else None for column in range(len(header))]
-    head = element(
-        "tr", *(element("th", cell, scope="col", class_=style) for cell, style in zip(header, kind, strict=True))
-    )
-    body = [
-        element(
-            "tr",
-            element("th", row[0], scope="row"),
-            *(element("td", cell, class_=style) for cell, style in zip(row[1:], kind[1:], strict=True)),
-        )
-        for row in rows
-    ]
-    content = element("table", element("caption", caption), element("thead", head), element("tbody", *body))
-    return element("div", content, class_="scroll", tabindex="0", role="region", aria_label=caption)
+    rows = [tuple(row) for row in rows]
+    return Markup(TABLE.render(caption=caption, header=header, rows=rows, numbers_from=numbers_from))
 
 
 def figure(picture: Markup, caption: str, wide: bool = True) -> Markup:
     """A picture with its caption; a wide one scrolls on a narrow screen instead of shrinking beyond reading."""
-    frame = (
-        element("div", picture, class_="scroll", tabindex="0", role="region", aria_label=caption) if wide else picture
-    )
-    return element("figure", frame, element("figcaption", caption))
+    return Markup(FIGURE.render(picture=picture, caption=caption, wide=wide))
 
 
 def section(title: str, *children: object) -> Markup:
@@ -65,24 +92,14 @@ def details(summary: str, *children: object) -> Markup:
 
 def page(title: str, *children: object) -> str:
     """The whole document. Its policy forbids the browser to load anything from anywhere."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    head = element(
-        "head",
-        Markup('<meta charset="utf-8">'),
-        Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
-        Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-        Markup('<meta name="color-scheme" content="light dark">'),
-        element("title", title),
-        element("style", Markup(STYLE)),
-    )
-    return f"<!doctype html>\n{element('html', head, element('body', element('main', *children)), lang='en')}\n"
+    return PAGE.render(title=title, style=Markup(STYLE), content=join(children))
 
 
 def stand_alone(picture: Markup) -> str:
     """A picture as an SVG file of its own, as it looks in a page."""
     width, height = (float(size) for size in picture.partition('viewBox="0 0 ')[2].partition('"')[0].split())
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}"'
-    return picture.replace("<svg", opening, 1).replace(">", f"><style>{STYLE}</style>", 1)
+    return str(picture).replace("<svg", opening, 1).replace(">", f"><style>{STYLE}</style>", 1)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -113,80 +130,3 @@ def megabytes(count: int) -> str:
         if count >= size:
             return f"{number(count / size)}{SPACE}{unit}"
     return f"{count}{SPACE}B"
-
-
-STYLE = """
-:root {
-  --paper: #fbfaf7; --panel: #ffffff; --ink: #1d2530; --soft: #5b6675; --line: #e1ded6; --accent: #1f5f8b; --tint: #eef3f6;
-  --c0: #1f5f8b; --c1: #b5532a; --c2: #4b7f3a; --c3: #7a4f9a; --c4: #a07a12; --c5: #2a8a86; --c6: #a23b63; --c7: #5b6675;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #14181d; --panel: #1b2027; --ink: #e6e4df; --soft: #9aa5b1; --line: #313944; --accent: #7db9e0; --tint: #202a33;
-    --c0: #7db9e0; --c1: #e89a6f; --c2: #93c47d; --c3: #bf9bdc; --c4: #d9b84f; --c5: #6cc7c2; --c6: #e48aad; --c7: #9aa5b1;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
-}
-main { max-width: 60rem; margin: 0 auto; padding: 3rem 1.25rem 5rem; }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.015em; font-weight: 650; }
-h2 { font-size: 1.25rem; margin: 0 0 .9rem; font-weight: 620; letter-spacing: -.005em; }
-h3 { font-size: 1rem; margin: 2rem 0 .6rem; font-weight: 620; }
-p { margin: 0 0 1rem; max-width: 46rem; }
-a { color: var(--accent); text-underline-offset: .15em; }
-.kicker { color: var(--soft); margin: 0 0 2rem; max-width: none; }
-.summary { font-size: 1.125rem; line-height: 1.6; margin: 2rem 0 0; }
-section { margin-top: 3.5rem; padding-top: 1.6rem; border-top: 1px solid var(--line); }
-.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); margin: 0; padding: 0; list-style: none; }
-.cards > li { background: var(--panel); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem 1.1rem 1.05rem; }
-.cards .name { display: block; color: var(--soft); font-size: .85rem; }
-.cards .value { display: block; font-size: 1.75rem; line-height: 1.25; font-weight: 620; letter-spacing: -.02em; font-variant-numeric: tabular-nums; }
-.cards .note { display: block; color: var(--soft); font-size: .85rem; line-height: 1.4; margin-top: .15rem; }
-.scroll { overflow-x: auto; }
-.scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
-table { border-collapse: collapse; width: 100%; font-size: .93rem; font-variant-numeric: tabular-nums; margin: 0 0 1.4rem; }
-caption { text-align: left; color: var(--soft); font-size: .87rem; padding-bottom: .45rem; }
-th, td { padding: .42rem .9rem .42rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { font-weight: 500; }
-thead th { color: var(--soft); font-size: .84rem; font-weight: 500; border-bottom-color: var(--soft); vertical-align: bottom; }
-.number { text-align: right; white-space: nowrap; padding-right: 0; padding-left: 1.2rem; }
-.error { color: var(--soft); font-size: .86em; }
-td.text, th.text { overflow-wrap: anywhere; }
-figure { margin: 0 0 2.2rem; }
-figcaption { color: var(--soft); font-size: .87rem; line-height: 1.5; margin-top: .6rem; max-width: 46rem; }
-svg { display: block; width: 100%; height: auto; }
-.scroll > svg { min-width: 36rem; }
-svg text { fill: var(--soft); font: 12px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-svg .title { fill: var(--ink); font-size: 13px; font-weight: 600; }
-svg .cell { fill: var(--accent); }
-svg .empty { fill: var(--line); fill-opacity: .35; }
-svg .whole { fill: none; stroke: var(--ink); stroke-width: 1.1; }
-svg .grid { stroke: var(--line); stroke-width: 1; }
-svg .axis { stroke: var(--soft); stroke-width: 1; }
-svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
-svg .dot { stroke: none; }
-.panels { display: grid; gap: 1.2rem 1.6rem; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); }
-.legend { display: flex; flex-wrap: wrap; gap: .25rem 1.2rem; font-size: .87rem; color: var(--soft); margin: 0 0 .5rem; padding: 0; list-style: none; }
-.legend svg { display: inline-block; width: 1.9rem; height: .7rem; vertical-align: baseline; margin-right: .4rem; min-width: 0; }
-details { margin: 0 0 1rem; }
-summary { cursor: pointer; color: var(--accent); padding: .2rem 0; }
-details[open] > summary { margin-bottom: .7rem; }
-pre { background: var(--tint); border-radius: .5rem; padding: .9rem 1.1rem; overflow-x: auto; font-size: .87rem; line-height: 1.55; }
-code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .94em; }
-footer { margin-top: 4rem; color: var(--soft); font-size: .85rem; }
-@media (max-width: 34rem) {
-  main { padding: 1.8rem 1rem 3rem; }
-  h1 { font-size: 1.6rem; }
-  .summary { font-size: 1.05rem; }
-  .cards { grid-template-columns: 1fr 1fr; }
-  .cards .value { font-size: 1.4rem; }
-  section { margin-top: 2.4rem; }
-  .number { padding-left: .7rem; }
-  .error { display: block; }
-  caption { white-space: normal; }
-}
-@media print { body { background: #fff; } details { display: block; } .scroll { overflow: visible; } }
-"""

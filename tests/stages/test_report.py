@@ -310,7 +310,7 @@ def test_units_and_escapes():
     )
     assert (
         element("p", "a < b", Markup("<i>c</i>"), None, class_="x", title='"')
-        == '<p class="x" title="&quot;">a &lt; b<i>c</i></p>'
+        == '<p class="x" title="&#34;">a &lt; b<i>c</i></p>'
     )
 
 
