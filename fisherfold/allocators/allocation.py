@@ -10,9 +10,9 @@ from fisherfold.allocators.budget import Budget, parameters
 from fisherfold.allocators.cost import rank_costs
 from fisherfold.allocators.limits import Limits
 from fisherfold.linalg import knapsack
-from fisherfold.linalg.knapsack import Knapsack
+from fisherfold.linalg.knapsack import Knapsack, pick
 from fisherfold.network.sites import Site
-from fisherfold.run.errors import ParameterError
+from fisherfold.run.errors import NumericalError, ParameterError
 from fisherfold.run.params import RanksParams
 from fisherfold.run.registry import Registry
 from fisherfold.run.scratch import Scratch
@@ -131,10 +131,14 @@ def pose(
 
 
 def allocate(task: Allocation, allocator: Allocator) -> np.ndarray:
-    """Ranks [L] by `allocator`, which sees only the sites that have a choice; the others take their one allowed rank."""
+    """Ranks [L] by `allocator`, which sees only the sites that have a choice; the others take their one allowed rank.
+
+    Raises:
+        NumericalError: the allocator's ranks cost more than the budget, or one of them is not allowed; names the module.
+    """
     free = task.allowed.sum(1) > 1
     ranks = np.argmax(task.allowed, axis=1)
-    spent = int(knapsack.pick(task.costs, ranks)[~free].sum())
+    spent = int(pick(task.costs, ranks)[~free].sum())
     chosen = np.flatnonzero(free)
     part = replace(
         task,
@@ -146,7 +150,27 @@ def allocate(task: Allocation, allocator: Allocator) -> np.ndarray:
         settled={task.sites[index].name: int(ranks[index]) for index in np.flatnonzero(~free)},
     )
     ranks[free] = allocator(part)
+    _check_ranks(task, ranks)
     return ranks
+
+
+def _check_ranks(task: Allocation, ranks: np.ndarray) -> None:
+    """Refuse ranks that break a promise to the user, whatever allocator they come from."""
+    broken = np.flatnonzero(~pick(task.allowed, ranks))
+    spent = int(pick(task.costs, ranks).sum())
+    if len(broken):
+        site = task.sites[broken[0]]
+        problem = (
+            f"gives module {site.name!r} rank {ranks[broken[0]]} of {site.full_rank}, which the limits do not allow"
+        )
+    elif spent > task.budget:
+        problem = f"spends {spent} of {task.budget}"
+    else:
+        return
+    raise NumericalError(
+        f"Stage 'ranks': allocator {task.params.allocator!r} {problem}, so nothing is written. Use ranks.allocator = 'fisher', which "
+        "meets every budget and limit, or widen ranks.floor, ranks.ceiling and ranks.round_to."
+    )
 
 
 def _no_rank(site: Site, wanted: np.ndarray) -> ParameterError:

@@ -67,16 +67,18 @@ def fermigrad(allocation: Allocation) -> np.ndarray:
 
 
 def rank_budget(allocation: Allocation) -> RankBudget:
-    """The continuous budget: the same costs and the same total as the whole ranks have."""
+    """The continuous budget: the same costs, lowest and highest ranks and total as the whole ranks have."""
     limit = torch.tensor([float(len(sigma)) for sigma in allocation.spectra], dtype=torch.float64)
-    return RankBudget(torch.from_numpy(allocation.costs).double(), limit, float(allocation.budget))
+    least = torch.from_numpy(allocation.allowed.argmax(axis=1)).double()
+    most = allocation.allowed.shape[1] - 1 - torch.from_numpy(allocation.allowed[:, ::-1].argmax(axis=1)).double()
+    return RankBudget(torch.from_numpy(allocation.costs).double(), limit, least, most, float(allocation.budget))
 
 
 def round_ranks(allocation: Allocation, mu: np.ndarray) -> np.ndarray:
     """Whole ranks near μ of most kept σ² under the exact budget.
 
-    Each site may take its allowed ranks within ROUNDING of μ, the nearest below and the nearest above. The nearest below
-    cost no more than μ does, so the budget can be met.
+    Each site may take its allowed ranks within ROUNDING of μ, the nearest below and the nearest above. No μ is below the lowest
+    allowed rank, and the nearest below cost no more than μ does, so the budget can be met.
     """
     ranks = np.arange(allocation.costs.shape[1])
     worth = np.full(allocation.costs.shape, -np.inf)

@@ -86,16 +86,19 @@ class SoftTruncatedLinear(nn.Module):
 
 @dataclass(frozen=True)
 class RankBudget:
-    """The surface Σ_l cost_l(μ_l) = budget, for real ranks 0 ≤ μ_l ≤ limit_l.
+    """The surface Σ_l cost_l(μ_l) = budget, for real ranks least_l ≤ μ_l ≤ most_l.
 
     Attributes:
         costs: cost at every whole rank 0 … limit_l, float64 [L, R], linear in between, never falling.
-        limit: the largest rank of each site, float64 [L].
+        limit: the full rank of each site, float64 [L]: what shares of its rank range are of.
+        least, most: the lowest and the highest rank that each site may have, float64 [L]; all at the lowest cost no more than `budget`.
         budget: cost of all sites together.
     """
 
     costs: torch.Tensor
     limit: torch.Tensor
+    least: torch.Tensor
+    most: torch.Tensor
     budget: float
 
     def cost(self, mu: torch.Tensor) -> torch.Tensor:
@@ -109,7 +112,7 @@ class RankBudget:
         return self._at(below + 1) - self._at(below)
 
     def project(self, mu: torch.Tensor) -> torch.Tensor:
-        """Move `mu` onto the budget by one scalar s: clip(μ_l + s · limit_l, 0, limit_l), s by bisection from below."""
+        """Move `mu` onto the budget by one scalar s: clip(μ_l + s · limit_l, least_l, most_l), s by bisection from below."""
         low, high = -float((mu / self.limit).max()), 1.0 - float((mu / self.limit).min())
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
@@ -118,7 +121,7 @@ class RankBudget:
         return self._shift(mu, low)
 
     def _shift(self, mu: torch.Tensor, shift: float) -> torch.Tensor:
-        return torch.minimum((mu + shift * self.limit).clamp(min=0), self.limit)
+        return torch.minimum(torch.maximum(mu + shift * self.limit, self.least), self.most)
 
     def _at(self, rank: torch.Tensor) -> torch.Tensor:
         return self.costs.gather(1, rank.long()[:, None]).squeeze(1)

@@ -18,6 +18,10 @@ from fisherfold.allocators.fermigrad import SoftRank, next_token_loss, set_ranks
 from fisherfold.run.errors import NumericalError
 
 LOSSES = "losses.json"
+UNFIT = (
+    "at the lowest candidate ranks the loss of some layers alone is not finite, and those that are left do not meet the budget. Set "
+    "ranks.measured.dtype to float32, raise ranks.floor or lower ranks.ratio, or use another allocator."
+)
 
 
 @ALLOCATORS.register("sensitivity")
@@ -25,6 +29,9 @@ def sensitivity(allocation: Allocation) -> np.ndarray:
     """One bound on the loss for every site alone: each takes its cheapest candidate below the bound (arXiv 2312.05821).
 
     The bound is the smallest that meets the budget; what is left of the budget goes where σ² per number is largest.
+
+    Raises:
+        NumericalError: no candidates of finite loss meet the budget.
     """
     candidates, losses = measure_losses(allocation)
     costs = candidate_costs(allocation, candidates)
@@ -34,6 +41,8 @@ def sensitivity(allocation: Allocation) -> np.ndarray:
 
     bounds = np.unique(losses[np.isfinite(losses)])
     fits = [costs[np.arange(len(costs)), picks(bound)].sum() <= allocation.budget for bound in bounds]
+    if not any(fits):
+        raise NumericalError(f"Stage 'ranks', sensitivity: {UNFIT}")
     chosen = picks(bounds[int(np.argmax(fits))])
     return allocation.fill_from(candidates[np.arange(len(candidates)), chosen])
 
@@ -45,10 +54,15 @@ def ilp(allocation: Allocation) -> np.ndarray:
         minimise Σ_lk loss_lk x_lk   subject to   Σ_k x_lk = 1,   Σ_lk cost_lk x_lk <= budget
 
     What is left of the budget goes where σ² per number is largest.
+
+    Raises:
+        NumericalError: no candidates of finite loss meet the budget, or the programme was not solved.
     """
     candidates, losses = measure_losses(allocation)
     costs = candidate_costs(allocation, candidates)
     usable = np.isfinite(costs) & np.isfinite(losses)
+    if np.where(usable, costs, np.inf).min(1).sum() > allocation.budget:
+        raise NumericalError(f"Stage 'ranks', ilp: {UNFIT}")
     layer, column = np.nonzero(usable)
     one_each = csr_array((np.ones(len(layer)), (layer, np.arange(len(layer)))))
     solution = milp(

@@ -25,13 +25,15 @@ from fisherfold.network.sites import find_sites
 SHAPES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6)
 
 
-def budget_of(shapes, share, pivoted) -> RankBudget:
+def budget_of(shapes, share, pivoted, between=(0.0, 1.0)) -> RankBudget:
+    """`between`: lowest and highest rank, as shares of the rank range."""
     limit = torch.tensor([min(shape) for shape in shapes], dtype=torch.float64)
     costs = torch.zeros(len(shapes), int(limit.max()) + 1, dtype=torch.float64)
     for row, (n, m) in zip(costs, shapes, strict=True):
         rank = torch.arange(min(n, m) + 1, dtype=torch.float64)
         row[: len(rank)] = rank * (n + m - rank) if pivoted else (rank * (n + m)).clamp(max=n * m)
-    return RankBudget(costs, limit, share * sum(n * m for n, m in shapes))
+    least, most = (torch.tensor(bound).mul(limit).floor() for bound in between)
+    return RankBudget(costs, limit, least, most, share * sum(n * m for n, m in shapes))
 
 
 def svd_basis(layer: torch.nn.Linear):
@@ -67,6 +69,16 @@ def test_every_step_keeps_the_budget(shapes, seed):
     for _ in range(5):
         state = adam_step(state, torch.randn(len(shapes), generator=generator, dtype=torch.float64), budget, schedule)
         assert float(budget.cost(state.mu).sum()) == pytest.approx(budget.budget, rel=1e-9)
+
+
+def test_lowest_and_highest_ranks_hold_at_every_step():
+    """A site that the loss does not miss sinks to its floor, one that it wants most rises to its ceiling; the budget holds."""
+    budget, schedule = budget_of([(40, 40)] * 3, 0.6, True, (0.2, 0.5)), Schedule(30, 0.1, 0.01, 0.1, 0.1)
+    state = Descent.start(budget.project(budget.limit / 2))
+    for _ in range(30):
+        state = adam_step(state, torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64), budget, schedule)
+        assert float(budget.cost(state.mu).sum()) == pytest.approx(budget.budget, rel=1e-9)
+    assert state.mu[[0, 2]].tolist() == [8, 20]
 
 
 def test_zero_temperature_is_truncation():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 from tiny_subspace import subspace_workspace
 
 from fisherfold.allocators import fermi_descent, measured_allocation, zero_sum
-from fisherfold.allocators.allocation import ALLOCATORS, Allocation, pose
+from fisherfold.allocators.allocation import ALLOCATORS, Allocation, allocate, pose
 from fisherfold.allocators.fermi_descent import round_ranks, softened_model
 from fisherfold.allocators.fermigrad import next_token_loss
+from fisherfold.allocators.limits import Limits
 from fisherfold.network.layers import LinearLayer
 from fisherfold.network.models import load_model
 from fisherfold.network.sites import Site, find_sites, read_sites
@@ -61,6 +63,52 @@ def test_budget_is_met_to_within_one_rank_and_never_exceeded(workspace, allocato
     largest_step = max(row["n"] + row["m"] for row in rows)
     assert budget["budget"] - largest_step < budget["stored_parameters"] <= budget["budget"]
     assert {row["allocator"] for row in rows} == {allocator}
+
+
+LIMITS = {
+    "floor": {"floor": 0.2},
+    "floor by pattern": {"floor": {"*.up_proj": 0.5, "*": 0.1}},
+    "ceiling": {"ceiling": 0.6},
+    "both": {"floor": 0.15, "ceiling": 0.7},
+    "multiples": {"round_to": 3},
+    "fixed": {"fixed": {"*.0.mlp.up_proj": 3}},
+    "exclude": {"exclude": ["*.v_proj"]},
+    "plain factors": {"storage": "factors", "floor": 0.2},
+    "bytes": {"budget": "model_bytes", "ratio": 0.2, "floor": 0.2},
+}
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("allocator", list(ALLOCATORS))
+def test_no_allocator_exceeds_the_budget_or_a_limit(workspace, allocator, limits):
+    """The descent takes large steps here, so that it runs into the limits (a floor of 0.2 once cost it 2966 of 2611)."""
+    steep = {**SMALL["fermigrad"], "rate_first": 0.2, "rate_last": 0.2}
+    chosen = {**SMALL, "fermigrad": steep, "ratio": 0.5, "allocator": allocator, **LIMITS[limits]}
+    ranks.run(workspace, RanksParams.model_validate(chosen))
+    budget = json.loads((workspace.out("ranks") / "budget.json").read_text())
+    assert budget["spent"] <= budget["budget"]
+    rows = pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()
+    wanted = Limits.of(RanksParams.model_validate(chosen))
+    for row, site in zip(rows, read_sites(workspace.out("subspace")), strict=True):
+        assert wanted.allowed(site)[row["rank"]], row["module"]
+
+
+@pytest.mark.parametrize(("ranks_", "problem"), [([5, 5], "spends 60 of 50"), ([1, 0], "gives module 'layer1' rank 0")])
+def test_ranks_that_break_the_budget_or_a_limit_are_refused(ranks_, problem):
+    sites = find_sites([LinearLayer(f"layer{i}", 6, 5, False, False, f"layer{i}") for i in range(2)], shared=False)
+    task = pose(sites, [np.ones(5)] * 2, RanksParams(ratio=0.1, storage="factors"), Limits(floor={"layer1": 0.2}))
+    with pytest.raises(NumericalError, match=f"allocator 'fisher' {problem}"):
+        allocate(replace(task, budget=50), lambda part: np.array(ranks_))
+
+
+@pytest.mark.parametrize("allocator", ["sensitivity", "ilp"])
+def test_measured_losses_that_leave_no_allocation(monkeypatch, allocator):
+    losses = np.array([[np.inf, np.inf, 1.0], [np.inf, np.inf, 1.0]])
+    task = task_of(losses, 0.5)
+    candidates = np.stack([measured_allocation.candidate_ranks(allowed, 2) for allowed in task.allowed])
+    monkeypatch.setattr(measured_allocation, "measure_losses", lambda allocation: (candidates, losses))
+    with pytest.raises(NumericalError, match="do not meet the budget"):
+        ALLOCATORS.lookup(allocator)(task)
 
 
 @pytest.fixture(scope="module")
@@ -168,24 +216,30 @@ def test_units_in_another_order_give_the_same_bytes(workspace, allocator):
     assert read_manifest(workspace.out("ranks")) == expected
 
 
-def test_descent_lowers_the_loss_at_one_temperature(workspace):
-    params = parameters("fermigrad").model_copy(
-        update={
-            "fermigrad": RanksParams().fermigrad.model_copy(
-                update={
-                    "steps": 30,
-                    "sequences": 8,
-                    "tau_first": 0.06,
-                    "tau_last": 0.06,
-                    "rate_first": 0.01,
-                    "rate_last": 0.01,
-                }
-            )
-        }
-    )
-    ranks.run(workspace, params)
+def test_descent_from_a_bad_start_lowers_the_loss_by_a_third(tmp_path, monkeypatch):
+    """At one temperature, in float32, of a model whose outputs are far from uniform: the loss is far above rounding."""
+    softened_model.cache_clear()
+    quiet = tiny.tiny_model
+    monkeypatch.setattr(tiny, "tiny_model", lambda *of: scaled(quiet(*of), 8.0))
+    workspace = subspace_workspace(tmp_path, "qwen2")
+    monkeypatch.setattr(fermi_descent, "fisher", every_second_site)
+    steady = {"steps": 30, "sequences": 2, "tau_first": 0.06, "tau_last": 0.06, "rate_first": 0.03, "rate_last": 0.03}
+    params = {"ratio": 0.4, "allocator": "fermigrad", "fermigrad": {**steady, "dtype": "float32"}}
+    ranks.run(workspace, RanksParams.model_validate(params))
     losses = pq.read_table(workspace.out("ranks") / "trajectory.parquet")["loss"].to_pylist()
-    assert losses[-1] < losses[0]
+    assert losses[-1] < 0.67 * losses[0]
+
+
+@torch.no_grad()
+def scaled(model: torch.nn.Module, by: float) -> torch.nn.Module:
+    for parameter in model.parameters():
+        parameter.mul_(by)
+    return model
+
+
+def every_second_site(allocation: Allocation) -> np.ndarray:
+    """A start far from any optimum: full rank, nothing, full rank, nothing, …"""
+    return np.array([len(sigma) * (index % 2) for index, sigma in enumerate(allocation.spectra)])
 
 
 def test_first_order_effects_are_derivatives_of_the_loss(workspace):

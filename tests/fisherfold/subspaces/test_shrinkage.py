@@ -36,6 +36,15 @@ def test_ledoit_wolf_is_its_definition() -> None:
     assert ledoit_wolf(torch.linalg.eigvalsh(M), sampling) == pytest.approx((variance / spread).item(), rel=1e-10)
 
 
+def test_oas_is_its_closed_form() -> None:
+    """Equation 23 of Chen et al. by hand: p = 4, tr M = 8, tr M² = 22."""
+    values = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)
+    expected = (0.5 * 22 + 64) / ((20 + 0.5) * (22 - 64 / 4))
+    assert oas(values, FactorSampling(20, None)) == pytest.approx(expected, rel=1e-12)
+    assert oas(7 * values, FactorSampling(20, None)) == pytest.approx(expected, rel=1e-12)
+    assert oas(torch.ones(4), FactorSampling(20, None)) == oas(values, FactorSampling(5, None)) == 1
+
+
 @pytest.mark.parametrize(("samples", "slack"), [(10, 1.3), (60, 1.1)])
 def test_both_rules_come_near_the_best_damping_of_gaussian_samples(samples: int, slack: float) -> None:
     """Without knowing the truth, the squared error is within a few per cent of the least that any δ gives."""
@@ -53,6 +62,17 @@ def test_both_rules_come_near_the_best_damping_of_gaussian_samples(samples: int,
             errors[name] += (shrunk(M, delta) - truth).square().sum().item()
     assert errors["ledoit_wolf"] < slack * errors["best"] and errors["oas"] < slack * errors["best"]
     assert errors["none"] > slack * errors["best"]
+
+
+def test_the_variance_of_a_gram_matrix_is_that_of_a_mean_of_sequences() -> None:
+    """With every token sampled it is exactly Σ_s ‖M_s − M̂‖² / (S (S − 1)), M_s the mean of one sequence."""
+    sequences, length = 5, 7
+    x = torch.randn(sequences, length, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    means = x.mT @ x / length
+    M = means.mean(0)
+    expected = (means - M).square().sum() / (sequences * (sequences - 1)) / M.square().sum()
+    facts = SimpleNamespace(facts={"sequence_length": length}, sequences=sequences)
+    assert gram_variance([x[:2], x[2:]], M, facts) == pytest.approx(expected.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("alike", [0.0, 0.9])
