@@ -115,7 +115,9 @@ def download_wheel(requirement: str, folder: Path) -> None:
     """
     options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, requirement]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL
+    )
     if done.returncode:
         words = " ".join(line.strip() for line in done.stderr.strip().splitlines()[-2:])
         raise InputError(

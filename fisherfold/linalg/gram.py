@@ -3,6 +3,8 @@
 Shapes: X [N, p] rows of one batch, G [p, p].
 """
 
+from typing import Any
+
 import torch
 
 STRIPES = 6  # fewer do more products, more make them slow: (1 + 1/6) / 2 of the full product
@@ -57,10 +59,10 @@ class exact_products:
             self._setting.fp32_precision = self._before
 
 
-def _matrix_units(source: torch.Tensor) -> tuple[object | None, str]:
+def _matrix_units(source: torch.Tensor) -> tuple[Any, str]:
     """The setting of `source`'s device that chooses how float32 is multiplied, and the value that is exact."""
     if source.dtype == torch.bfloat16 and source.device.type == "cuda":
         return torch.backends.cuda.matmul, "tf32"
     if source.dtype == torch.bfloat16 and source.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.backends.mkldnn.matmul, "bf16"
+        return torch.backends.mkldnn.matmul, "bf16"  # type: ignore[attr-defined]
     return None, ""

@@ -86,7 +86,7 @@ def _find_price(problem: Knapsack) -> float:
     """The smallest price whose solution meets the budget, by bisection on its logarithm; 0 if none is needed."""
     if problem.total_cost(best_at_price(problem, 0.0)) <= problem.budget:
         return 0.0
-    low, high = np.finfo(float).tiny, _highest_rate(problem)
+    low, high = float(np.finfo(float).tiny), _highest_rate(problem)
     for _ in range(BISECTIONS):
         middle = float(np.sqrt(low) * np.sqrt(high))
         if not low < middle < high:

@@ -13,26 +13,28 @@ the symmetric pairs: σ₂ … are those of R on symmetric matrices.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from fisherfold.run.registry import Registry
 
-Vector = TypeVar("Vector")
+Vector = Any  # a tensor, or a SpanVector: what has the operations named above
 KRYLOV = 8  # left vectors that Lanczos holds beyond those asked for; more save steps and cost memory
 UNSEEN = 1e-7  # share of σ₁ below which another σ is rounding
 
 
-class PairMap(Protocol[Vector]):
+class PairMap(Protocol):
     """R and its adjoint."""
 
     def outputs(self, A: Vector) -> Vector:
         """R A: the output side that belongs to an input side."""
+        ...
 
     def inputs(self, B: Vector) -> Vector:
         """Rᵀ B: the input side that belongs to an output side."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def inner(left: Vector, right: Vector) -> float:
     return left.inner(right)
 
 
-def combine(vectors: Sequence[Vector], weights: Sequence[float]) -> Vector:
+def combine(vectors: Sequence[Vector], weights: Sequence[float] | np.ndarray) -> Vector:
     """Σ w_i M_i."""
     total = vectors[0] * weights[0]
     for vector, weight in zip(vectors[1:], weights[1:]):

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ class GradientBatch:
     X: torch.Tensor
     G: torch.Tensor | None
     norms: torch.Tensor
-    coarse: AbstractContextManager
+    coarse: AbstractContextManager[Any]
 
 
 class Sketch(NamedTuple):
@@ -94,7 +94,8 @@ def _exact_sketch(D: torch.Tensor, X: torch.Tensor, width: int) -> Sketch:
     exactly = D.new_ones(len(D))
     if D.shape[1] <= width:
         missing = (0, width - D.shape[1])
-        return Sketch(*(torch.nn.functional.pad(rows.mT, missing) for rows in (D, X)), exactly)
+        left, right = (torch.nn.functional.pad(rows.mT, missing) for rows in (D, X))
+        return Sketch(left, right, exactly)
     identity = torch.eye(width, dtype=D.dtype, device=D.device).expand(len(D), width, width)
     if D.shape[-1] == width:
         return Sketch(identity, X.mT @ D, exactly)
@@ -110,7 +111,7 @@ def _products(batch: GradientBatch) -> tuple[Product, Product]:
 
 
 def _range_finder(
-    times: Product, transposed_times: Product, probes: torch.Tensor, coarse: AbstractContextManager
+    times: Product, transposed_times: Product, probes: torch.Tensor, coarse: AbstractContextManager[Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Q [B, p, k], an orthonormal basis of M M^T M Omega, and M^T Q [B, q, k], for M [B, p, q] given by its products."""
     with coarse:

@@ -103,7 +103,7 @@ def block_root(roots: Sequence[MetricRoot], sizes: Sequence[int]) -> MetricRoot:
 def _eigenvalues(metric: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         return torch.linalg.eigh(metric)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise NumericalError(f"{name} has no eigenvalue decomposition that converges ({error})") from error
 
 
@@ -158,7 +158,7 @@ def _with_unseen(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, 
 def _svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     try:
         return torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise NumericalError(
             f"the weighted weight has no singular value decomposition that converges ({error})"
         ) from error

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,7 +72,7 @@ def read_sites(subspace: Path) -> list[Site]:
     return find_sites(read_layers(subspace), read_facts(subspace).get("shared", False))
 
 
-def read_facts(subspace: Path) -> dict:
+def read_facts(subspace: Path) -> dict[str, Any]:
     """subspace.json.
 
     Raises:

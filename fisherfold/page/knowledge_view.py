@@ -3,16 +3,19 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
+from typing import Any
+
+from markupsafe import Markup
 
 from fisherfold.page.layer_views import place
-from fisherfold.page.page import Markup, element, figure, join, number, percent, section, table
+from fisherfold.page.page import element, figure, join, number, percent, section, table
 from fisherfold.page.pictures import Line, legend, line_chart
 
 SOURCES = {"questions": "fisher_mass", "plain text": "text_mass"}
 RHO = "rho_kfac"
 
 
-def knowledge_view(answers: Sequence[Mapping], dependence: Sequence[Mapping]) -> Markup | None:
+def knowledge_view(answers: Sequence[Mapping[str, Any]], dependence: Sequence[Mapping[str, Any]]) -> Markup | None:
     """Two pictures and a table, a row a block; None if no question was asked.
 
     Args:
@@ -38,7 +41,7 @@ def knowledge_view(answers: Sequence[Mapping], dependence: Sequence[Mapping]) ->
     )
 
 
-def mass_shares(rows: Iterable[Mapping], column: str) -> dict[int, float]:
+def mass_shares(rows: Iterable[Mapping[str, Any]], column: str) -> dict[int, float]:
     """Share of the sum over all layers by block; empty if it was not measured."""
     by_block: dict[int, float] = defaultdict(float)
     for row in rows:
@@ -48,7 +51,7 @@ def mass_shares(rows: Iterable[Mapping], column: str) -> dict[int, float]:
     return {block: value / total for block, value in sorted(by_block.items())} if total > 0 else {}
 
 
-def mean_rho(rows: Iterable[Mapping]) -> dict[int, float]:
+def mean_rho(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
     """Mean ρ over the inputs of a block where it was measured."""
     by_block: dict[int, list[float]] = defaultdict(list)
     for row in rows:

@@ -8,11 +8,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from markupsafe import Markup
 
-from fisherfold.page.page import Markup, details, element, figure, join, number, percent, table
+from fisherfold.page.page import details, element, figure, join, number, percent, table
 from fisherfold.page.pictures import Cell, Line, heat_map, line_chart
 
 STORED = ("stored_parameters", "dense_parameters")
@@ -54,7 +56,7 @@ def _cells(modules: Sequence[str], cell: Callable[[str, int, list[str]], Cell]) 
     }
 
 
-def parameter_map(rows: Sequence[Mapping]) -> Markup:
+def parameter_map(rows: Sequence[Mapping[str, Any]]) -> Markup:
     """A picture: the share of each layer's parameters that is kept; of layers with one right factor, that of all of them."""
     by_name, sites = {row["module"]: row for row in rows}, by_site(rows)
 
@@ -69,7 +71,7 @@ def parameter_map(rows: Sequence[Mapping]) -> Markup:
     return heat_map(label, _cells(list(by_name), cell), ("0 %", "100 % kept"))
 
 
-def rank_map(rows: Sequence[Mapping]) -> Markup:
+def rank_map(rows: Sequence[Mapping[str, Any]]) -> Markup:
     """A picture: the rank of each layer as a share of its full rank."""
     by_name = {row["module"]: row for row in rows}
 
@@ -81,7 +83,7 @@ def rank_map(rows: Sequence[Mapping]) -> Markup:
     return heat_map("Rank kept by decoder block and module", _cells(list(by_name), cell), ("rank 0", "full rank"))
 
 
-def rank_views(rows: Sequence[Mapping]) -> Markup:
+def rank_views(rows: Sequence[Mapping[str, Any]]) -> Markup:
     """Kept share of parameters and of rank by layer, as pictures and as a table."""
     dense = sum(row["storage"] == "dense" for row in rows)
     return join(
@@ -100,30 +102,30 @@ def rank_views(rows: Sequence[Mapping]) -> Markup:
     )
 
 
-def full_rank(row: Mapping) -> int:
+def full_rank(row: Mapping[str, Any]) -> int:
     """min(n, m) of a layer's row."""
     return min(row["n"], row["m"])
 
 
-def kept_rank(row: Mapping) -> int:
+def kept_rank(row: Mapping[str, Any]) -> int:
     """The rank of a layer's own product: a factor that it shares may have more components."""
     return min(row["rank"], full_rank(row))
 
 
-def site_of(row: Mapping) -> str:
+def site_of(row: Mapping[str, Any]) -> str:
     """The first of the layers that share this layer's right factor: itself if none does."""
     return row.get("site") or row["module"]
 
 
-def by_site(rows: Sequence[Mapping]) -> dict[str, list[Mapping]]:
+def by_site(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """Rows by the layers that share a right factor."""
-    sites: dict[str, list[Mapping]] = defaultdict(list)
+    sites: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         sites[site_of(row)].append(row)
     return sites
 
 
-def site_full_ranks(rows: Sequence[Mapping]) -> dict[str, int]:
+def site_full_ranks(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """min(Σ n, m) of every site."""
     return {site: min(sum(row["n"] for row in own), own[0]["m"]) for site, own in by_site(rows).items()}
 
@@ -136,13 +138,13 @@ def _outlined(dense: int) -> str:
     )
 
 
-def _shared(rows: Sequence[Mapping]) -> str:
+def _shared(rows: Sequence[Mapping[str, Any]]) -> str:
     if not any(site_of(row) != row["module"] for row in rows):
         return ""
     return " Layers that read the same input share one right factor: they have one rank and, here, one share of parameters."
 
 
-def _rank_table(rows: Sequence[Mapping]) -> Markup:
+def _rank_table(rows: Sequence[Mapping[str, Any]]) -> Markup:
     header = ("module", "outputs n", "inputs m", "rank", "of full", "stored", "dense", "kept", "storage")
     body = [
         (
@@ -154,7 +156,7 @@ def _rank_table(rows: Sequence[Mapping]) -> Markup:
     return table("Rank and stored parameters of every layer", header, body)
 
 
-def kind_table(rows: Sequence[Mapping]) -> Markup:
+def kind_table(rows: Sequence[Mapping[str, Any]]) -> Markup:
     """Parameters and ranks by kind of module."""
     by_name = {row["module"]: row for row in rows}
     body = []
@@ -178,7 +180,7 @@ def kind_table(rows: Sequence[Mapping]) -> Markup:
     return table("Parameters and ranks by kind of module; ranks as shares of the full rank", header, body)
 
 
-def spectrum_views(spectra: pa.Table, rows: Sequence[Mapping]) -> Markup:
+def spectrum_views(spectra: pa.Table, rows: Sequence[Mapping[str, Any]]) -> Markup:
     """Energy of every layer, and how it falls with the component, with the place where the rank was cut."""
     sigma = read_spectra(spectra)
     energy = {module: float(np.square(values).sum()) for module, values in sigma.items()}
@@ -265,7 +267,7 @@ def _spectrum_point(sigma: np.ndarray, component: int) -> tuple[float, float]:
     return (component + 1) / len(sigma), 2 * math.log10(value) if value > 0 else math.nan
 
 
-def diagnostic_table(caption: str, rows: Sequence[Mapping], columns: Mapping[str, str]) -> Markup | None:
+def diagnostic_table(caption: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> Markup | None:
     """Median and largest value by kind of module of the `columns` (key: heading) that some row has a value for."""
     by_name = {row["module"]: row for row in rows}
     present = {key: heading for key, heading in columns.items() if any(row.get(key) is not None for row in rows)}
@@ -279,7 +281,7 @@ def diagnostic_table(caption: str, rows: Sequence[Mapping], columns: Mapping[str
     return table(f"{caption}: median, and largest where it differs", ("kind of module", *present.values()), body)
 
 
-def estimator_table(rows: Sequence[Mapping]) -> Markup | None:
+def estimator_table(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
     """Medians over layers, one row an estimator: what each of the Kronecker estimators compared is worth on the same gradients."""
     columns = {key: heading for key, heading in COMPARED.items() if any(row.get(key) is not None for row in rows)}
     if not columns:
@@ -299,7 +301,7 @@ def _median_and_largest(values: Sequence[float]) -> str:
     return middle if middle == largest else f"{middle} … {largest}"
 
 
-def residual_map(rows: Sequence[Mapping]) -> Markup | None:
+def residual_map(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
     """The relative residual of the Kronecker approximation by layer; None if none was recorded."""
     residual = {row["module"]: row["residual"] for row in rows if row.get("residual") is not None}
     if not residual:

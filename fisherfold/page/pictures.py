@@ -8,7 +8,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fisherfold.page.page import Markup, element, join
+from markupsafe import Markup
+
+from fisherfold.page.page import element, join
 
 WIDTH = 880
 LETTER = 7.0  # mean width of a letter in the labels

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,12 +51,12 @@ class Record:
         }
 
     @cached_property
-    def facts(self) -> dict[str, dict]:
+    def facts(self) -> dict[str, dict[str, Any]]:
         """The facts of each stage, as it wrote them."""
         return {stage: self.json(stage, file) or {} for stage, file in FACTS.items()}
 
     @cached_property
-    def metrics(self) -> dict:
+    def metrics(self) -> dict[str, Any]:
         """metrics.json.
 
         Raises:
@@ -68,7 +69,7 @@ class Record:
             )
         return metrics
 
-    def json(self, stage: str, name: str) -> dict | None:
+    def json(self, stage: str, name: str) -> dict[str, Any] | None:
         """A published JSON file, parsed; None if the stage wrote none."""
         path = self._path(stage, name)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -78,7 +79,7 @@ class Record:
         path = self._path(stage, name)
         return pq.read_table(path) if path.exists() else None
 
-    def rows(self, stage: str, name: str) -> list[dict]:
+    def rows(self, stage: str, name: str) -> list[dict[str, Any]]:
         """The rows of a small table; none if there is no such table."""
         table = self.table(stage, name)
         return table.to_pylist() if table is not None else []

@@ -3,13 +3,16 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import mean
+from typing import Any
+
+from markupsafe import Markup
 
 from fisherfold.page.layer_views import place, site_full_ranks
-from fisherfold.page.page import Markup, element, figure, number, section
+from fisherfold.page.page import element, figure, number, section
 from fisherfold.page.pictures import Line, legend, line_chart
 
 
-def trajectory_view(trajectory: Sequence[Mapping], ranks: Sequence[Mapping]) -> Markup | None:
+def trajectory_view(trajectory: Sequence[Mapping[str, Any]], ranks: Sequence[Mapping[str, Any]]) -> Markup | None:
     """Mean μ of every kind of module, as a share of the full rank, over the steps; None if there was no descent.
 
     Args:
@@ -31,7 +34,7 @@ def trajectory_view(trajectory: Sequence[Mapping], ranks: Sequence[Mapping]) -> 
     return section("How the ranks were found", figure(element("div", chart, legend(lines)), caption))
 
 
-def _mean_shares(trajectory: Sequence[Mapping], full: Mapping[str, int]) -> list[Line]:
+def _mean_shares(trajectory: Sequence[Mapping[str, Any]], full: Mapping[str, int]) -> list[Line]:
     shares: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in trajectory:
         shares[place(row["module"])[1]][row["step"]].append(row["mu"] / full[row["module"]])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -100,7 +101,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, StoredTensor], shard_bytes
     if len(shards) == 1:
         _write_file(folder / SINGLE, {name: tensors[name] for name in shards[0]})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(folder / file, {name: tensors[name] for name in names})
@@ -137,7 +138,7 @@ def _split(tensors: Mapping[str, StoredTensor], shard_bytes: int) -> Sequence[li
 
 def _write_file(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     ordered = sorted(tensors.items(), key=lambda entry: (-entry[1].dtype.itemsize, entry[0]))
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in ordered:
         header[name] = {
@@ -160,4 +161,4 @@ def _bytes_of(name: str, tensor: StoredTensor) -> memoryview:
         raise CorruptArtifact(
             f"Tensor {name!r} is {values.dtype} {tuple(values.shape)}, not {tensor.dtype} {tensor.shape} as announced."
         )
-    return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

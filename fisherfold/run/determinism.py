@@ -8,6 +8,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 
 def compute_deterministically() -> None:
@@ -19,7 +23,7 @@ def compute_deterministically() -> None:
     torch.manual_seed(0)
     # use_deterministic_algorithms does no more, for this, and imports the compiler
     torch.set_deterministic_debug_mode("warn")
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -43,7 +47,7 @@ def computing_threads(threads: int | None) -> Iterator[None]:
 
 
 @cache
-def _blas():
+def _blas() -> "ThreadpoolController":
     """The loaded BLAS libraries; NumPy and SciPy bring one each, and what is loaded later would be missed."""
     import numpy  # noqa: F401
     import scipy.linalg  # noqa: F401

@@ -6,9 +6,9 @@ An engine changes no bit of a result, so it is no parameter: the default runs un
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-Files = dict[str, dict]
+Files = dict[str, dict[str, Any]]
 """Size and SHA-256 of every file of a unit, by relative path; see `workspace.describe_files`."""
 
 
@@ -22,7 +22,7 @@ class Unit(NamedTuple):
     """
 
     work: Callable[..., None]
-    arguments: tuple
+    arguments: tuple[Any, ...]
     after: tuple[str, ...] = ()
 
 

@@ -6,7 +6,7 @@ the run, see ``flows``.
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
@@ -202,7 +202,7 @@ def load_params(path: Path) -> Params:
     return check_params(document or {}, source=str(path))
 
 
-def check_params(document: dict, source: str) -> Params:
+def check_params(document: dict[str, Any], source: str) -> Params:
     """Validate a parsed params document; see ``load_params`` for the errors."""
     if not isinstance(document, dict):
         raise ParameterError(f"{source}: expected one block per stage ({', '.join(STAGES)}), found {document!r}.")
@@ -213,7 +213,7 @@ def check_params(document: dict, source: str) -> Params:
         raise ParameterError(f"{source}: " + "; ".join(lines)) from None
 
 
-def _explain(issue: dict) -> str:
+def _explain(issue: dict[str, Any]) -> str:
     """One validation issue as a sentence: the dotted key, what is wrong, the nearest valid key."""
     location = [part for part in issue["loc"] if isinstance(part, str)]
     key = ".".join(location)
