@@ -123,7 +123,7 @@ def check_device(workspace: Workspace) -> Outcome:
     """The device that FISHERFOLD_DEVICE asks for is there."""
     import torch
 
-    from fisherfold.network.models import DEVICE_VARIABLE, chosen_device
+    from fisherfold.run.determinism import DEVICE_VARIABLE, chosen_device
 
     device = chosen_device()
     if device.startswith("cuda") and not torch.cuda.is_available():

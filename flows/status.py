@@ -3,9 +3,9 @@
 from rich.console import Console
 from rich.table import Table
 
-from fisherfold.run.errors import WorkspaceBusy
+from fisherfold.run.locks import holder
 from fisherfold.run.params import STAGES
-from fisherfold.run.scratch import lock_stage, scratch_folder
+from fisherfold.run.scratch import lock_file, scratch_folder
 from fisherfold.run.workspace import Workspace
 from flows.staleness import stale_reasons, summary
 
@@ -25,16 +25,6 @@ def _state(workspace: Workspace, stage: str, stale: bool) -> str:
     if not stale:
         return "up to date"
     finished = sum(1 for _ in scratch_folder(workspace, stage).glob("*/units/[!.]*"))
-    if _running(workspace, stage):
-        return f"running, {finished} units finished"
+    if running := holder(lock_file(workspace, stage)):  # a look that took the lock would make a start at that moment fail
+        return f"running ({running}), {finished} units finished"
     return f"interrupted, {finished} units finished" if finished else "stale"
-
-
-def _running(workspace: Workspace, stage: str) -> bool:
-    if not scratch_folder(workspace, stage).exists():
-        return False
-    try:
-        lock_stage(workspace, stage).close()
-    except WorkspaceBusy:
-        return True
-    return False

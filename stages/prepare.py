@@ -44,14 +44,14 @@ def run(workspace: Workspace, params: PrepareParams) -> None:
     questions = find_questions(workspace, params)
     sources = {"model": model.source, "corpus": corpus.source} | ({"questions": questions.source} if questions else {})
     with Scratch(workspace, "prepare", params, {name: source.digest for name, source in sources.items()}) as scratch:
-        tables = scratch.folder / "tables"  # kept as long as the output, to be published again after a kill
-        if not scratch.republish():
+        tables = scratch.folder / "tables"
+        if not scratch.republish("tables"):
             check_model(model, params.sequence_length)
             scratch.require_disk(_bytes_needed(model, params))
             loaded = scratch.map("model", write_model, {"model": (model, params.dtype)})["model"]
             units = {"tables": (loaded / "model", corpus, questions, params)}
             tokenised = scratch.map("tables", write_tables, units)["tables"]
-            replace_folder(tokenised / "tables", tables)
+            scratch.keep("tables", tokenised / "tables")
             with scratch.publish() as out:
                 replace_folder(loaded / "model", out / "model")
                 _write_facts(out / "prepare.json", sources, loaded / "facts.json", tokenised / "facts.json")

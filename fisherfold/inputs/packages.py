@@ -6,14 +6,11 @@ As dependencies such packages would drag in builds and licences that do not fit;
     <cache>/files/<sha256>.lock        held while a process fetches it
 """
 
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +18,7 @@ from fisherfold.inputs.recipes import PackagedFile, PackagedMember
 from fisherfold.run.disk import empty_folder, require_disk, sync_folder
 from fisherfold.run.errors import InputError
 from fisherfold.run.files import digest_file
+from fisherfold.run.locks import locked
 from fisherfold.run.progress import announce, track
 
 CACHE_VARIABLE = "FISHERFOLD_CACHE"
@@ -48,7 +46,8 @@ def fetch_file(file: PackagedFile) -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(path.parent.with_suffix(".lock"), file.name):
+        waiting = f"waiting for another process that fetches {file.name}"
+        with locked(path.parent.with_suffix(".lock"), lambda holder: announce("prepare", f"{waiting} ({holder})")):
             if not _is_whole(path, file):  # else another process fetched it meanwhile
                 _fetch(file, path)
     except PermissionError as error:
@@ -58,17 +57,6 @@ def fetch_file(file: PackagedFile) -> Path:
 
 def _is_whole(path: Path, file: PackagedFile) -> bool:
     return path.is_file() and path.stat().st_size == file.bytes and digest_file(path) == file.sha256
-
-
-@contextmanager
-def _exclusive(lock: Path, name: str) -> Iterator[None]:
-    with lock.open("a", encoding="utf-8") as holder:
-        try:
-            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            announce("prepare", f"waiting for another process that fetches {name}")
-            fcntl.flock(holder, fcntl.LOCK_EX)
-        yield
 
 
 def _fetch(file: PackagedFile, path: Path) -> None:

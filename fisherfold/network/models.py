@@ -1,7 +1,6 @@
 """Loading the prepared dense model, whole or one weight at a time."""
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,25 +8,13 @@ import torch
 from safetensors import safe_open
 
 from fisherfold.network.layers import LinearLayer
+from fisherfold.run.determinism import chosen_device
 from fisherfold.run.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEVICE_VARIABLE = (
-    "FISHERFOLD_DEVICE"  # cpu, cuda, cuda:1, mps, auto (spread over the node's GPUs); unset: the best there is
-)
-
-
-def chosen_device() -> str:
-    """Where this process computes: the environment's choice, else cuda, else mps, else cpu."""
-    asked = os.environ.get(DEVICE_VARIABLE)
-    if asked:
-        return asked
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def decomposing_device() -> str:

@@ -8,10 +8,51 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
+
+DEVICE_VARIABLE = (
+    "FISHERFOLD_DEVICE"  # cpu, cuda, cuda:1, mps, auto (spread over the node's GPUs); unset: the best there is
+)
+LIBRARIES = ("torch", "numpy", "scipy", "transformers")
+"""Packages whose version can change a bit of what a unit computes."""
+
+
+def chosen_device() -> str:
+    """Where this process computes: the environment's choice, else cuda, else mps, else cpu."""
+    asked = os.environ.get(DEVICE_VARIABLE)
+    if asked:
+        return asked
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def describe_machine() -> dict[str, str]:
+    """What this process computes with: device, instruction set and LIBRARIES. Where one of them differs, bits may."""
+    return {"device": _device_name(chosen_device())} | _versions()
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
+
+
+@cache
+def _device_name(device: str) -> str:
+    import torch
+
+    if device == "mps":
+        return device
+    if device == "cpu" or not torch.cuda.is_available():
+        return f"{device} {torch.backends.cpu.get_cpu_capability()}"
+    spread = range(torch.cuda.device_count()) if device == "auto" else [torch.device(device).index or 0]
+    return f"{device.partition(':')[0]} {', '.join(torch.cuda.get_device_name(number) for number in spread)}"
 
 
 def compute_deterministically() -> None:

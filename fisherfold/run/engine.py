@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
+from fisherfold.run.determinism import describe_machine
+
 Files = dict[str, dict[str, Any]]
-"""Size and SHA-256 of every file of a unit, by relative path; see `workspace.describe_files`."""
+"""Size and SHA-256 of every file of a unit, by relative path; see `fisherfold.run.files.describe_files`."""
 
 
 class Unit(NamedTuple):
@@ -35,6 +37,9 @@ class Engine(Protocol):
 
     slots: int
 
+    def machine(self) -> dict[str, str]:
+        """What its units are computed with, see `fisherfold.run.determinism.describe_machine`."""
+
     def run(self, write: Callable[[str, Unit], Files], units: Mapping[str, Unit]) -> Iterator[tuple[str, Files]]:
         """Call `write(name, unit)` once for every unit that ends well; yield its name and what it returned.
 
@@ -48,6 +53,9 @@ class Inline:
     """The engine of this process: one unit after the other, in their order."""
 
     slots = 1
+
+    def machine(self) -> dict[str, str]:
+        return describe_machine()
 
     def run(self, write: Callable[[str, Unit], Files], units: Mapping[str, Unit]) -> Iterator[tuple[str, Files]]:
         """See `Engine.run`."""

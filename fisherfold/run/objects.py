@@ -16,15 +16,15 @@ AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, a profile, a role).
               object that is gone or damaged is a `CorruptArtifact` that names its URL. Finished units stay in either case.
 """
 
-import itertools
 import os
 import random
-import time
 import zipfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 from fisherfold.run.errors import CorruptArtifact, StoreError
 from fisherfold.run.files import digest_file
@@ -48,7 +48,7 @@ REFUSALS = (PermissionError, ValueError, TypeError)
 REFUSALS_BY_NAME = ("CredentialsError", "ConfigNotFound", "ProfileNotFound", "ParamValidationError", "TokenError")
 """Errors that trying again does not cure; ends of names for those of libraries that are not imported here."""
 Result = TypeVar("Result")
-_jitter = random.Random()  # of its own: the global generator belongs to the stages
+_jitter = random.Random()  # tenacity's own would draw from the global generator, which belongs to the stages
 
 
 def store_url() -> str | None:
@@ -151,17 +151,24 @@ def persist(doing: str, url: str, action: Callable[[], Result]) -> Result:
         FileNotFoundError: there is no such object (nor bucket, perhaps).
         StoreError: it may not be done at all, or failed TRIES times.
     """
-    for attempt in itertools.count(1):
-        try:
-            return action()
-        except (StoreError, FileNotFoundError):
-            raise
-        except Exception as error:  # every library has its own; one that does not pass is raised here
-            if isinstance(error, REFUSALS) or type(error).__name__.endswith(REFUSALS_BY_NAME):
-                raise _refused(doing, url, error) from error
-            if attempt >= TRIES:
-                raise _unreachable(doing, url, error) from error
-            time.sleep(FIRST_DELAY * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1.5))
+    tries = Retrying(retry=retry_if_exception(_may_pass), stop=stop_after_attempt(TRIES), wait=_delay, reraise=True)
+    try:
+        return tries(action)
+    except (StoreError, FileNotFoundError):
+        raise
+    except Exception as error:  # every library has its own
+        raise (_unreachable if _may_pass(error) else _refused)(doing, url, error) from error
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether trying again may cure it; an interrupt of this process is none."""
+    settled = (StoreError, FileNotFoundError, *REFUSALS)
+    return isinstance(error, Exception) and not isinstance(error, settled) and not type(error).__name__.endswith(REFUSALS_BY_NAME)
+
+
+def _delay(state: RetryCallState) -> float:
+    """Seconds before the next try."""
+    return FIRST_DELAY * 2 ** (state.attempt_number - 1) * _jitter.uniform(0.5, 1.5)
 
 
 def _refused(doing: str, url: str, error: Exception) -> StoreError:

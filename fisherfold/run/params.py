@@ -5,6 +5,7 @@ the run, see ``flows``.
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -193,13 +194,18 @@ def load_params(path: Path) -> Params:
         ParameterError: the file is missing or not YAML, or a key or value is not valid; the message names the key
             and, for an unknown one, the nearest that exists.
     """
+    return check_params(read_document(path), source=str(path))
+
+
+def read_document(path: Path) -> dict:
+    """params.yaml as it stands, parsed and not yet checked; see ``load_params`` for the errors."""
     try:
         document = YAML(typ="safe").load(path)
     except FileNotFoundError:
         raise ParameterError(f"{path} does not exist. Run fisherfold from the folder that holds params.yaml.") from None
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ParameterError(f"{path} is not valid YAML: {error}") from None
-    return check_params(document or {}, source=str(path))
+    return document or {}
 
 
 def check_params(document: dict[str, Any], source: str) -> Params:
@@ -218,15 +224,16 @@ def _explain(issue: dict[str, Any]) -> str:
     location = [part for part in issue["loc"] if isinstance(part, str)]
     key = ".".join(location)
     if issue["type"] == "extra_forbidden":
-        valid = valid_keys(location[0] if len(location) > 1 else None)
+        valid = valid_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(valid)}"
         return f"unknown parameter {key!r}; {hint}"
     return f"{key} = {issue['input']!r}: {issue['msg'].lower()}"
 
 
-def valid_keys(block: str | None) -> list[str]:
-    """The names of the blocks, or of the keys of one block."""
-    if block is None:
-        return list(STAGES)
-    return list(Params.model_fields[block].annotation.model_fields)
+def valid_keys(blocks: Sequence[str] = ()) -> list[str]:
+    """The names of the blocks, or of the keys of one block, or of a block within it."""
+    block: type[BaseModel] = Params
+    for name in blocks:
+        block = block.model_fields[name].annotation
+    return list(block.model_fields)

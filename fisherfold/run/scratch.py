@@ -1,56 +1,46 @@
 """The scratch folder of a stage: finished units survive a kill, and the output appears by one rename.
 
-    artifacts/<stage>.partial/lock                      held while a process runs the stage
+    artifacts/.locks/<stage>                            held while a process runs the stage; it stays
     artifacts/<stage>.partial/<fingerprint>/units/…      one folder a finished unit
     artifacts/<stage>.partial/<fingerprint>/manifest.jsonl   one line a finished unit, written after its data is durable
     artifacts/<stage>.partial/<fingerprint>/out/         the finished output, hard-linked to artifacts/<stage>/
 
-The fingerprint covers all that determines the result: parameters, digests of the inputs, source text. `out` is kept
-until a later stage starts, because DVC deletes and hashes outputs itself and can be killed while it does.
-
-A unit is written where it is computed, perhaps on another host that shares the file system, into a folder of that attempt's
-own; it appears by a rename after its data is durable, and the process that holds the lock alone lists it.
+The fingerprint covers all that determines the result: parameters, digests of the inputs, source text, device and libraries. `out` is
+kept until a later stage starts, because DVC deletes and hashes outputs itself and can be killed while it does.
+Units are written by fisherfold/run/unit_work.py, perhaps on other hosts; the process that holds the lock alone lists them.
 """
 
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from uuid import uuid4
 
 from pydantic import BaseModel
 
 from fisherfold.run.determinism import computing_threads
 from fisherfold.run.disk import append_line, empty_folder, replace_folder, require_disk, sync_folder, sync_tree
 from fisherfold.run.engine import Files, Unit, current_engine
-from fisherfold.run.errors import EngineError, WorkspaceBusy
+from fisherfold.run.errors import WorkspaceBusy
 from fisherfold.run.files import MANIFEST, describe_files, digest_json, file_fault
+from fisherfold.run.locks import Held, locked
 from fisherfold.run.progress import announce, track
 from fisherfold.run.source import code_digest
+from fisherfold.run.unit_work import (
+    StageWork,
+    attempt_folder,
+    finish_unit,
+    require_sight,
+    share,
+    work_in_turn,
+    write_unit,
+)
 from fisherfold.run.workspace import Workspace
 
 UNIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
-SMALL = 2**22  # numbers that are worth a unit; a decoder block of a model with 0.1 billion parameters
-SIGHT_SECONDS = 60.0  # that what another host has written may take to appear here: file systems cache folders
-SHARED = "The project folder has to lie on a file system that all nodes share, under one path; `fisherfold doctor` names those without."
-
-
-@dataclass(frozen=True)
-class Desk:
-    """Where the units of a stage are written and by which source text; sent with each to the process that computes it."""
-
-    stage: str
-    code: str
-    units: Path
-    threads: int | None
 
 
 class Scratch:
@@ -72,11 +62,13 @@ class Scratch:
         self.workspace = workspace
         self.stage = stage
         self.threads = getattr(params, "threads", None)
+        self._machine = None if self.threads is None else current_engine().machine()
         determined_by = {
             "stage": stage,
             "params": params.model_dump(mode="json"),
             "inputs": dict(inputs),
             "code": code_digest(stage),
+            "machine": self._machine,
         }
         self.fingerprint = digest_json(determined_by)
         self.base = scratch_folder(workspace, stage)
@@ -85,9 +77,9 @@ class Scratch:
         self._manifest = self.folder / "manifest.jsonl"
 
     def __enter__(self) -> "Scratch":
-        self.units.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.enter_context(lock_stage(self.workspace, self.stage))
+            self.units.mkdir(parents=True, exist_ok=True)
             stack.enter_context(computing_threads(self.threads))
             for abandoned in self.units.glob(".*.partial"):
                 shutil.rmtree(abandoned, ignore_errors=True)
@@ -148,7 +140,8 @@ class Scratch:
         if len(pending) < len(units):
             announce(self.stage, f"{doing}: {len(units) - len(pending)} of {len(units)} units are finished already")
         yield from [name for name in units if name in self._finished]
-        write = partial(write_unit, Desk(self.stage, code_digest(self.stage), self.units, self.threads))
+        work = StageWork(self.stage, code_digest(self.stage), self._machine, self.units, self.threads)
+        write = partial(write_unit, work)
         for name, files in track(self.stage, doing, current_engine().run(write, pending), len(pending)):
             self._list(name, files)
             yield name
@@ -167,16 +160,36 @@ class Scratch:
 
     def _list(self, name: str, files: Files) -> None:
         require_sight(self.units / name, files, self.stage)
+        self._note(name, files)
+
+    def _note(self, name: str, files: Files) -> None:
         append_line(self._manifest, json.dumps({"unit": name, "files": files}, sort_keys=True))
         self._finished[name] = files
 
     def drop(self, name: str, part: str) -> None:
         """Free the disk of one file of a finished unit, when other finished units contain it; the unit stays listed."""
+        files = self._finished.get(name, {})
+        if part in files:
+            self._note(name, {file: entry for file, entry in files.items() if file != part})
         (self.units / name / part).unlink(missing_ok=True)
 
-    def republish(self) -> bool:
-        """Publish again what this very stage finished before it was interrupted, if it did."""
-        if not (self.folder / "out" / MANIFEST).exists():
+    def keep(self, name: str, source: Path) -> Path:
+        """Keep a folder as long as the output, to be put in place with it again; what is kept."""
+        replace_folder(source, self.folder / name)
+        digests = json.dumps(describe_files(self.folder / name), sort_keys=True)
+        (self.folder / f"{name}.json").write_text(digests, encoding="utf-8")
+        return self.folder / name
+
+    def republish(self, *kept: str) -> bool:
+        """Publish again what this very stage finished before it was interrupted, if all digests confirm it, those of `kept` too."""
+        manifest = self.folder / "out" / MANIFEST
+        if not manifest.exists():
+            return False
+        listed = [("out", _listed(manifest).get("files")), *((name, _listed(self.folder / f"{name}.json")) for name in kept)]
+        damaged = [name for name, files in listed if not _confirmed(self.folder / name, files)]
+        if damaged:
+            announce(self.stage, "finished before, but what was kept of it is damaged: it is computed again")
+            shutil.rmtree(self.folder / "out")
             return False
         announce(self.stage, "finished before; publishing its output again")
         self._link_output()
@@ -190,6 +203,7 @@ class Scratch:
         manifest = {"stage": self.stage, "files": describe_files(partial)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         sync_tree(partial)
+        shutil.rmtree(self.folder / "out", ignore_errors=True)
         partial.replace(self.folder / "out")
         sync_folder(self.folder)
         self._link_output()
@@ -201,112 +215,41 @@ class Scratch:
     def _link_output(self) -> None:
         replace_folder(self.folder / "out", self.workspace.out(self.stage))
 
-    def _read_manifest(self) -> dict[str, dict]:
-        """Finished units; a last line cut short by a kill is ignored, and so is whatever it would have listed."""
+    def _read_manifest(self) -> dict[str, Files]:
+        """Finished units whose files are there in full; a last line cut short by a kill is cut off, for the next would be glued to it."""
         if not self._manifest.exists():
             return {}
-        finished = {}
-        for line in self._manifest.read_text(encoding="utf-8").splitlines():
+        finished: dict[str, Files] = {}
+        whole = 0
+        for line in self._manifest.read_bytes().splitlines(keepends=True):
             try:
                 entry = json.loads(line)
             except ValueError:
                 break
+            if not line.endswith(b"\n"):
+                break
             finished[entry["unit"]] = entry["files"]
-        return finished
+            whole += len(line)
+        os.truncate(self._manifest, whole)
+        return {name: files for name, files in finished.items() if self._is_there(name, files)}
+
+    def _is_there(self, name: str, files: Files) -> bool:
+        return (self.units / name).is_dir() and not any(file_fault(self.units / name / file, each) for file, each in files.items())
 
 
-def write_unit(desk: Desk, name: str, unit: Unit) -> Files:
-    """Run one unit, here and now, into ``units/name``; return its files. Runs on whichever host the engine chose.
-
-    Raises:
-        EngineError: this host must not, see `require_fellow`; and whatever the unit raises.
-    """
-    require_fellow(desk)
-    attempt = attempt_folder(desk.units, name)
+def _listed(path: Path) -> dict:
+    """A list of digests; empty if it is not readable."""
     try:
-        with computing_threads(desk.threads):
-            unit.work(attempt, *unit.arguments)
-        return finish_unit(attempt, desk.units / name)
-    except BaseException:
-        shutil.rmtree(attempt.parent, ignore_errors=True)
-        raise
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def share(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Names in their order, those next to each other together while their sizes stay below SMALL."""
-    portions, total = [], SMALL + 1
-    for name, size in sizes.items():
-        if total + size > SMALL:
-            portions.append([])
-            total = 0
-        portions[-1].append(name)
-        total += size
-    return portions
-
-
-def work_in_turn(folder: Path, work: Callable[..., None], pieces: Mapping[str, tuple]) -> None:
-    """Unit of work: several pieces, one after the other, each in a folder of its own."""
-    for name, arguments in pieces.items():
-        (folder / name).mkdir()
-        work(folder / name, *arguments)
-
-
-def require_fellow(desk: Desk) -> None:
-    """Refuse to compute where the result could differ from that of other hosts, or never reach them.
-
-    Raises:
-        EngineError: this host has another source text, or does not see the stage's scratch folder.
-    """
-    if code_digest(desk.stage) != desk.code:
-        raise EngineError(
-            f"Stage {desk.stage!r}: {socket.gethostname()} has fisherfold with another source text, so its results could differ. "
-            "Install the same version on all nodes; `fisherfold doctor` compares them."
-        )
-    if not _comes_true(desk.units.is_dir):
-        raise EngineError(f"Stage {desk.stage!r}: {desk.units} is not to be seen on {socket.gethostname()}. {SHARED}")
-
-
-def attempt_folder(units: Path, name: str) -> Path:
-    """An empty folder called `name` for one attempt at a unit: one on a host given up for lost may still write its own."""
-    return empty_folder(units / f".{uuid4().hex}.partial" / name)
-
-
-def finish_unit(attempt: Path, folder: Path) -> Files:
-    """Make what an attempt has written durable, then visible as `folder`; return its files."""
-    files = describe_files(attempt)
-    sync_tree(attempt)
-    try:
-        attempt.replace(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        # else an earlier attempt was faster, or was not listed before a kill: the same bits
-    shutil.rmtree(attempt.parent)
-    sync_folder(folder.parent)
-    return files
-
-
-def require_sight(folder: Path, files: Files, stage: str) -> None:
-    """Wait until this host sees a finished unit in full.
-
-    Raises:
-        EngineError: it does not, so that the workers' file system is not this one.
-    """
-    if not _comes_true(lambda: not any(file_fault(folder / name, file) for name, file in files.items())):
-        raise EngineError(
-            f"Stage {stage!r}: a worker has written unit {folder.name!r} and {folder} is not to be seen in full on "
-            f"{socket.gethostname()}. {SHARED}"
-        )
-
-
-def _comes_true(condition: Callable[[], bool]) -> bool:
-    """Whether a condition that depends on what another host has written holds within SIGHT_SECONDS."""
-    deadline = time.monotonic() + SIGHT_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.2)
-    return True
+def _confirmed(folder: Path, files: Files | None) -> bool:
+    """Whether a folder holds the files of a list, no others, and their very bytes."""
+    found = {name: entry for name, entry in describe_files(folder).items() if name != MANIFEST} if folder.is_dir() else None
+    return bool(files) and found == files
 
 
 def _check_name(name: str) -> None:
@@ -318,37 +261,37 @@ def scratch_folder(workspace: Workspace, stage: str) -> Path:
     return workspace.artifacts / f"{stage}.partial"
 
 
-def lock_stage(workspace: Workspace, stage: str):
-    """Hold the lock of a stage; released when the file is closed or the process ends.
+def lock_file(workspace: Workspace, stage: str) -> Path:
+    """The lock of a stage; beside the scratch folders, which come and go."""
+    return workspace.artifacts / ".locks" / stage
+
+
+@contextmanager
+def lock_stage(workspace: Workspace, stage: str) -> Iterator[None]:
+    """Hold the lock of a stage while the block runs.
 
     Raises:
         WorkspaceBusy: another process holds it.
     """
-    path = scratch_folder(workspace, stage) / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise WorkspaceBusy(
-            f"Stage {stage!r} is already running in {workspace.root} (process {holder}). Wait for it, or end it and run again: "
-            "finished units are kept."
-        ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock_file(workspace, stage)))
+        except Held as error:
+            raise WorkspaceBusy(
+                f"Stage {stage!r} is already running in {workspace.root} ({error}). Wait for it, or end it and run again: "
+                "finished units are kept."
+            ) from None
+        yield
 
 
 def clear_scratch(workspace: Workspace, stage: str) -> None:
     """Remove the scratch folder of a stage whose output is committed, unless a process runs it."""
     if scratch_folder(workspace, stage).exists():
-        try:
-            lock = lock_stage(workspace, stage)
-        except WorkspaceBusy:
-            return
-        shutil.rmtree(scratch_folder(workspace, stage))
-        lock.close()
+        with suppress(WorkspaceBusy), lock_stage(workspace, stage):
+            shutil.rmtree(scratch_folder(workspace, stage))
+
+
+def forget_output(workspace: Workspace, stage: str) -> None:
+    """Remove the finished output that is kept in the scratch folder of a stage, so that it is computed again."""
+    for kept in scratch_folder(workspace, stage).glob("*/out"):
+        shutil.rmtree(kept)

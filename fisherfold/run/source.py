@@ -16,6 +16,7 @@ CARRIERS = frozenset(
         "engine",
         "errors",
         "files",
+        "locks",
         "object_group",
         "objects",
         "params",
@@ -24,6 +25,7 @@ CARRIERS = frozenset(
         "registry",
         "scratch",
         "source",
+        "unit_work",
         "workspace",
     )
 )

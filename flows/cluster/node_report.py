@@ -1,4 +1,5 @@
-"""What one node of a cluster says of itself. Standard library alone: it is sent to nodes that may lack everything else."""
+"""What one node of a cluster says of itself. Standard library alone (so flock by itself, not filelock): it is sent to nodes that may
+lack everything else."""
 
 import fcntl
 import hashlib

@@ -37,7 +37,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from fisherfold.run.determinism import compute_deterministically
+from fisherfold.run.determinism import compute_deterministically, describe_machine
 from fisherfold.run.engine import Files, Unit, use_engine
 from fisherfold.run.errors import EngineError
 from fisherfold.run.progress import announce
@@ -154,6 +154,11 @@ class RayEngine:
         if settings.memory:
             self._options["memory"] = int(settings.memory)
         announce(stage, f"on Ray: {len(nodes)} nodes, {self.slots} units at once, each asks for {_listed(asked)}")
+
+    def machine(self) -> dict[str, str]:
+        """What one worker computes with; every worker compares itself with it (`fisherfold.run.unit_work.require_same`)."""
+        options = {**self._options, "max_retries": 3}
+        return ray.get(ray.remote(describe_machine).options(**options).remote())
 
     def run(self, write: Callable[[str, Unit], Files], units: Mapping[str, Unit]) -> Iterator[tuple[str, Files]]:
         """See `fisherfold.run.engine.Engine.run`; what is still in work when the caller stops is cancelled."""

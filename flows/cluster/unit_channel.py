@@ -4,6 +4,7 @@ DVC runs every stage in a process of its own. An engine for each would mean work
 stage asks the run for its engine, over a socket in a folder that only this user may enter. Messages in their order:
 
     stage → run    its `threads`                       run → stage    how many units are in work at once
+    stage → run    MACHINE, if it computes             run → stage    what a worker computes with
     stage → run    units by name; the run need         run → stage    (name, files) of a finished one
                    not know what is packed in them
     stage → run    MORE                                run → stage    the next one; None after the last
@@ -23,6 +24,7 @@ from fisherfold.run.engine import Engine, Files, Unit
 from fisherfold.run.errors import EngineError, FisherfoldError
 
 MORE = "more"
+MACHINE = "machine"
 
 
 class RunEngine:
@@ -34,17 +36,20 @@ class RunEngine:
 
     def __init__(self, connection: Connection, stage: str, threads: int | None) -> None:
         self._connection, self._stage = connection, stage
-        self.slots = self._ask(threads)
+        self.slots = self._request(threads)
+
+    def machine(self) -> dict[str, str]:
+        return self._request(MACHINE)
 
     def run(self, write: Callable[[str, Unit], Files], units: Mapping[str, Unit]) -> Iterator[tuple[str, Files]]:
         """See `fisherfold.run.engine.Engine.run`; units are packed and sent to the run."""
         packed = {name: Unit(write_packed, (pickle.dumps((write, unit)),), unit.after) for name, unit in units.items()}
-        finished = self._ask(packed)
+        finished = self._request(packed)
         while finished is not None:
             yield finished
-            finished = self._ask(MORE)
+            finished = self._request(MORE)
 
-    def _ask(self, what: object):
+    def _request(self, what: object):
         try:
             self._connection.send(what)
             answer = self._connection.recv()
@@ -89,7 +94,10 @@ def answer(connection: Connection, engine: Engine) -> None:
         FisherfoldError: the stage failed; and whatever the engine raises.
     """
     connection.send(engine.slots)
-    while isinstance(request := connection.recv(), dict):
+    while isinstance(request := connection.recv(), dict) or request == MACHINE:
+        if request == MACHINE:
+            connection.send(engine.machine())
+            continue
         for finished in engine.run(write_packed, request):
             connection.send(finished)
             connection.recv()

@@ -15,7 +15,7 @@ from fisherfold.network.layers import LinearLayer, by_group
 from fisherfold.network.models import DTYPES
 from fisherfold.run.params import CaptureParams, Params
 from fisherfold.run.registry import Registry
-from fisherfold.run.scratch import share
+from fisherfold.run.unit_work import share
 from fisherfold.statistics.dependence import MOST_TOKENS
 from fisherfold.statistics.layer_sums import GRADIENT_FORMS
 from fisherfold.statistics.shard import layer_slices

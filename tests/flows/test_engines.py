@@ -9,12 +9,13 @@ import pytest
 from pydantic import BaseModel
 from shuffled import Shuffled
 
-from fisherfold.run import scratch
-from fisherfold.run.determinism import computing_threads
+from fisherfold.run import unit_work
+from fisherfold.run.determinism import computing_threads, describe_machine
 from fisherfold.run.engine import Files, Unit, use_engine
 from fisherfold.run.errors import EngineError, ParameterError
-from fisherfold.run.scratch import Desk, Scratch, attempt_folder, finish_unit, write_unit
+from fisherfold.run.scratch import Scratch
 from fisherfold.run.source import code_digest
+from fisherfold.run.unit_work import StageWork, attempt_folder, finish_unit, write_unit
 from fisherfold.run.workspace import Workspace
 from flows import cli
 from flows.engine_choice import run_on_engine
@@ -41,9 +42,9 @@ def test_finished_units_are_not_given_out_again(tmp_path):
 
 
 def test_small_pieces_share_a_unit_and_each_has_its_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(scratch, "SMALL", 10)
-    assert scratch.share({"a": 0, "b": 11}) == [["a"], ["b"]]
-    assert scratch.share({"a": 4, "b": 6, "c": 1, "d": 30, "e": 10, "f": 0}) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
+    monkeypatch.setattr(unit_work, "SMALL", 10)
+    assert unit_work.share({"a": 0, "b": 11}) == [["a"], ["b"]]
+    assert unit_work.share({"a": 4, "b": 6, "c": 1, "d": 30, "e": 10, "f": 0}) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
     sizes = dict(zip("abcdef", (4, 4, 4, 30, 9, 1)))
     engine = Shuffled(2, 0)
     with use_engine(engine), Scratch(Workspace(tmp_path), "report", NoParams(), {}) as run:
@@ -61,24 +62,28 @@ def test_of_two_attempts_at_a_unit_the_first_stays(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["unit"]
 
 
-def desk(folder: Path, **changes: object) -> Desk:
-    return replace(Desk("report", code_digest("report"), folder, None), **changes)
+def stage_work(folder: Path, **changes: object) -> StageWork:
+    return replace(StageWork("report", code_digest("report"), describe_machine(), folder, None), **changes)
 
 
 def test_a_failed_attempt_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
-        write_unit(desk(tmp_path), "unit", Unit(write_number, ()))
+        write_unit(stage_work(tmp_path), "unit", Unit(write_number, ()))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"code": "another"}, "another source text"), ({"units": Path("/nowhere")}, "is not to be seen on")],
+    [
+        ({"code": "another"}, "another source text"),
+        ({"machine": describe_machine() | {"device": "cuda H100", "torch": "1.0"}}, "device 'cpu.*' where others have 'cuda H100', torch"),
+        ({"units": Path("/nowhere")}, "is not to be seen on"),
+    ],
 )
 def test_a_host_that_could_compute_something_else_or_in_vain_refuses(tmp_path, monkeypatch, changes, says):
-    monkeypatch.setattr(scratch, "SIGHT_SECONDS", 0.1)
+    monkeypatch.setattr(unit_work, "SIGHT_SECONDS", 0.1)
     with pytest.raises(EngineError, match=says):
-        write_unit(desk(tmp_path, **changes), "unit", Unit(write_number, (1,)))
+        write_unit(stage_work(tmp_path, **changes), "unit", Unit(write_number, (1,)))
     assert not list(tmp_path.iterdir()) and not Path("/nowhere").exists()
 
 
@@ -87,12 +92,15 @@ class Elsewhere:
 
     slots = 1
 
+    def machine(self) -> dict[str, str]:
+        return {}
+
     def run(self, write: Callable[[str, Unit], Files], units: Mapping[str, Unit]) -> Iterator[tuple[str, Files]]:
         yield next(iter(units)), {"number": {"bytes": 1, "sha256": "0" * 64}}
 
 
 def test_a_unit_that_is_not_to_be_seen_here_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(scratch, "SIGHT_SECONDS", 0.1)
+    monkeypatch.setattr(unit_work, "SIGHT_SECONDS", 0.1)
     with use_engine(Elsewhere()), Scratch(Workspace(tmp_path), "report", NoParams(), {}) as run:
         with pytest.raises(EngineError, match="file system that all nodes share"):
             run.map("numbers", write_number, {"unit": (1,)})

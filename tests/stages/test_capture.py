@@ -15,7 +15,7 @@ from shuffled import Shuffled
 from tiny import VOCABULARY, random_ids, tiny_workspace
 
 from fisherfold.network.models import load_model
-from fisherfold.run import disk, scratch
+from fisherfold.run import disk, scratch, unit_work
 from fisherfold.run.engine import use_engine
 from fisherfold.run.errors import CorruptArtifact, InputError, NotEnoughDisk, NumericalError
 from fisherfold.run.files import read_manifest, verify_output
@@ -292,9 +292,9 @@ def test_killed_anywhere_it_resumes_with_the_same_bits(workspace, captured, monk
             sync(path)
 
         with monkeypatch.context() as patch:
-            for module in (disk, scratch):
+            for module in (disk, scratch, unit_work):
                 patch.setattr(module, "sync_folder", deadly)
-            patch.setattr(scratch, "sync_tree", lambda folder: None)
+            patch.setattr(unit_work, "sync_tree", lambda folder: None)
             patch.setattr(os, "fsync", lambda descriptor: None)  # dozens of runs should not wait for the disk
             try:
                 capture.run(workspace, params)

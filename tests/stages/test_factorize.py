@@ -14,7 +14,7 @@ from fisherfold.allocators.cost import FORMATS
 from fisherfold.export.architecture import dense_architecture
 from fisherfold.network.layers import read_layers
 from fisherfold.network.sites import read_sites
-from fisherfold.run import scratch
+from fisherfold.run import unit_work
 from fisherfold.run.checkpoint import read_tensors
 from fisherfold.run.errors import CorruptArtifact, InputError, NotEnoughDisk
 from fisherfold.run.files import digest_file
@@ -175,7 +175,7 @@ def test_the_template_takes_the_names_of_each_family(tmp_path):
 
 @pytest.mark.parametrize("stop_after", [0, 5])
 def test_a_killed_run_resumes_to_the_same_bytes(llama, unfinished, monkeypatch, stop_after):
-    monkeypatch.setattr(scratch, "SMALL", 1)  # a unit each
+    monkeypatch.setattr(unit_work, "SMALL", 1)  # a unit each
     work, calls = factorize.factorize_site, []
 
     def killed(*arguments):

@@ -15,7 +15,7 @@ from fisherfold.fisher import gradient_samples
 from fisherfold.fisher.estimators import ESTIMATORS, Evidence
 from fisherfold.fisher.fisher_diagnostics import describe_estimate
 from fisherfold.linalg.leading_pairs import SOLVERS
-from fisherfold.run import scratch, store
+from fisherfold.run import store, unit_work
 from fisherfold.run.errors import CorruptArtifact, NotEnoughDisk, NumericalError, ParameterError
 from fisherfold.run.files import MANIFEST, describe_files
 from fisherfold.run.params import KroneckerParams
@@ -179,7 +179,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, monkeypatch, es
     reference = make(tmp_path / "reference")
     run(reference, estimator=estimator)
     tiny = make(tmp_path / "killed")
-    monkeypatch.setattr(scratch, "SMALL", 1)  # a unit each
+    monkeypatch.setattr(unit_work, "SMALL", 1)  # a unit each
     work, calls = kronecker.estimate_layer, []
 
     def interrupted(folder: Path, *arguments: object) -> None:

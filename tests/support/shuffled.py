@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Mapping
 
+from fisherfold.run.determinism import describe_machine
 from fisherfold.run.engine import Files, Unit
 
 
@@ -13,6 +14,9 @@ class Shuffled:
         self.slots = slots
         self.given_out: list[str] = []
         self._random = random.Random(seed)
+
+    def machine(self) -> dict[str, str]:
+        return describe_machine()
 
     def run(self, write: Callable[[str, Unit], Files], units: Mapping[str, Unit]) -> Iterator[tuple[str, Files]]:
         waiting, unfinished, working = dict(units), set(units), []

@@ -22,6 +22,7 @@ from fisherfold.network.layers import LinearLayer
 from fisherfold.network.models import load_model
 from fisherfold.network.sites import Site, find_sites, read_sites
 from fisherfold.run import scratch
+from fisherfold.run.determinism import describe_machine
 from fisherfold.run.engine import use_engine
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.files import read_manifest
@@ -200,6 +201,9 @@ class Backwards:
     """An engine that takes the last unit first."""
 
     slots = 1
+
+    def machine(self):
+        return describe_machine()
 
     def run(self, write, units):
         for name in reversed(units):

@@ -17,7 +17,7 @@ from object_storage import BUCKET, READ_TIMEOUT, configure
 from project import command
 from tiny import tiny_workspace
 
-from fisherfold.run import objects, scratch
+from fisherfold.run import objects, scratch, unit_work
 from fisherfold.run.errors import CorruptArtifact, FisherfoldError, StoreError
 from fisherfold.run.files import describe_files, read_manifest, verify_output
 from fisherfold.run.object_group import SMALL, ObjectGroup
@@ -386,10 +386,10 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("step", ["append_line", "sync_tree"])
-def test_killed_between_upload_and_manifest_it_goes_on(storage, prepared, local, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(("module", "step"), [(scratch, "append_line"), (unit_work, "sync_tree")])
+def test_killed_between_upload_and_manifest_it_goes_on(storage, prepared, local, tmp_path, monkeypatch, module, step):
     with monkeypatch.context() as patch:
-        patch.setattr(scratch, step, lambda *arguments: (_ for _ in ()).throw(Killed))
+        patch.setattr(module, step, lambda *arguments: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             captured(prepared, tmp_path)
     assert len(storage.objects()) == 1
