@@ -164,7 +164,9 @@ def _output(command: list[str], folder: Path) -> str:
     Raises:
         FisherfoldError: it failed; the message ends with what it said.
     """
-    result = subprocess.run(command, cwd=folder, env=tool_environment(), capture_output=True, text=True, encoding="utf-8", errors="replace")
+    result = subprocess.run(
+        command, cwd=folder, env=tool_environment(), capture_output=True, text=True, encoding="utf-8", errors="replace"
+    )
     if result.returncode:
         said = " ".join((result.stderr or result.stdout).strip().splitlines()[-2:])
         raise FisherfoldError(f"`{' '.join(command[:6])}` failed in {folder}: {said}")

@@ -25,6 +25,8 @@ def _state(workspace: Workspace, stage: str, stale: bool) -> str:
     if not stale:
         return "up to date"
     finished = sum(1 for _ in scratch_folder(workspace, stage).glob("*/units/[!.]*"))
-    if running := holder(lock_file(workspace, stage)):  # a look that took the lock would make a start at that moment fail
+    if running := holder(
+        lock_file(workspace, stage)
+    ):  # a look that took the lock would make a start at that moment fail
         return f"running ({running}), {finished} units finished"
     return f"interrupted, {finished} units finished" if finished else "stale"

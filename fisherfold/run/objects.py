@@ -163,7 +163,11 @@ def persist(doing: str, url: str, action: Callable[[], Result]) -> Result:
 def _may_pass(error: BaseException) -> bool:
     """Whether trying again may cure it; an interrupt of this process is none."""
     settled = (StoreError, FileNotFoundError, *REFUSALS)
-    return isinstance(error, Exception) and not isinstance(error, settled) and not type(error).__name__.endswith(REFUSALS_BY_NAME)
+    return (
+        isinstance(error, Exception)
+        and not isinstance(error, settled)
+        and not type(error).__name__.endswith(REFUSALS_BY_NAME)
+    )
 
 
 def _delay(state: RetryCallState) -> float:

@@ -197,7 +197,7 @@ def load_params(path: Path) -> Params:
     return check_params(read_document(path), source=str(path))
 
 
-def read_document(path: Path) -> dict:
+def read_document(path: Path) -> dict[str, Any]:
     """params.yaml as it stands, parsed and not yet checked; see ``load_params`` for the errors."""
     try:
         document = YAML(typ="safe").load(path)
@@ -233,7 +233,7 @@ def _explain(issue: dict[str, Any]) -> str:
 
 def valid_keys(blocks: Sequence[str] = ()) -> list[str]:
     """The names of the blocks, or of the keys of one block, or of a block within it."""
-    block: type[BaseModel] = Params
+    block: Any = Params
     for name in blocks:
         block = block.model_fields[name].annotation
     return list(block.model_fields)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -105,7 +106,11 @@ class Scratch:
         require_disk(self.folder, max(0, needed - held), self.stage)
 
     def map(
-        self, doing: str, work: Callable[..., None], pieces: Mapping[str, tuple], sizes: Mapping[str, int] | None = None
+        self,
+        doing: str,
+        work: Callable[..., None],
+        pieces: Mapping[str, tuple[Any, ...]],
+        sizes: Mapping[str, int] | None = None,
     ) -> dict[str, Path]:
         """Run `work(folder, *arguments)` for every piece of work whose unit is not finished; return the folder of each piece.
 
@@ -116,7 +121,8 @@ class Scratch:
                 many as stay below SMALL; without sizes each is a unit.
         """
         portions = share(sizes) if sizes else [[name] for name in pieces]
-        units, folders = {}, {}
+        units: dict[str, tuple[Any, ...]] = {}
+        folders: dict[str, Path] = {}
         for first, *others in portions:
             name = f"{first}.and-{len(others)}-more" if others else first
             each = {piece: pieces[piece] for piece in (first, *others)}
@@ -185,7 +191,10 @@ class Scratch:
         manifest = self.folder / "out" / MANIFEST
         if not manifest.exists():
             return False
-        listed = [("out", _listed(manifest).get("files")), *((name, _listed(self.folder / f"{name}.json")) for name in kept)]
+        listed = [
+            ("out", _listed(manifest).get("files")),
+            *((name, _listed(self.folder / f"{name}.json")) for name in kept),
+        ]
         damaged = [name for name, files in listed if not _confirmed(self.folder / name, files)]
         if damaged:
             announce(self.stage, "finished before, but what was kept of it is damaged: it is computed again")
@@ -234,10 +243,12 @@ class Scratch:
         return {name: files for name, files in finished.items() if self._is_there(name, files)}
 
     def _is_there(self, name: str, files: Files) -> bool:
-        return (self.units / name).is_dir() and not any(file_fault(self.units / name / file, each) for file, each in files.items())
+        return (self.units / name).is_dir() and not any(
+            file_fault(self.units / name / file, each) for file, each in files.items()
+        )
 
 
-def _listed(path: Path) -> dict:
+def _listed(path: Path) -> dict[str, Any]:
     """A list of digests; empty if it is not readable."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -248,7 +259,9 @@ def _listed(path: Path) -> dict:
 
 def _confirmed(folder: Path, files: Files | None) -> bool:
     """Whether a folder holds the files of a list, no others, and their very bytes."""
-    found = {name: entry for name, entry in describe_files(folder).items() if name != MANIFEST} if folder.is_dir() else None
+    found = (
+        {name: entry for name, entry in describe_files(folder).items() if name != MANIFEST} if folder.is_dir() else None
+    )
     return bool(files) and found == files
 
 

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
@@ -63,7 +64,8 @@ def write_unit(work: StageWork, name: str, unit: Unit) -> Files:
 
 def share(sizes: Mapping[str, int]) -> list[list[str]]:
     """Names in their order, those next to each other together while their sizes stay below SMALL."""
-    portions, total = [], SMALL + 1
+    portions: list[list[str]] = []
+    total = SMALL + 1
     for name, size in sizes.items():
         if total + size > SMALL:
             portions.append([])
@@ -73,7 +75,7 @@ def share(sizes: Mapping[str, int]) -> list[list[str]]:
     return portions
 
 
-def work_in_turn(folder: Path, work: Callable[..., None], pieces: Mapping[str, tuple]) -> None:
+def work_in_turn(folder: Path, work: Callable[..., None], pieces: Mapping[str, tuple[Any, ...]]) -> None:
     """Unit of work: several pieces, one after the other, each in a folder of its own."""
     for name, arguments in pieces.items():
         (folder / name).mkdir()
@@ -102,8 +104,14 @@ def require_same(work: StageWork) -> None:
 
 
 def _differences(expected: Mapping[str, str] | None) -> str:
-    here = describe_machine() if expected else {}
-    return ", ".join(f"{part} {found!r} where others have {expected[part]!r}" for part, found in here.items() if found != expected[part])
+    if expected is None:
+        return ""
+    here = describe_machine()
+    return ", ".join(
+        f"{part} {found!r} where others have {expected[part]!r}"
+        for part, found in here.items()
+        if found != expected[part]
+    )
 
 
 def attempt_folder(units: Path, name: str) -> Path:

@@ -76,7 +76,10 @@ def test_a_failed_attempt_leaves_nothing(tmp_path):
     ("changes", "says"),
     [
         ({"code": "another"}, "another source text"),
-        ({"machine": describe_machine() | {"device": "cuda H100", "torch": "1.0"}}, "device 'cpu.*' where others have 'cuda H100', torch"),
+        (
+            {"machine": describe_machine() | {"device": "cuda H100", "torch": "1.0"}},
+            "device 'cpu.*' where others have 'cuda H100', torch",
+        ),
         ({"units": Path("/nowhere")}, "is not to be seen on"),
     ],
 )

@@ -135,8 +135,17 @@ def test_any_value_in_any_text_is_what_was_asked_for(document, key, value):
     text = io.StringIO()
     YAML(pure=True).dump(document, text)
     for keys in ([key], [key, "x.y"]):
-        assert YAML(typ="safe", pure=True).load(set_value(text.getvalue(), keys, value)) == with_value(document, keys, value)
+        assert YAML(typ="safe", pure=True).load(set_value(text.getvalue(), keys, value)) == with_value(
+            document, keys, value
+        )
 
 
 def test_a_value_is_one_line_of_yaml():
-    assert [flow_text(value) for value in (0.4, None, True, ["a"], "a: b", "no")] == ["0.4", "null", "true", "[a]", "'a: b'", "no"]
+    assert [flow_text(value) for value in (0.4, None, True, ["a"], "a: b", "no")] == [
+        "0.4",
+        "null",
+        "true",
+        "[a]",
+        "'a: b'",
+        "no",
+    ]

@@ -51,7 +51,9 @@ class Stage:
                 if publishes:
                     scratch.keep("kept", folders["unit-3"])
                     with scratch.publish() as out:
-                        (out / "result").write_text("".join((folder / "number").read_text() for folder in folders.values()))
+                        (out / "result").write_text(
+                            "".join((folder / "number").read_text() for folder in folders.values())
+                        )
         return log.read_text().split() if log.exists() else []
 
 
@@ -150,7 +152,9 @@ def test_what_a_machine_says_of_itself(monkeypatch):
     import torch
 
     found = determinism.describe_machine()
-    assert found["device"] == f"cpu {torch.backends.cpu.get_cpu_capability()}" or found["device"].startswith(("cuda", "mps"))
+    assert found["device"] == f"cpu {torch.backends.cpu.get_cpu_capability()}" or found["device"].startswith(
+        ("cuda", "mps")
+    )
     assert found["torch"] == torch.__version__
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"Card {number}")
