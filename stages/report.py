@@ -6,6 +6,8 @@ artifacts/report/index.html      no scripts, nothing loaded from anywhere, the s
 import csv
 from collections.abc import Iterable, Iterator, Mapping
 
+from fisherfold.evaluation.verdict import verdict
+from fisherfold.page.answers_view import answers_view, sources_table
 from fisherfold.page.knowledge_view import knowledge_view
 from fisherfold.page.layer_views import (
     diagnostic_table,
@@ -32,6 +34,7 @@ from fisherfold.page.pictures import Line, legend, line_chart
 from fisherfold.page.record import Record
 from fisherfold.page.references import REFERENCES
 from fisherfold.page.trajectory_view import trajectory_view
+from fisherfold.page.verdict_view import verdict_view
 from fisherfold.run.params import ReportParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
@@ -65,14 +68,16 @@ def run(workspace: Workspace, params: ReportParams) -> None:
 
 def write_page(record: Record, title: str) -> str:
     """The page as text."""
-    ranks = record.rows("ranks", "ranks.parquet")
+    ranks, judged = record.rows("ranks", "ranks.parquet"), verdict(record.metrics)
     return page(
         f"{title}: {_model_name(record)}",
         element("h1", title),
         element("p", _kicker(record, ranks), class_="kicker"),
+        verdict_view(judged.level, judged.sentences),
         _cards(record),
         element("p", _summary(record, len(ranks)), class_="summary"),
         _quality(record),
+        answers_view(record.rows("evaluate", "answers.parquet"), record.metrics),
         _sizes(record),
         _layers(ranks),
         trajectory_view(record.rows("ranks", "trajectory.parquet"), ranks),
@@ -131,13 +136,21 @@ def _cards(record: Record) -> Markup:
             f"of the targeted layers; {whole} of the whole model",
         ),
         ("Perplexity", number(compressed["perplexity"]), perplexity),
-        ("Divergence", number(compressed["kl_to_dense"]), "nats per token from the dense model"),
+        _divergence_card(compressed),
         ("Size on disk", _bytes(record, "compressed"), f"dense {_bytes(record, 'dense')}"),
     ]
     if compressed["knowledge_accuracy"] is not None:
         right = f"dense {percent(dense['knowledge_accuracy'])} right"
         cards.insert(2, ("Knowledge", percent(compressed["knowledge_accuracy"]), right))
     return element("ul", *(_card(*card) for card in cards), class_="cards")
+
+
+def _divergence_card(compressed: Mapping) -> tuple[str, str, str]:
+    """On the dense model's own answers, which is what counts in use; on the evaluation text where there are none."""
+    own = compressed.get("own_answers_kl")
+    if own is None:
+        return "Divergence", number(compressed["kl_to_dense"]), "nats per token from the dense model"
+    return "Divergence", number(own), "nats per token of the dense model's own answers"
 
 
 def _card(name: str, value: str, note: str) -> Markup:
@@ -205,7 +218,7 @@ def _with_error(value: str, error: str | None) -> Markup:
 def _quality(record: Record) -> Markup:
     caption = "Dense and compressed model side by side; ± is one standard error"
     figures = table(caption, ("measure", "dense", "compressed", "change"), _quality_rows(record))
-    return section("What it costs", figures, _task_table(record), _losses_by_position(record))
+    return section("What it costs", figures, sources_table(record.metrics), _task_table(record), _losses_by_position(record))
 
 
 def _quality_rows(record: Record) -> Iterator[tuple]:

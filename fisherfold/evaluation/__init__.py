@@ -1,1 +1,3 @@
-"""Losses, answers and tasks of a dense and a compressed model, side by side; lm-eval behind `harness`. Imports `run` and `network`."""
+"""Losses, answers, questions and tasks of a dense and a compressed model, side by side, and what they amount to (`verdict`); lm-eval
+behind `harness`. Imports `run`, `network` and, to load checkpoints of ours by our own classes, `runtime`.
+"""

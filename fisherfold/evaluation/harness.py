@@ -2,7 +2,8 @@
 
 lm-eval asks for the log-likelihood of each (context, continuation) pair by itself. The choices of one question share
 their context: if it is long, its keys and values are computed once and copied for the continuations. Pairs of short
-contexts go together by length. Logits are formed only from the first place on where one is needed.
+contexts go together by length. Logits are formed only from the first place on where one is needed. Contexts are shared only
+where that reproduces the plain log-likelihoods, which is tried once a model: some architectures drop or misread a cache.
 
 G contexts of equal length in one pass, R rows of one pass, L tokens of its longest row, V vocabulary entries.
 """
@@ -27,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from fisherfold.network.shortcuts import attempt, reproduces
 from fisherfold.run.errors import InputError
 from fisherfold.run.progress import track_lines
 
@@ -34,6 +36,8 @@ BOOTSTRAP_DRAWS = 1000
 LIKE_LENGTH = 0.75
 WORTH_A_PASS = 128  # tokens; reading the weights costs a CPU as much as about 40 tokens
 WORTH_SHARING = 16  # tokens of a context; below, the passes for contexts alone cost more than they save
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # what `forward` calls it, the newest name first
+PROBE_CONTEXT, PROBE_CONTINUATION = 20, 5  # tokens of the pairs on which sharing is tried
 UNSCORED = -1
 SEED = 1234  # of few-shot draws, as lm-eval's command line has it
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork workers for a bootstrap
@@ -70,7 +74,9 @@ class SharedContextModel(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.tokens_per_pass = tokens_per_pass
         self.label = label
-        self.keeps_some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        known = inspect.signature(model.forward).parameters
+        self.keeps_some_logits = "logits_to_keep" in known
+        self.cache_name = next((name for name in CACHE_NAMES if name in known), None)
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[Answer]:
         """See lm-eval; without its progress bars."""
@@ -98,10 +104,11 @@ class SharedContextModel(HFLM):
             if len(context) + len(continuation) <= self.max_length + 1:
                 groups[tuple(context)].append(i)
         shared = [group for group in groups.items() if len(group[0]) > WORTH_SHARING and len(group[1]) > 1]
+        shared = shared if shared and self.shares_contexts else []
         for batch in self._batches_of_contexts(requests, shared):
             yield self._score_sharing, batch
         alone = [i for group in groups.items() if group not in shared for i in group[1]]
-        for run in _runs_of_like_length(
+        for run in runs_of_like_length(
             alone, lambda i: len(requests[i][1]) + len(requests[i][2]), self.tokens_per_pass
         ):
             yield self._score_pairs, run
@@ -118,6 +125,27 @@ class SharedContextModel(HFLM):
         if batch:
             yield batch
 
+    @functools.cached_property
+    def shares_contexts(self) -> bool:
+        """Whether continuations of a context computed once have the log-likelihoods of plain passes with this model."""
+        if not self.cache_name:
+            return False
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        tokens = [(11 * i + 5) % vocabulary for i in range(2 * (PROBE_CONTEXT + 2 * PROBE_CONTINUATION))]
+        contexts = [(g, [tokens.pop() for _ in range(PROBE_CONTEXT)]) for g in range(2)]
+        requests = [
+            (("", ""), context, [tokens.pop() for _ in range(PROBE_CONTINUATION - i)])
+            for _, context in contexts
+            for i in range(2)
+        ]
+        batch = [(tuple(context), [2 * g, 2 * g + 1]) for g, context in contexts]
+        found = attempt(lambda: self._score_sharing(requests, batch))
+        if found is None:
+            return False
+        plain = self._score_pairs(requests, list(found))
+        values = (torch.tensor([answers[i][0] for i in sorted(plain)]) for answers in (found, plain))
+        return reproduces(*values, self.model.dtype)
+
     @torch.inference_mode()
     def _score_sharing(self, requests: list[Pair], batch: list[Group]) -> dict[int, Answer]:
         """Answers for all continuations of G contexts of equal length, by number.
@@ -131,8 +159,8 @@ class SharedContextModel(HFLM):
         log_p = output.logits[:, -1].float().log_softmax(-1)
         greedy = log_p.argmax(-1).tolist()
         answers = {i: (float(log_p[g, token]), greedy[g] == token) for g, i in rows for token in requests[i][2][:1]}
-        for run in _runs_of_like_length(longer, lambda row: len(requests[row[1]][2]), self.tokens_per_pass):
-            cache = copy.deepcopy(output.past_key_values)
+        for run in runs_of_like_length(longer, lambda row: len(requests[row[1]][2]), self.tokens_per_pass):
+            cache = copy.deepcopy(output[self.cache_name])
             cache.reorder_cache(torch.tensor([g for g, _ in run], device=self.device))
             tokens = [requests[i][2] for _, i in run]
             rest = self._score_rows([row[:-1] for row in tokens], [row[1:] for row in tokens], cache)
@@ -161,7 +189,8 @@ class SharedContextModel(HFLM):
         )
         needed = labels.shape[1] - int((labels != UNSCORED).any(0).nonzero()[0])
         last = self._last(needed, ids.shape[1])
-        output = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **last)
+        prefix = {} if cache is None else {self.cache_name: cache}
+        output = self.model(input_ids=ids, use_cache=cache is not None, **prefix, **last)
         logits, labels = output.logits[:, -needed:], labels[:, -needed:]  # [R, needed, V]
         chosen = logits.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1).float() - logits.float().logsumexp(-1)
         scored = labels != UNSCORED
@@ -184,7 +213,7 @@ def _tokens(requests: list[Pair], batch: list[Group]) -> int:
     return len(batch) * len(batch[0][0]) + len(numbers) * max(len(requests[i][2]) for i in numbers)
 
 
-def _runs_of_like_length(rows: Iterable[Row], length: Callable[[Row], int], most: int) -> Iterator[list[Row]]:
+def runs_of_like_length(rows: Iterable[Row], length: Callable[[Row], int], most: int) -> Iterator[list[Row]]:
     """Rows by falling length, in runs of at most `most` tokens that waste little on padding but are worth a pass."""
     run: list[Row] = []
     for row in sorted(rows, key=length, reverse=True):

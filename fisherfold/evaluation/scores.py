@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 MODELS = ("dense", "compressed")
+LARGEST_LOSS = 700.0  # nats; its exponential is still a float
 
 
 def summarise_losses(losses: dict[str, np.ndarray]) -> dict:
@@ -18,7 +19,7 @@ def summarise_losses(losses: dict[str, np.ndarray]) -> dict:
     by_sequence = {name: values.mean(1, dtype=np.float64) for name, values in pairs.items()}
     mean = {name: float(values.mean()) for name, values in by_sequence.items()}
     error = {name: standard_error(values) for name, values in by_sequence.items()}
-    perplexity = {model: math.exp(mean[model]) for model in MODELS}
+    perplexity = {model: math.exp(min(mean[model], LARGEST_LOSS)) for model in MODELS}
     return {
         "sequences": losses["dense"].shape[0],
         "predicted_tokens": losses["dense"].size,
@@ -56,6 +57,15 @@ def summarise_answers(answers: dict[str, list[dict]]) -> dict | None:
 def standard_error(draws: np.ndarray) -> float | None:
     """s / √n of n independent draws, s their sample standard deviation; None for a single one."""
     return float(draws.std(ddof=1) / math.sqrt(len(draws))) if len(draws) > 1 else None
+
+
+def ratio_of_sums(values: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
+    """r = Σ y / Σ n over k draws, and its standard error √(Σ (y - r n)² k / (k - 1)) / Σ n; none for a single draw."""
+    ratio, draws = float(values.sum() / counts.sum()), len(values)
+    if draws < 2:
+        return ratio, None
+    squares = float(np.square(values - ratio * counts).sum())
+    return ratio, math.sqrt(squares * draws / (draws - 1)) / float(counts.sum())
 
 
 def mean_by_position(losses: dict[str, np.ndarray], runs: int) -> list[tuple[float, ...]]:

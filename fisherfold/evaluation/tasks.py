@@ -1,6 +1,7 @@
 """Multiple-choice questions as lm-eval tasks: the prepared questions, and a folder of task files with local data.
 
-A task folder holds lm-eval YAML files. Relative data paths in them start at that folder. A group whose child's name is
+A task folder holds lm-eval YAML files, which may run code only where it is trusted (see ``task_code``). Relative data paths in
+them start at that folder. A group whose child's name is
 ``{subject}`` stands for one child per file that its evaluation pattern matches, so one file describes all subjects.
 """
 
@@ -17,12 +18,14 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.manager import TaskDict
 
+from fisherfold.evaluation.task_code import require_no_code, sandbox_templates
 from fisherfold.run.errors import InputError, ParameterError
 
 SUBJECT = "{subject}"
 KNOWLEDGE = "knowledge"
 EVALUATION_SPLITS = ("test", "validation")
 GROUP_KEYS = ("group", "group_alias", "task", "aggregate_metric_list", "metadata")
+sandbox_templates()
 
 
 def knowledge_task(questions: pa.Table) -> TaskDict:
@@ -46,14 +49,20 @@ def knowledge_task(questions: pa.Table) -> TaskDict:
     return TaskManager(include_defaults=False).load([config])
 
 
-def manager_of(name: str, folder: Path | None, shipped: Path | None = None) -> TaskManager:
+def manager_of(name: str, folder: Path | None, shipped: Path | None = None, trusted: bool = False) -> TaskManager:
     """What knows the task or group `name`: the files in `folder`, else those in `shipped`, else lm-eval itself.
 
+    Args:
+        trusted: whether the folder's files may run code.
+
     Raises:
-        ParameterError: none of them does; the message gives the nearest names.
+        ParameterError: none of them does, and the message gives the nearest names; or files that are not trusted would run code.
     """
-    local = TaskManager(include_path=[path for path in (shipped, folder) if path], include_defaults=False)
+    folders = list(dict.fromkeys(path for path in (shipped, folder) if path))
+    local = TaskManager(include_path=folders, include_defaults=False)
     if name in local.task_index:
+        if not trusted:
+            require_no_code(name, local.task_index)
         return local
     known = [*local.all_tasks, *_lm_eval_tasks().all_tasks]
     if name not in known:
@@ -68,14 +77,14 @@ def _lm_eval_tasks() -> TaskManager:
     return TaskManager()
 
 
-def load_task(name: str, folder: Path | None, shipped: Path | None = None) -> TaskDict:
+def load_task(name: str, folder: Path | None, shipped: Path | None = None, trusted: bool = False) -> TaskDict:
     """The task or group `name`, see `manager_of`. Relative paths of data files start at `folder`.
 
     Raises:
-        ParameterError: nothing knows the name.
+        ParameterError: see `manager_of`.
         InputError: the task's data cannot be read; lm-eval's own tasks fetch theirs from the hub.
     """
-    manager = manager_of(name, folder, shipped)
+    manager = manager_of(name, folder, shipped, trusted)
     entry = manager.task_index[name]
     if entry.yaml_path and any(path and path in entry.yaml_path.parents for path in (folder, shipped)):
         entry.cfg, entry.yaml_path = _read_task_file(entry.yaml_path, folder or Path()), None

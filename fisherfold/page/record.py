@@ -27,7 +27,7 @@ TABLES = {
     "kronecker": ("diagnostics.parquet", "comparison.parquet", "dependence.parquet"),
     "subspace": ("diagnostics.parquet", "spectra.parquet"),
     "ranks": ("ranks.parquet", "trajectory.parquet"),
-    "evaluate": ("metrics.json", "tasks.json", "losses.csv", "questions.parquet"),
+    "evaluate": ("metrics.json", "tasks.json", "losses.csv", "questions.parquet", "answers.parquet"),
 }
 
 

@@ -24,6 +24,12 @@ p { margin: 0 0 1rem; max-width: 46rem; }
 a { color: var(--accent); text-underline-offset: .15em; }
 .kicker { color: var(--soft); margin: 0 0 2rem; max-width: none; }
 .summary { font-size: 1.125rem; line-height: 1.6; margin: 2rem 0 0; }
+.verdict { border: 1px solid var(--line); border-left: .35rem solid var(--c2); border-radius: .5rem; background: var(--panel); padding: .9rem 1.1rem; margin: 0 0 1.6rem; }
+.verdict.changed { border-left-color: var(--c4); }
+.verdict.damaged { border-left-color: var(--c6); }
+.verdict p { margin: 0; max-width: none; }
+.verdict ul { margin: .5rem 0 0; padding-left: 1.2rem; }
+.said { white-space: pre-wrap; overflow-wrap: anywhere; }
 section { margin-top: 3.5rem; padding-top: 1.6rem; border-top: 1px solid var(--line); }
 .cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); margin: 0; padding: 0; list-style: none; }
 .cards > li { background: var(--panel); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem 1.1rem 1.05rem; }

@@ -160,8 +160,10 @@ class EvaluateParams(ComputeBlock):
 
     dtype: Dtype = "float32"
     batch_size: Count = 4
+    answer_tokens: Count = 64
     tasks: list[str] = []
-    task_folder: str | None = None
+    task_folder: str = "data/tasks"
+    trust_task_code: bool = False
     task_limit: Count | None = None
 
 

@@ -21,6 +21,12 @@ QUESTIONS = pa.schema(
     [("question", pa.string()), ("choices", pa.list_(pa.string())), ("answer", pa.int32()), ("article", pa.string())]
 )
 
+ANSWERS = pa.schema(
+    [("prompt", pa.string())]
+    + [(name, pa.list_(pa.int32())) for name in ("prompt_ids", "sampled_ids", "greedy_ids")]
+)
+"""The dense model's answers to prompts of its own; ids of a prompt are those of its chat format."""
+
 
 def write_sequences(path: Path, input_ids: np.ndarray, articles: list[list[str]], vocabulary: int) -> None:
     """Write token ids [S, T] with the articles that each sequence draws from."""

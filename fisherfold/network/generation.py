@@ -1,0 +1,103 @@
+"""Greedy answers of a model to prompts of different lengths, many prompts in a pass.
+
+transformers' `generate` decodes a batch that is padded on the left and keeps what it computed for earlier tokens. Not every
+architecture gives its own numbers that way: some have no cache, some let the padding into their state. So it is tried once a
+model against plain passes, and where it differs every token costs a plain pass over all that precedes it.
+
+R prompts in one pass, K tokens of their answers, V vocabulary entries.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from fisherfold.network.shortcuts import attempt, reproduces
+
+Tokens = list[int]
+PROBE_LENGTHS = (9, 4)  # tokens of the prompts on which a model is tried
+PROBE_ANSWER = 4
+
+
+class GreedyDecoder:
+    """The most likely token after a prompt, then the most likely one after that, and so on.
+
+    The tokens are those of the logits alone: of the model's own generation settings (penalties, forced tokens) none has a say.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        ends: the tokens that end an answer.
+    """
+
+    def __init__(self, model: PreTrainedModel, ends: Sequence[int]) -> None:
+        self.model = model
+        self.ends = sorted(set(ends))
+        embeddings = model.get_input_embeddings().weight
+        self.device, self.vocabulary = embeddings.device, embeddings.shape[0]
+
+    @torch.inference_mode()
+    def answer(self, prompts: Sequence[Tokens], longest: int) -> list[Tokens]:
+        """An answer of at most `longest` tokens to each prompt; a token that ends it is part of it."""
+        if not self.caches:
+            return self._decode_plainly(prompts, longest)
+        sequences = self._generate(prompts, longest, self.ends).sequences
+        return [self._until_end(answer) for answer in sequences[:, max(map(len, prompts)) :].tolist()]
+
+    @cached_property
+    def caches(self) -> bool:
+        """Whether padded batches with a cache give this model's plain log-probabilities."""
+        prompts = [[(7 * i + 3 * length) % self.vocabulary for i in range(length)] for length in PROBE_LENGTHS]
+        output = attempt(lambda: self._generate(prompts, PROBE_ANSWER, ends=[], keep_logits=True))
+        if output is None:
+            return False
+        answers = output.sequences[:, max(PROBE_LENGTHS) :]  # [R, K]
+        found = torch.stack(output.logits, 1).float().log_softmax(-1).gather(-1, answers[..., None]).squeeze(-1)
+        plain = [self._plain_likelihoods(*pair) for pair in zip(prompts, answers.tolist(), strict=True)]
+        return reproduces(found, torch.stack(plain), self.model.dtype)
+
+    def _generate(
+        self, prompts: Sequence[Tokens], longest: int, ends: Tokens, keep_logits: bool = False
+    ) -> GenerateDecoderOnlyOutput:
+        """`generate` with nothing but arg max; prompts are padded on the left, so that all end in one place."""
+        ids, mask = (
+            pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left").to(self.device)
+            for rows in (prompts, [[1] * len(prompt) for prompt in prompts])
+        )
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=longest,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+            return_dict_in_generate=True,
+            output_logits=keep_logits,
+        )
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()  # would fill what is open
+        try:
+            return self.model.generate(ids, attention_mask=mask, generation_config=settings)
+        finally:
+            self.model.generation_config = own
+
+    def _until_end(self, answer: Tokens) -> Tokens:
+        end = next((i for i, token in enumerate(answer) if token in self.ends), len(answer))
+        return answer[: end + 1]
+
+    def _plain_likelihoods(self, prompt: Tokens, answer: Tokens) -> torch.Tensor:
+        """log p of each token of the answer [K], by one pass over the pair alone."""
+        ids = torch.tensor([prompt + answer], device=self.device)
+        log_p = self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        return log_p.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
+
+    def _decode_plainly(self, prompts: Sequence[Tokens], longest: int) -> list[Tokens]:
+        """Each token from a pass over everything before it; rows are padded on the right, where no causal model looks."""
+        answers: list[Tokens] = [[] for _ in prompts]
+        going = list(range(len(prompts)))
+        while going and longest > len(answers[going[0]]):
+            rows = [torch.tensor([*prompts[row], *answers[row]]) for row in going]
+            logits = self.model(input_ids=pad_sequence(rows, batch_first=True).to(self.device), use_cache=False).logits
+            for i, row in enumerate(going):
+                answers[row].append(int(logits[i, len(rows[i]) - 1].argmax()))
+            going = [row for row in going if answers[row][-1] not in self.ends]
+        return answers
