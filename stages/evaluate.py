@@ -79,7 +79,13 @@ def run(workspace: Workspace, params: EvaluateParams) -> None:
         zero = _find_zero_layers(scratch, models)
         text, knowledge, greedy = summarise_losses(losses), summarise_answers(answers), summarise_samples(samples)
         by_source = summarise_sources(losses, *_sources(workspace))
-        facts = {"text": text, "by_source": by_source, "knowledge": knowledge, "own_answers": own, "greedy_answers": greedy}
+        facts = {
+            "text": text,
+            "by_source": by_source,
+            "knowledge": knowledge,
+            "own_answers": own,
+            "greedy_answers": greedy,
+        }
         with scratch.publish() as out:
             _write_json(out / "metrics.json", metrics(text, by_source, knowledge, own, greedy, zero, size))
             _write_json(out / "evaluation.json", {"params": params.model_dump(), "zero_layers": zero, **facts})

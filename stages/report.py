@@ -218,7 +218,9 @@ def _with_error(value: str, error: str | None) -> Markup:
 def _quality(record: Record) -> Markup:
     caption = "Dense and compressed model side by side; ± is one standard error"
     figures = table(caption, ("measure", "dense", "compressed", "change"), _quality_rows(record))
-    return section("What it costs", figures, sources_table(record.metrics), _task_table(record), _losses_by_position(record))
+    return section(
+        "What it costs", figures, sources_table(record.metrics), _task_table(record), _losses_by_position(record)
+    )
 
 
 def _quality_rows(record: Record) -> Iterator[tuple]:

@@ -69,7 +69,12 @@ def answer_prompts(folder: Path, model: ModelRun, prompts: tuple[Prompt, ...], l
     answers = model.decoder.answer([list(prompt.tokens) for prompt in prompts], max(0, min(longest, room)))
     texts = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
     rows = [
-        {"row": prompt.row, "tokens": tokens, "text": text, "ended": tokens[-1:] != [] and tokens[-1] in model.decoder.ends}
+        {
+            "row": prompt.row,
+            "tokens": tokens,
+            "text": text,
+            "ended": tokens[-1:] != [] and tokens[-1] in model.decoder.ends,
+        }
         for prompt, tokens, text in zip(prompts, answers, texts, strict=True)
     ]
     (folder / "answers.json").write_text(json.dumps(rows))

@@ -41,7 +41,10 @@ class Conversation:
 def conversations(table: pa.Table, positions: int | None) -> list[Conversation]:
     """The rows with an answer, cut to what a model of so many positions can read."""
     rows = zip(table["prompt_ids"].to_pylist(), table["sampled_ids"].to_pylist(), strict=True)
-    found = (Conversation(i, tuple(prompt), tuple(answer[: _room(prompt, positions)])) for i, (prompt, answer) in enumerate(rows))
+    found = (
+        Conversation(i, tuple(prompt), tuple(answer[: _room(prompt, positions)]))
+        for i, (prompt, answer) in enumerate(rows)
+    )
     return [each for each in found if each.prompt and each.answer]
 
 
@@ -66,14 +69,18 @@ def compare_answers(folder: Path, models: dict[str, ModelRun], rows: tuple[Conve
     """
     ids = pad_sequence([torch.tensor(row.prompt + row.answer) for row in rows], batch_first=True)
     if int(ids.max()) >= models["dense"].vocabulary:
-        raise InputError("answers.parquet has tokens that the model does not know. Run stage 'prepare' again with this model.")
+        raise InputError(
+            "answers.parquet has tokens that the model does not know. Run stage 'prepare' again with this model."
+        )
     tokens = compare_tokens(models["dense"].model, models["compressed"].model, ids)
     found = []
     for i, row in enumerate(rows):
         sums = {name: float(tokens[name][i, len(row.prompt) - 1 : len(row) - 1].double().sum()) for name in COMPARED}
         for name in MODELS:
             if not np.isfinite(sums[name]):
-                raise not_finite(folder.stem, models[name], f"the loss in own answer {row.row}", ids[i][None, : len(row)])
+                raise not_finite(
+                    folder.stem, models[name], f"the loss in own answer {row.row}", ids[i][None, : len(row)]
+                )
         found.append({"row": row.row, "tokens": len(row.answer), **sums})
     (folder / "sums.json").write_text(json.dumps(found))
 

@@ -104,6 +104,10 @@ def _code_in(node: yaml.Node, path: Path) -> str | None:
         return None if node.value in OWN_FUNCTIONS and not module.exists() else f"{FUNCTION} {node.value}"
     entries = dict(_entries(node))
     metric = entries.get("metric")
-    if metric is not None and metric.tag != FUNCTION and (metric.value not in METRIC_REGISTRY or "hf_evaluate" in entries):
+    if (
+        metric is not None
+        and metric.tag != FUNCTION
+        and (metric.value not in METRIC_REGISTRY or "hf_evaluate" in entries)
+    ):
         return f"metric {metric.value!r} is none of lm-eval's own, so it would be fetched and run"
     return None

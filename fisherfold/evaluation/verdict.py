@@ -91,7 +91,9 @@ def _judge_layers(metrics: Mapping) -> Iterator[Finding]:
     count = metrics["compressed"].get("zero_layers") or 0
     if count:
         layers = "1 layer holds" if count == 1 else f"{count} layers hold"
-        yield Finding("damaged", f"{layers} nothing but zeros where the dense model has weights (evaluation.json names them).")
+        yield Finding(
+            "damaged", f"{layers} nothing but zeros where the dense model has weights (evaluation.json names them)."
+        )
 
 
 def _judge_empty(metrics: Mapping) -> Iterator[Finding]:
@@ -110,7 +112,9 @@ def _judge_looping(metrics: Mapping) -> Iterator[Finding]:
         more = (compressed - dense) / prompts
         variance = sum(count / prompts * (1 - count / prompts) / prompts for count in (dense, compressed))
         level = _level(more, LOOPING) if more > NOTICED * math.sqrt(variance) else "close"
-        yield Finding(level, f"{compressed} of {prompts} answers repeat themselves to the end; of the dense model's, {dense}.")
+        yield Finding(
+            level, f"{compressed} of {prompts} answers repeat themselves to the end; of the dense model's, {dense}."
+        )
 
 
 def _judge_own_answers(metrics: Mapping) -> Iterator[Finding]:
@@ -144,7 +148,10 @@ def _judge_knowledge(metrics: Mapping) -> Iterator[Finding]:
         return
     lost, error = dense - compressed, metrics["compressed"].get("knowledge_change_error") or 0.0
     level = _level(lost, KNOWLEDGE) if lost > NOTICED * error else "close"
-    yield Finding(level, f"Of the knowledge questions it answers {100 * compressed:.1f} % right, the dense model {100 * dense:.1f} %.")
+    yield Finding(
+        level,
+        f"Of the knowledge questions it answers {100 * compressed:.1f} % right, the dense model {100 * dense:.1f} %.",
+    )
 
 
 JUDGES = (_judge_layers, _judge_empty, _judge_own_answers, _judge_perplexity, _judge_knowledge, _judge_looping)

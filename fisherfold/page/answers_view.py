@@ -25,10 +25,16 @@ def answers_view(samples: Sequence[Mapping], metrics: Mapping) -> Markup:
         return section("What it writes", element("p", NO_PROMPTS))
     header = ("prompt", "dense model", "compressed model")
     rows = [(_said(row["prompt"]), *(_answer(row, model) for model in MODELS)) for row in samples[:MOST]]
-    shown = table("Greedy answers of both models to prompts that calibration never saw", header, rows[:SHOWN], len(header))
+    shown = table(
+        "Greedy answers of both models to prompts that calibration never saw", header, rows[:SHOWN], len(header)
+    )
     rest = rows[SHOWN:]
     left_out = f" The first {MOST} of {len(samples)} are here." if len(samples) > MOST else ""
-    more = details(f"{len(rest)} more answers.{left_out}", table("Further answers", header, rest, len(header))) if rest else None
+    more = (
+        details(f"{len(rest)} more answers.{left_out}", table("Further answers", header, rest, len(header)))
+        if rest
+        else None
+    )
     return section("What it writes", _figures(metrics), shown, more)
 
 
@@ -38,8 +44,16 @@ def _figures(metrics: Mapping) -> Markup:
     prompts = metrics["answers"]["prompts"]
     rows = [
         ("empty answers", number(dense["empty_answers"]), number(compressed["empty_answers"])),
-        ("answers that repeat themselves to the end", number(dense["looping_answers"]), number(compressed["looping_answers"])),
-        ("first tokens of both answers agree, share of prompts", "", _with_error(compressed, "greedy_agreement", share=True)),
+        (
+            "answers that repeat themselves to the end",
+            number(dense["looping_answers"]),
+            number(compressed["looping_answers"]),
+        ),
+        (
+            "first tokens of both answers agree, share of prompts",
+            "",
+            _with_error(compressed, "greedy_agreement", share=True),
+        ),
         ("agreeing tokens at the start, mean", "", _with_error(compressed, "agreeing_prefix")),
         ("divergence on the dense model's own answers, nats per token", "0", _with_error(compressed, "own_answers_kl")),
     ]
@@ -48,7 +62,11 @@ def _figures(metrics: Mapping) -> Markup:
 
 def _with_error(figures: Mapping, name: str, share: bool = False) -> Markup:
     value, error = figures[name], figures[f"{name}_error"]
-    shown = (percent(value), None if error is None else f"{100 * error:.1f}") if share else (number(value), error and number(error, 2))
+    shown = (
+        (percent(value), None if error is None else f"{100 * error:.1f}")
+        if share
+        else (number(value), error and number(error, 2))
+    )
     return join([shown[0], element("span", f" ± {shown[1]}", class_="error") if shown[1] else None])
 
 
@@ -81,4 +99,6 @@ def sources_table(metrics: Mapping) -> Markup | None:
         )
         for name, source in sources.items()
     ]
-    return table("Perplexity and divergence (nats per token) by source of the text; ± is one standard error", header, rows)
+    return table(
+        "Perplexity and divergence (nats per token) by source of the text; ± is one standard error", header, rows
+    )

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import functools
 import json
@@ -13,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from project import ROOT
 from tiny import COMMON, FAMILIES, VOCABULARY, random_ids, save_tiny, tiny_model, tiny_tokenizer, tiny_workspace
 
-from fisherfold.evaluation import harness, losses, tasks
+from fisherfold.evaluation import harness, knowledge, losses, model_run, tasks
 from fisherfold.evaluation.harness import SharedContextModel, run_tasks
 from fisherfold.evaluation.losses import compare_tokens
 from fisherfold.evaluation.scores import summarise_losses, tidy_results
@@ -24,6 +25,7 @@ from fisherfold.run.tables import QUESTIONS, read_sequences, read_table, write_s
 from fisherfold.run.workspace import Workspace
 from stages import evaluate
 
+UNITS = ("measure_losses", "compare_answers", "answer_prompts", "answer_questions", "run_task", "find_zero_layers")
 SHIPPED_TASKS = ROOT / "data" / "tasks"
 TOKENIZER = tiny_tokenizer()
 
@@ -203,9 +205,8 @@ def test_results_are_read_by_metric_and_rule():
 def test_figures_equal_the_oracle(workspace):
     evaluate.run(workspace, EvaluateParams(batch_size=3))
     metrics = read_json(workspace, "metrics.json")
-    assert set(metrics) == {"dense", "compressed", "size"}
-    assert set(metrics["dense"]) == {"perplexity", "knowledge_accuracy"}
-    assert set(metrics["compressed"]) == {"perplexity", "knowledge_accuracy", "kl_to_dense"}
+    assert set(metrics) == {"dense", "compressed", "size", "answers", "by_source"}
+    assert {"perplexity", "knowledge_accuracy"} < set(metrics["dense"]) < set(metrics["compressed"])
     assert metrics["size"] == dict.fromkeys(evaluate.SIZES, 10)
 
     ids = read_sequences(workspace.table("evaluation"), VOCABULARY)
@@ -253,8 +254,10 @@ def test_the_same_model_twice(tmp_path):
     workspace = factorized(tiny_workspace(tmp_path), seed=0)
     evaluate.run(workspace, EvaluateParams())
     metrics, facts = read_json(workspace, "metrics.json"), read_json(workspace, "evaluation.json")
-    assert metrics["compressed"].pop("kl_to_dense") == 0
-    assert metrics["dense"] == metrics["compressed"]
+    same, compressed = metrics["dense"], metrics["compressed"]
+    assert {name: compressed[name] for name in same} == same
+    assert compressed["kl_to_dense"] == compressed["own_answers_kl"] == compressed["zero_layers"] == 0
+    assert (compressed["greedy_agreement"], compressed["agreeing_prefix"]) == (1, 32)
     assert (
         facts["text"]["standard_error"]["difference"] == facts["knowledge"]["standard_error"]["acc"]["difference"] == 0
     )
@@ -273,23 +276,25 @@ def test_without_questions(workspace, empty):
 
 
 def test_interrupted_anywhere_it_ends_with_the_same_bytes(workspace, task_folder, monkeypatch):
-    monkeypatch.setattr(evaluate, "QUESTIONS_PER_UNIT", 4)
-    params = EvaluateParams(batch_size=2, tasks=["tiny"], task_folder=str(task_folder))
+    monkeypatch.setattr(knowledge, "QUESTIONS_PER_UNIT", 4)
+    params = EvaluateParams(batch_size=2, answer_tokens=6, tasks=["tiny"], task_folder=str(task_folder))
     evaluate.run(workspace, params)
     expected = contents(workspace.out("evaluate"))
     shutil.rmtree(workspace.out("evaluate"))
     shutil.rmtree(scratch_folder(workspace, "evaluate"))
 
     calls = []
-    for name in ("_measure_shard", "_answer_run", "_run_task"):
+    for name in UNITS:
         monkeypatch.setattr(evaluate, name, interrupted(getattr(evaluate, name), calls))
-    for _ in range(8):
-        with pytest.raises(KeyboardInterrupt):
+    interruptions = 0
+    while not workspace.out("evaluate").exists():
+        with contextlib.suppress(KeyboardInterrupt):
             evaluate.run(workspace, params)
-    evaluate.run(workspace, params)
+        interruptions += 1
     assert contents(workspace.out("evaluate")) == expected
     units = [unit for unit, stopped in calls if not stopped]
-    assert len(units) == len(set(units)) == 2 + 4 + 2  # no finished unit is computed again
+    assert len(units) == len(set(units)) == interruptions - 1  # no finished unit is computed again
+    assert {unit.partition("-")[0] for unit in units} == {"losses", "own", "answers", "knowledge", "task", "weights"}
 
 
 def interrupted(work, calls: list):
@@ -310,7 +315,7 @@ def test_a_finished_stage_is_published_again(workspace, monkeypatch):
     evaluate.run(workspace, EvaluateParams())
     expected = contents(workspace.out("evaluate"))
     shutil.rmtree(workspace.out("evaluate"))
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(model_run, "load_model", None)
     evaluate.run(workspace, EvaluateParams())
     assert contents(workspace.out("evaluate")) == expected
 
@@ -344,7 +349,8 @@ def test_losses_that_are_not_finite_name_model_and_sequence(workspace):
         model.save_pretrained(out / "model")
         TOKENIZER.save_pretrained(out / "model")
         (out / "factorize.json").write_text(json.dumps(dict.fromkeys(evaluate.SIZES, 1)))
-    with pytest.raises(NumericalError, match=r"evaluation sequence 0 is not finite with the model in .*factorize"):
+    named = r"evaluation sequence 0 is not finite with the model in .*factorize.* begins in 'model.norm'.*largest weight is nan"
+    with pytest.raises(NumericalError, match=named):
         evaluate.run(workspace, EvaluateParams())
     assert not workspace.out("evaluate").exists()
 
@@ -446,6 +452,6 @@ def test_no_files_for_a_task(tmp_path):
 
 def test_an_unknown_task_is_named_before_anything_is_measured(workspace, task_folder, monkeypatch):
     monkeypatch.setattr(tasks, "_lm_eval_tasks", lambda: TaskManager(include_defaults=False))  # reading all takes 5 s
-    monkeypatch.setattr(evaluate, "_measure_losses", None)
+    monkeypatch.setattr(evaluate, "measure_losses", None)
     with pytest.raises(ParameterError, match=r"evaluate.tasks = 'tony': .* Near: tiny"):
         evaluate.run(workspace, EvaluateParams(tasks=["tony"], task_folder=str(task_folder)))

@@ -15,7 +15,7 @@ from transformers import (
 
 from fisherfold.run.params import PrepareParams
 from fisherfold.run.scratch import Scratch
-from fisherfold.run.tables import QUESTIONS, write_sequences, write_table
+from fisherfold.run.tables import ANSWERS, QUESTIONS, write_sequences, write_table
 from fisherfold.run.workspace import Workspace
 
 VOCABULARY = 96
@@ -86,4 +86,21 @@ def tiny_workspace(root: Path, family: str = "llama", sequences: int = 8, length
         for i in range(6)
     ]
     write_table(workspace.table("questions"), pa.Table.from_pylist(rows, schema=QUESTIONS), VOCABULARY)
+    write_table(workspace.table("answers"), tiny_answers(), VOCABULARY)
     return workspace
+
+
+def tiny_answers(count: int = 6) -> pa.Table:
+    """Prompts of different lengths and answers to them, as stage `prepare` writes them (the answers are of no model)."""
+    generator = np.random.default_rng(1)
+    draw = lambda length: generator.integers(3, VOCABULARY, length).tolist()  # noqa: E731
+    rows = [
+        {
+            "prompt": f"prompt {i}",
+            "prompt_ids": draw(2 + i),
+            "sampled_ids": [*draw(1 + i % 3), 2],
+            "greedy_ids": draw(3),
+        }
+        for i in range(count)
+    ]
+    return pa.Table.from_pylist(rows, schema=ANSWERS)
