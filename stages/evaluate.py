@@ -119,7 +119,7 @@ def _task_source(workspace: Workspace, params: EvaluateParams) -> TaskSource:
 def _read_sizes(workspace: Workspace) -> dict[str, int]:
     path = workspace.out("factorize") / "factorize.json"
     try:
-        size = json.loads(path.read_text())
+        size = json.loads(path.read_text(encoding="utf-8"))
         return {name: size[name] for name in SIZES}
     except (OSError, ValueError, KeyError, TypeError) as error:
         cure = "Write it with `dvc repro --force --single-item factorize`."
@@ -182,11 +182,11 @@ def _map(scratch: Scratch, doing: str, work: Callable[..., None], units: dict[st
 
 
 def _write_losses(path: Path, losses: dict[str, np.ndarray]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["position", *MODELS])
         writer.writerows(mean_by_position(losses, POSITION_RUNS))
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")

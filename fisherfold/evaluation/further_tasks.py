@@ -55,14 +55,15 @@ def run_task(folder: Path, model: ModelRun, name: str, source: TaskSource, limit
     task = load_task(name, source.folder, source.shipped, source.trusted)
     results = run_tasks(harness_model(model, label), task, limit)["results"]
     tidy = {part: tidy_results(values) for part, values in results.items()}
-    (folder / "results.json").write_text(json.dumps(tidy))
+    (folder / "results.json").write_text(json.dumps(tidy), encoding="utf-8")
 
 
 def read_tasks(folders: dict[str, Path], names: list[str], models: dict[str, ModelRun]) -> dict[str, dict]:
     """Results by task as asked for, model, and lm-eval's name of each group and task in it."""
     return {
         name: {
-            which: json.loads((folders[_unit(number, name, which)] / "results.json").read_text()) for which in models
+            which: json.loads((folders[_unit(number, name, which)] / "results.json").read_text(encoding="utf-8"))
+            for which in models
         }
         for number, name in enumerate(names)
     }

@@ -77,14 +77,14 @@ def answer_prompts(folder: Path, model: ModelRun, prompts: tuple[Prompt, ...], l
         }
         for prompt, tokens, text in zip(prompts, answers, texts, strict=True)
     ]
-    (folder / "answers.json").write_text(json.dumps(rows))
+    (folder / "answers.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
 def samples_table(prompts: pa.Table, folders: dict[str, Path]) -> pa.Table:
     """Every prompt with both answers, by the folders of `answer_units`, in the order of the prompts."""
     answers: dict[str, dict[int, dict]] = {model: {} for model in MODELS}
     for unit, folder in folders.items():
-        for answer in json.loads((folder / "answers.json").read_text()):
+        for answer in json.loads((folder / "answers.json").read_text(encoding="utf-8")):
             answers[unit.split("-")[1]][answer["row"]] = answer
     rows = [
         _sample(prompts["prompt"][row].as_py(), *(answers[model][row] for model in MODELS))

@@ -53,7 +53,7 @@ def answer_questions(folder: Path, model: ModelRun, table: Path, start: int) -> 
         if not all(map(math.isfinite, row["log_likelihoods"])):
             ids = model.tokenizer(question, return_tensors="pt")["input_ids"]
             raise not_finite(folder.stem, model, "a log-likelihood", ids)
-    (folder / "answers.json").write_text(json.dumps(rows))
+    (folder / "answers.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
 def harness_model(model: ModelRun, label: str | None = None) -> SharedContextModel:
@@ -68,7 +68,7 @@ def read_answers(folders: dict[str, Path]) -> dict[str, list[dict]]:
             row
             for unit, folder in sorted(folders.items())
             if unit.startswith(f"knowledge-{model}-")
-            for row in json.loads((folder / "answers.json").read_text())
+            for row in json.loads((folder / "answers.json").read_text(encoding="utf-8"))
         ]
         for model in MODELS
     }

@@ -82,12 +82,12 @@ def compare_answers(folder: Path, models: dict[str, ModelRun], rows: tuple[Conve
                     folder.stem, models[name], f"the loss in own answer {row.row}", ids[i][None, : len(row)]
                 )
         found.append({"row": row.row, "tokens": len(row.answer), **sums})
-    (folder / "sums.json").write_text(json.dumps(found))
+    (folder / "sums.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def summarise_own_answers(folders: list[Path]) -> dict | None:
     """Means over all answer tokens with standard errors, answers being the draws; None where there are no answers."""
-    rows = [row for folder in folders for row in json.loads((folder / "sums.json").read_text())]
+    rows = [row for folder in folders for row in json.loads((folder / "sums.json").read_text(encoding="utf-8"))]
     if not rows:
         return None
     tokens = np.array([row["tokens"] for row in rows], float)

@@ -13,11 +13,13 @@ from fisherfold.run.checkpoint import StoredTensor, read_tensors
 
 def find_zero_layers(folder: Path, dense: Path, compressed: Path) -> None:
     """Unit: write the names of such layers. One tensor is in memory at a time."""
-    (folder / "zero_layers.json").write_text(json.dumps(zero_layers(read_tensors(dense), read_tensors(compressed))))
+    (folder / "zero_layers.json").write_text(
+        json.dumps(zero_layers(read_tensors(dense), read_tensors(compressed))), encoding="utf-8"
+    )
 
 
 def read_zero_layers(folder: Path) -> list[str]:
-    return json.loads((folder / "zero_layers.json").read_text())
+    return json.loads((folder / "zero_layers.json").read_text(encoding="utf-8"))
 
 
 def zero_layers(dense: Mapping[str, StoredTensor], compressed: Mapping[str, StoredTensor]) -> list[str]:

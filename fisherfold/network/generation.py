@@ -41,7 +41,7 @@ class GreedyDecoder:
     @torch.inference_mode()
     def answer(self, prompts: Sequence[Tokens], longest: int) -> list[Tokens]:
         """An answer of at most `longest` tokens to each prompt; a token that ends it is part of it."""
-        if not self.caches:
+        if not self.caches or longest < 1:  # `generate` refuses to write nothing
             return self._decode_plainly(prompts, longest)
         sequences = self._generate(prompts, longest, self.ends).sequences
         return [self._until_end(answer) for answer in sequences[:, max(map(len, prompts)) :].tolist()]

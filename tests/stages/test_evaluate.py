@@ -7,21 +7,26 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
 from project import ROOT
+from safetensors.torch import load_file, save_file
 from tiny import COMMON, FAMILIES, VOCABULARY, random_ids, save_tiny, tiny_model, tiny_tokenizer, tiny_workspace
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fisherfold.evaluation import harness, knowledge, losses, model_run, tasks
 from fisherfold.evaluation.harness import SharedContextModel, run_tasks
 from fisherfold.evaluation.losses import compare_tokens
 from fisherfold.evaluation.scores import summarise_losses, tidy_results
+from fisherfold.evaluation.verdict import UNKNOWN_ANSWERS, verdict
+from fisherfold.network.generation import GreedyDecoder
 from fisherfold.run.errors import CorruptArtifact, InputError, NumericalError, ParameterError
-from fisherfold.run.params import EvaluateParams, FactorizeParams
+from fisherfold.run.params import EvaluateParams, FactorizeParams, PrepareParams
 from fisherfold.run.scratch import Scratch, scratch_folder
-from fisherfold.run.tables import QUESTIONS, read_sequences, read_table, write_sequences, write_table
+from fisherfold.run.tables import ANSWERS, QUESTIONS, read_sequences, read_table, write_sequences, write_table
 from fisherfold.run.workspace import Workspace
 from stages import evaluate
 
@@ -154,11 +159,64 @@ def test_passes_change_no_log_likelihood(family, pass_tokens, worth_sharing, mon
         assert greedy == is_greedy
 
 
+def mamba2() -> torch.nn.Module:
+    """Its `forward` takes a cache by name and swallows what it does not know."""
+    config = AutoConfig.for_model(
+        "mamba2", vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4, num_heads=4, head_dim=8,
+        n_groups=1, chunk_size=4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def forgetful() -> torch.nn.Module:
+    """A llama whose `forward` swallows the cache it is given."""
+    model = tiny_model()
+    forward = model.forward
+    model.forward = lambda input_ids=None, cache=None, use_cache=None, **options: forward(
+        input_ids, use_cache=use_cache, **options
+    )
+    return model
+
+
+@pytest.mark.parametrize(("make", "shares"), [(mamba2, None), (forgetful, False), (tiny_model, True)])
+def test_contexts_are_shared_only_where_that_reproduces_plain_passes(make, shares, monkeypatch):
+    monkeypatch.setattr(harness, "WORTH_SHARING", 0)
+    model, requests = make(), random_requests(tiny_model())
+    asked = SharedContextModel(model, TOKENIZER, 1000, batch_size=2)
+    found = asked._loglikelihood_tokens(requests)
+    expected = [oracle_likelihood(make(), context, continuation)[0] for _, context, continuation in requests]
+    assert [value for value, _ in found] == pytest.approx(expected, abs=1e-4)
+    assert shares in (None, asked.shares_contexts)
+
+
+class Output(dict):
+    """A model's output, by key and by attribute."""
+
+    __getattr__ = dict.__getitem__
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_is_handed_over_by_the_name_that_forward_knows(name, monkeypatch):
+    """transformers renamed it: `past_key_values` before, `cache` from 5.24 on and alone from 5.40 on."""
+    model = tiny_model()
+    forward, given = model.forward, []
+
+    def old(input_ids=None, past_key_values=None, use_cache=None):
+        given.append(past_key_values)
+        output = forward(input_ids, cache=past_key_values, use_cache=use_cache)
+        return Output(logits=output.logits, past_key_values=output.cache)
+
+    if name == "past_key_values":
+        monkeypatch.setattr(model, "forward", old)
+    asked = SharedContextModel(model, TOKENIZER, 1000, batch_size=2)
+    assert (asked.cache_name, asked.shares_contexts) == (name, True)
+    assert name == "cache" or any(given)
+
+
 def test_contexts_longer_than_a_sliding_window(monkeypatch):
     monkeypatch.setattr(harness, "WORTH_SHARING", 0)
     torch.manual_seed(0)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.for_model("mistral", vocab_size=VOCABULARY, **COMMON, **FAMILIES["mistral"], sliding_window=4)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     requests = random_requests(model)
@@ -353,6 +411,136 @@ def test_losses_that_are_not_finite_name_model_and_sequence(workspace):
     with pytest.raises(NumericalError, match=named):
         evaluate.run(workspace, EvaluateParams())
     assert not workspace.out("evaluate").exists()
+
+
+# Damage
+
+
+def sharp_workspace(root: Path, sequences: int = 12) -> Workspace:
+    """Both models are one whose layers matter: large weights, and text that it wrote itself, so that it predicts it well."""
+    workspace = tiny_workspace(root, sequences=sequences)
+    model = sharp_model()
+    with Scratch(workspace, "prepare", PrepareParams(), {"sharp": ""}) as scratch, scratch.publish() as out:
+        model.save_pretrained(out / "model")
+        TOKENIZER.save_pretrained(out / "model")
+    prompts = [[3 + 7 * i % 90, 5 + i] for i in range(sequences)]
+    written = GreedyDecoder(model, ends=[]).answer(prompts, 12)
+    ids = np.array([[*prompt, *answer] for prompt, answer in zip(prompts, written, strict=True)])
+    write_sequences(workspace.table("evaluation"), ids, [["a"]] * sequences, VOCABULARY)
+    rows = [
+        {"prompt": f"p{i}", "prompt_ids": prompt, "sampled_ids": answer, "greedy_ids": answer}
+        for i, (prompt, answer) in enumerate(zip(prompts, written, strict=True))
+    ]
+    write_table(workspace.table("answers"), pa.Table.from_pylist(rows, schema=ANSWERS), VOCABULARY)
+    return workspace
+
+
+def sharp_model() -> torch.nn.Module:
+    model = tiny_model()
+    for parameter in model.model.layers.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(20)
+    model.get_output_embeddings().weight.data.mul_(30)
+    return model
+
+
+def with_damage(workspace: Workspace, damage) -> Workspace:
+    """Publish the same model as the compressed one, after `damage(model)`."""
+    with (
+        Scratch(workspace, "factorize", FactorizeParams(), {"damage": damage.__name__}) as scratch,
+        scratch.publish() as out,
+    ):
+        model = sharp_model()
+        damage(model)
+        model.save_pretrained(out / "model")
+        TOKENIZER.save_pretrained(out / "model")
+        (out / "factorize.json").write_text(json.dumps(dict.fromkeys(evaluate.SIZES, 10)))
+    return workspace
+
+
+def nothing(model) -> None:
+    """The same model."""
+
+
+def a_zero_layer(model) -> None:
+    model.model.layers[1].mlp.down_proj.weight.data.zero_()
+
+
+def test_damage_is_called_damage(tmp_path):
+    workspace = sharp_workspace(tmp_path)
+    found = {}
+    for damage in (nothing, a_zero_layer):
+        evaluate.run(with_damage(workspace, damage), EvaluateParams(answer_tokens=8))
+        found[damage] = read_json(workspace, "metrics.json")
+    assert verdict(found[nothing]).level == "close"
+    assert verdict(found[a_zero_layer]).level == "damaged"
+    assert found[a_zero_layer]["compressed"]["zero_layers"] == 1
+    assert read_json(workspace, "evaluation.json")["zero_layers"] == ["model.layers.1.mlp.down_proj"]
+    found[a_zero_layer]["compressed"]["zero_layers"] = 0
+    assert verdict(found[a_zero_layer]).level == "damaged"  # the figures alone say so too
+
+
+def test_sources_and_answers_are_published(workspace):
+    table = read_table(workspace.table("evaluation"))
+    metadata = table.schema.metadata
+    named = table.append_column("source", pa.array(["news"] * 3 + ["leads"] * 5)).replace_schema_metadata(metadata)
+    pq.write_table(named, workspace.table("evaluation"))
+    table = read_table(workspace.table("calibration"))
+    pq.write_table(table.append_column("source", pa.array(["leads"] * 8)), workspace.table("calibration"))
+    evaluate.run(workspace, EvaluateParams(answer_tokens=5))
+    found = read_json(workspace, "metrics.json")
+    assert {name: (row["sequences"], row["calibrated"]) for name, row in found["by_source"].items()} == {
+        "leads": (5, True),
+        "news": (3, False),
+    }
+    ids = read_sequences(workspace.table("evaluation"), VOCABULARY)[:3]
+    expected = log_probabilities(tiny_model(seed=1), ids)[:, :-1].gather(-1, ids[:, 1:, None]).mean().neg().exp()
+    assert found["by_source"]["news"]["compressed"] == pytest.approx(float(expected), rel=1e-5)
+    samples = pq.read_table(workspace.out("evaluate") / "answers.parquet").to_pylist()
+    prompts = read_table(workspace.table("answers")).to_pylist()
+    assert [row["prompt"] for row in samples] == [row["prompt"] for row in prompts]
+    answer = GreedyDecoder(tiny_model(seed=1), [2]).answer([prompts[3]["prompt_ids"]], 5)[0]
+    assert samples[3]["compressed"] == TOKENIZER.decode(answer, skip_special_tokens=True)
+    assert found["answers"] == {"prompts": 6, "tokens": sum(len(row["sampled_ids"]) for row in prompts)}
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_without_prompts(workspace, empty):
+    workspace.table("answers").unlink()
+    if empty:
+        write_table(workspace.table("answers"), ANSWERS.empty_table(), VOCABULARY)
+    evaluate.run(workspace, EvaluateParams())
+    metrics = read_json(workspace, "metrics.json")
+    unknown = ("own_answers_kl", "greedy_agreement", "agreeing_prefix", "empty_answers", "looping_answers")
+    assert {metrics["compressed"][name] for name in unknown} == {None}
+    assert metrics["answers"] == {"prompts": 0, "tokens": 0}
+    assert UNKNOWN_ANSWERS in verdict(metrics).sentences
+    assert pq.read_table(workspace.out("evaluate") / "answers.parquet").num_rows == 0
+
+
+def test_our_checkpoints_are_loaded_without_code_from_their_folder(workspace):
+    """A checkpoint whose file would end the test, were it executed."""
+    with Scratch(workspace, "factorize", FactorizeParams(), {"code": ""}) as scratch, scratch.publish() as out:
+        folder, name = save_tiny(out / "model", seed=1), "model.layers.0.mlp.up_proj"
+        right, left = torch.randn(3, 16), torch.randn(24, 3)
+        tensors = {key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()}
+        tensors |= {f"{name}.down.weight": right, f"{name}.up.weight": left, f"{name}.weight": torch.empty(0)}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        config |= {
+            "model_type": "fisherfold_llama",
+            "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+            "fisherfold": {"layers": {name: {"kind": "factors", "rank": 3}}},
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "code.py").write_text("raise SystemExit('code from the folder ran')\n")
+        (out / "factorize.json").write_text(json.dumps(dict.fromkeys(evaluate.SIZES, 10)))
+    evaluate.run(workspace, EvaluateParams())
+    model = tiny_model(seed=1)
+    model.get_submodule(name).weight.data = left @ right
+    ids = read_sequences(workspace.table("evaluation"), VOCABULARY)
+    expected = log_probabilities(model, ids)[:, :-1].gather(-1, ids[:, 1:, None]).mean().neg().exp()
+    assert read_json(workspace, "metrics.json")["compressed"]["perplexity"] == pytest.approx(float(expected), rel=1e-5)
 
 
 # Further tasks
