@@ -8,7 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fisherfold.evaluation.greedy_answers import SAMPLES, summarise_samples
+from fisherfold.evaluation.metrics import metrics
 from fisherfold.evaluation.scores import mean_by_position, summarise_answers, summarise_losses
+from fisherfold.evaluation.text import summarise_sources
 from fisherfold.page.layer_views import gather, place, rank_views, read_spectra, spectrum_views
 from fisherfold.page.page import Markup, element, megabytes, number, percent
 from fisherfold.page.pictures import Line, line_chart
@@ -58,7 +61,19 @@ def spectra_rows(modules: list[str]) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-def evaluation(questions: bool = True) -> dict[str, object]:
+def said(prompt: str, dense: str, compressed: str, loops: bool = False) -> dict:
+    """A row of answers.parquet."""
+    return {
+        "prompt": prompt, "dense": dense, "compressed": compressed, "dense_tokens": 9, "compressed_tokens": 9,
+        "agreeing_tokens": 3, "dense_loops": False, "compressed_loops": loops,
+    }  # fmt: skip
+
+
+def evaluation(questions: bool = True, samples: list[dict] | None = None) -> dict[str, object]:
+    """What stage `evaluate` publishes; `samples` are rows of answers.parquet."""
+    table = pa.Table.from_pylist(samples or [], schema=SAMPLES)
+    greedy = summarise_samples(table)
+    own = greedy and {"tokens": 90, "mean": {"divergence": 0.1}, "standard_error": {"divergence": 0.02}}
     rng = np.random.default_rng(0)
     losses = {"dense": rng.random((4, 9)) + 3, "compressed": rng.random((4, 9)) + 3.2, "divergence": rng.random((4, 9))}
     text = summarise_losses(losses)
@@ -67,18 +82,14 @@ def evaluation(questions: bool = True) -> dict[str, object]:
         for model, step in (("dense", 2), ("compressed", 3))
     }
     knowledge = summarise_answers(answers if questions else {"dense": [], "compressed": []})
-    accuracy = knowledge["mean"]["acc"] if knowledge else {"dense": None, "compressed": None}
-    metrics = {
-        model: {"perplexity": text["perplexity"][model], "knowledge_accuracy": accuracy[model]}
-        for model in ("dense", "compressed")
-    }
-    metrics["compressed"]["kl_to_dense"] = text["mean"]["divergence"]
+    sources = summarise_sources(losses, ["news", "leads", "leads", "<b>odd</b>"], {"leads"})
     rows = "\n".join(",".join(map(str, row)) for row in mean_by_position(losses, 5))
     return {
-        "metrics__json": metrics | {"size": SIZE},
+        "metrics__json": metrics(text, sources, knowledge, own, greedy, [], SIZE),
         "evaluation__json": {"params": {"dtype": "float32"}, "text": text, "knowledge": knowledge},
         "losses__csv": f"position,dense,compressed\n{rows}\n",
         "tasks__json": {},
+        "answers__parquet": table,
     }
 
 
@@ -172,10 +183,10 @@ def test_one_file_that_loads_nothing(tmp_path):
 def test_the_figures_are_there(tmp_path):
     workspace = finished(tmp_path, LLAMA)
     text = Page(write(workspace)).text
-    metrics = json.loads((workspace.out("evaluate") / "metrics.json").read_text())
+    found = json.loads((workspace.out("evaluate") / "metrics.json").read_text())
     for expected in (
         "stores 80.0 % of the parameters of its 6 targeted layers, which is 90.0 % of the whole model: 7.20 MB instead of 8.00 MB",
-        f"perplexity is {number(metrics['compressed']['perplexity'])} where the dense model has {number(metrics['dense']['perplexity'])}",
+        f"perplexity is {number(found['compressed']['perplexity'])} where the dense model has {number(found['dense']['perplexity'])}",
         "Of 20 knowledge questions it answers 35.0 % right, the dense model 50.0 %: a difference of −15.0 points",
         "96 tokens of 8 calibration sequences",
         "1 skipped because a gradient was not finite (5); every sequence's gradient was kept as a sketch of rank 4",
@@ -245,6 +256,42 @@ def test_without_questions_and_optional_facts(tmp_path):
     page = Page(write(workspace))
     assert "knowledge questions" not in page.text.lower() and "None" not in page.text and "nan" not in page.text
     assert "The capture stage recorded no facts." in page.text
+
+
+def test_the_verdict_stands_first_and_sees_empty_answers(tmp_path):
+    samples = [said("Hello?", "Hi.", ""), said("Why?", "Because <b>so</b>.\n\nIt is.", "Because, because,", loops=True)]
+    text = write(finished(tmp_path, LLAMA, evaluation(samples=samples)))
+    page = Page(text)
+    assert (
+        page.elements.index(("h1", {}))
+        < page.elements.index(("div", page.all("div")[0]))
+        < page.elements.index(("h2", {}))
+    )
+    assert page.all("div")[0]["class"] == "verdict damaged"
+    assert "Damaged. Not to be used as it is." in page.text.replace("  ", " ")
+    assert "1 of 2 answers are empty; of the dense model's, 0." in page.text
+    assert "(empty)" in page.text and "(repeats itself)" in page.text
+    assert "Because <b>so</b>.\n\nIt is." in page.text and "b" not in {tag for tag, _ in page.elements}
+
+
+def test_many_answers_fold_away(tmp_path):
+    samples = [said(f"prompt {i}", "yes " * 1000, "no") for i in range(70)]
+    page = Page(write(finished(tmp_path, LLAMA, evaluation(samples=samples))))
+    assert "56 more answers. The first 64 of 70 are here." in page.text
+    assert "prompt 63" in page.text and "prompt 64" not in page.text
+    assert "0.100" in page.text and "± 0.020" in page.text
+
+
+def test_a_model_without_prompts_says_so(tmp_path):
+    text = Page(write(finished(tmp_path, LLAMA))).text
+    assert "how the compressed model answers is not known" in text
+    assert "How it answers is not known" in text  # in the verdict too
+
+
+def test_sources_are_told_apart(tmp_path):
+    page = Page(write(finished(tmp_path, LLAMA)))
+    assert "by source of the text" in page.text and "<b>odd</b>" in page.text
+    assert "b" not in {tag for tag, _ in page.elements}
 
 
 def test_further_tasks(tmp_path):
