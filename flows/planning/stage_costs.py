@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from fisherfold.allocators.cost import PIVOTED_SIDES
+from fisherfold.evaluation.knowledge import QUESTIONS_PER_UNIT
+from fisherfold.evaluation.text import BATCHES_PER_SHARD
 from fisherfold.linalg.gram import NARROWEST, STRIPES
 from fisherfold.network.layers import LinearLayer, by_group
 from fisherfold.network.models import DTYPES
@@ -23,7 +25,6 @@ from fisherfold.statistics.tree_sum import Part, summation_tree
 from flows.planning.group_shapes import basis_shapes, group_bytes, kept_bytes, sum_shapes
 from flows.planning.shapes import ModelShapes
 from stages.capture import disk_bytes
-from stages.evaluate import BATCHES_PER_SHARD, QUESTIONS_PER_UNIT
 
 POWER_STEPS = 10  # of the nearest Kronecker pair; six for most layers of the demo
 PASSES_PER_DRAW = 14  # over tokens × tokens float64 numbers: a permutation of two kernels, a product with each, a mean
