@@ -26,7 +26,7 @@ import torch
 from fisherfold.allocators.cost import DENSE
 from fisherfold.allocators.fermi_descent import Softened, softened_model
 from fisherfold.allocators.fermigrad import next_token_loss
-from fisherfold.inputs.corpora import find_corpus
+from fisherfold.inputs.corpora import find_corpora
 from fisherfold.inputs.questions import find_questions
 from fisherfold.network.models import load_model
 from fisherfold.run.params import Params, load_params
@@ -109,8 +109,8 @@ def draw(project: Path, folder: Path, params: Params) -> Workspace:
     if not workspace.table("tuning").exists():
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(source.out("prepare"), workspace.out("prepare"), copy_function=os.link)
-        corpus, questions = find_corpus(source, params.prepare), find_questions(source, params.prepare)
-        prepare.write_tables(folder, workspace.model, corpus, questions, params.prepare)
+        corpora, questions = find_corpora(source, params.prepare), find_questions(source, params.prepare)
+        prepare.write_tables(folder, workspace.model, corpora, questions, params.prepare, {})
         shutil.copytree(folder / "tables", workspace.table("tuning").parent)
     sums = {"gradients": "none", "knowledge_questions": 0, "tokens_per_sequence": 0}
     capture.run(workspace, params.capture.model_copy(update=sums))

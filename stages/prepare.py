@@ -1,15 +1,18 @@
-"""Stage `prepare`: the dense model as a Hugging Face folder, the corpus as disjoint tables of tokens, the questions.
+"""Stage `prepare`: the dense model as a Hugging Face folder, text as disjoint tables of tokens, the questions.
 
-Evaluation, tuning and calibration are drawn from one seeded order of the corpus's articles and share none; articles
-that a knowledge question is about are in neither tuning nor calibration.
+Evaluation, tuning and calibration are drawn from one seeded order of each corpus's articles and share none; articles
+that a knowledge question is about are in neither tuning nor calibration. A chat model also answers prompts: a share of tuning and
+calibration is what it writes itself, and its answers to held-out prompts are for evaluation.
 """
 
 import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fisherfold.inputs.corpora import Corpus, find_corpus, read_articles
+from fisherfold.inputs.corpora import Corpus, find_corpora, read_articles
 from fisherfold.inputs.pretrained import (
     ModelSource,
     check_model,
@@ -18,14 +21,24 @@ from fisherfold.inputs.pretrained import (
     vocabulary_size,
     write_model,
 )
+from fisherfold.inputs.prompts import find_prompts
 from fisherfold.inputs.questions import QuestionSet, draw_questions, find_questions, questions_table
 from fisherfold.inputs.recipes import Source
-from fisherfold.inputs.splits import Split, draw_splits, start_token
+from fisherfold.inputs.self_written import (
+    MOST_ROUNDS,
+    batches,
+    conversation_split,
+    conversations,
+    has_chat_format,
+    split_prompts,
+    write_answers,
+)
+from fisherfold.inputs.splits import Split, draw_splits, interleave, portions, start_token
 from fisherfold.network.models import DTYPES
 from fisherfold.run.disk import replace_folder
 from fisherfold.run.params import PrepareParams
 from fisherfold.run.scratch import Scratch
-from fisherfold.run.tables import write_sequences, write_table
+from fisherfold.run.tables import ANSWERS, read_table, write_sequences, write_table
 from fisherfold.run.workspace import Workspace
 
 TOKENIZER_BYTES = 64 * 2**20  # a large vocabulary with its merges
@@ -33,23 +46,26 @@ TOKEN_BYTES = 8  # of one token in the tables, article names included
 
 
 def run(workspace: Workspace, params: PrepareParams) -> None:
-    """Write ``artifacts/prepare`` (model, prepare.json) and ``data/prepared`` (the four tables).
+    """Write ``artifacts/prepare`` (model, prepare.json) and ``data/prepared`` (the five tables).
 
     Raises:
-        InputError: the model, corpus or question set cannot be used as asked.
+        InputError: the model, a corpus, the prompts or the question set cannot be used as asked.
         NotEnoughDisk: the model would not fit.
     """
     model = find_model(workspace, params)
-    corpus = find_corpus(workspace, params)
+    corpora = find_corpora(workspace, params)
     questions = find_questions(workspace, params)
-    sources = {"model": model.source, "corpus": corpus.source} | ({"questions": questions.source} if questions else {})
+    prompts = find_prompts(workspace, params.prompts) if params.self_written or params.held_out_prompts else None
+    sources = {"model": model.source} | {_key("corpus", i): corpus.source for i, corpus in enumerate(corpora)}
+    sources |= {name: found.source for name, found in (("questions", questions), ("prompts", prompts)) if found}
     with Scratch(workspace, "prepare", params, {name: source.digest for name, source in sources.items()}) as scratch:
         tables = scratch.folder / "tables"
         if not scratch.republish("tables"):
             check_model(model, params.sequence_length)
             scratch.require_disk(_bytes_needed(model, params))
             loaded = scratch.map("model", write_model, {"model": (model, params.dtype)})["model"]
-            units = {"tables": (loaded / "model", corpus, questions, params)}
+            written = self_written(scratch, loaded / "model", prompts.texts if prompts else (), params)
+            units = {"tables": (loaded / "model", corpora, questions, params, written)}
             tokenised = scratch.map("tables", write_tables, units)["tables"]
             scratch.keep("tables", tokenised / "tables")
             with scratch.publish() as out:
@@ -58,26 +74,130 @@ def run(workspace: Workspace, params: PrepareParams) -> None:
         replace_folder(tables, workspace.table("calibration").parent)
 
 
+def _key(name: str, number: int) -> str:
+    return name if number == 0 else f"{name} {number + 1}"
+
+
+def self_written(
+    scratch: Scratch, model: Path, prompts: Sequence[str], params: PrepareParams
+) -> dict[str, tuple[Path, ...]]:
+    """Let a chat model answer prompts until every split has its share; files of answers by split."""
+    if not prompts or not has_chat_format(_tokenizer(model, params)):
+        return {}
+    split = split_prompts(prompts, params.held_out_prompts, params.seed)
+    held_out = batches(split.evaluation, rounds=1)
+    found = {"evaluation": tuple(_answer(scratch, model, "evaluation", held_out, params))}
+    for name, size in _self_written_sequences(params).items():
+        found[name] = tuple(
+            _answer_until(scratch, model, name, getattr(split, name), size * params.sequence_length, params)
+        )
+    return found
+
+
+def _answer_until(
+    scratch: Scratch, model: Path, name: str, prompts: Sequence[str], tokens: int, params: PrepareParams
+) -> Iterator[Path]:
+    """Answers to batches of prompts, round after round, until they hold `tokens`."""
+    held = 0
+    for batch in batches(prompts, rounds=MOST_ROUNDS):
+        if held >= tokens:
+            return
+        (file,) = _answer(scratch, model, name, [batch], params)
+        yield file
+        held += sum(len(ids) for _, ids in conversations([read_table(file)]))
+
+
+def _answer(
+    scratch: Scratch, model: Path, name: str, batches: Iterable[tuple[int, tuple[str, ...]]], params: PrepareParams
+) -> list[Path]:
+    """The files of answers to numbered batches of prompts, a unit each."""
+    settings = params.answer_tokens, params.dtype, params.trust_remote_code
+    units = {
+        f"answers-{name}-{number:04d}": (model, batch, params.seed * 10_007 + number, *settings)
+        for number, batch in batches
+    }
+    folders = scratch.map(f"answers for {name}", write_answers, units)
+    return [folders[unit] / "answers.parquet" for unit in units]
+
+
+def _self_written_sequences(params: PrepareParams) -> dict[str, int]:
+    """How many sequences of each mixed split the model writes itself."""
+    sizes = {"tuning": params.tuning_sequences, "calibration": params.calibration_sequences}
+    return {name: round(params.self_written * size) for name, size in sizes.items()}
+
+
+def _tokenizer(model: Path, params: PrepareParams) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=params.trust_remote_code)
+
+
 def write_tables(
-    folder: Path, model: Path, corpus: Corpus, questions: QuestionSet | None, params: PrepareParams
+    folder: Path,
+    model: Path,
+    corpora: Sequence[Corpus],
+    questions: QuestionSet | None,
+    params: PrepareParams,
+    written: Mapping[str, Sequence[Path]],
 ) -> None:
-    """Draw and tokenise; write the four tables below ``folder/tables``, and ``folder/facts.json``."""
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=params.trust_remote_code)
+    """Draw and tokenise; write the five tables below ``folder/tables``, and ``folder/facts.json``."""
+    tokenizer = _tokenizer(model, params)
     vocabulary = vocabulary_size(tokenizer)
     rows = draw_questions(questions, params.question_count, params.seed)
+    splits = draw_all(corpora, tokenizer, params, {row["article"] for row in rows}, written)
+    for name, split in splits.items():
+        write_sequences(
+            folder / "tables" / f"{name}.parquet", split.input_ids, split.articles, vocabulary, split.sources
+        )
+    write_table(folder / "tables" / "questions.parquet", questions_table(rows), vocabulary)
+    answers = [read_table(file) for file in written.get("evaluation", ())]
+    write_table(
+        folder / "tables" / "answers.parquet",
+        pa.concat_tables(answers) if answers else ANSWERS.empty_table(),
+        vocabulary,
+    )
+    (folder / "facts.json").write_text(
+        json.dumps(_table_facts(splits, tokenizer, params, len(rows)), sort_keys=True), encoding="utf-8"
+    )
+
+
+def draw_all(
+    corpora: Sequence[Corpus],
+    tokenizer: PreTrainedTokenizerBase,
+    params: PrepareParams,
+    reserved: set[str],
+    written: Mapping[str, Sequence[Path]],
+) -> dict[str, Split]:
+    """The three splits: each corpus's share, and what the model has written itself, mixed evenly.
+
+    Raises:
+        InputError: a corpus is too small.
+    """
+    own = {
+        name: conversation_split(
+            [read_table(file) for file in written[name]], size, params.sequence_length, start_token(tokenizer)
+        )
+        for name, size in _self_written_sequences(params).items()
+        if written.get(name) and size
+    }
     sizes = {
         "evaluation": params.evaluation_sequences,
         "tuning": params.tuning_sequences,
         "calibration": params.calibration_sequences,
     }
-    reserved = {row["article"] for row in rows}
-    splits = draw_splits(read_articles(corpus), tokenizer, sizes, params.sequence_length, params.seed, reserved)
-    for name, split in splits.items():
-        write_sequences(folder / "tables" / f"{name}.parquet", split.input_ids, split.articles, vocabulary)
-    write_table(folder / "tables" / "questions.parquet", questions_table(rows), vocabulary)
-    (folder / "facts.json").write_text(
-        json.dumps(_table_facts(splits, tokenizer, params, len(rows)), sort_keys=True), encoding="utf-8"
-    )
+    wanted = {name: size - (len(own[name].articles) if name in own else 0) for name, size in sizes.items()}
+    shares = {name: portions([entry.share for entry in params.corpora], size) for name, size in wanted.items()}
+    drawn = [
+        draw_splits(
+            read_articles(corpus),
+            tokenizer,
+            {name: shares[name][i] for name in sizes},
+            params.sequence_length,
+            params.seed,
+            reserved,
+            corpus.source.name,
+        )
+        for i, corpus in enumerate(corpora)
+    ]
+    return {name: interleave([split[name] for split in drawn] + ([own[name]] if name in own else [])) for name in sizes}
 
 
 def _table_facts(
@@ -93,6 +213,7 @@ def _table_facts(
             name: {
                 "articles": len(split.article_names),
                 "sequences": len(split.articles),
+                "sources": {source: split.sources.count(source) for source in sorted(set(split.sources))},
                 "tokens": split.input_ids.size,
             }
             for name, split in splits.items()

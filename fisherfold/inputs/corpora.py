@@ -61,25 +61,37 @@ class Corpus:
     title_field: str = DEFAULT_TITLE_FIELD
 
 
-def find_corpus(workspace: Workspace, params: PrepareParams) -> Corpus:
-    """What ``prepare.corpus`` means; hub datasets are written ``OWNER/NAME:CONFIG@SPLIT``, config and split optional.
+def find_corpora(workspace: Workspace, params: PrepareParams) -> list[Corpus]:
+    """The corpora of block `prepare`, in their order.
+
+    Raises:
+        InputError: see `find_corpus`; or one is named twice.
+    """
+    names = [entry.source for entry in params.corpora]
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"prepare.corpus names a source twice: {', '.join(names)}. Name each once, with the sum of its shares."
+        )
+    return [find_corpus(workspace, name, params.text_field) for name in names]
+
+
+def find_corpus(workspace: Workspace, name: str, text_field: str | None = None) -> Corpus:
+    """What a name in ``prepare.corpus`` means; hub datasets are written ``OWNER/NAME:CONFIG@SPLIT``, config and split optional.
 
     Raises:
         InputError: it is no recipe, no readable path, and nothing the hub knows.
     """
-    name = params.corpus
     recipe = find_recipe(workspace, "corpora", name, CorpusRecipe)
     if recipe:
-        field = params.text_field or recipe.text_field
+        field = text_field or recipe.text_field
         return Corpus(Source.from_recipe(name, recipe), (fetch_file(recipe.file),), None, field, recipe.title_field)
-    field = params.text_field or DEFAULT_TEXT_FIELD
+    field = text_field or DEFAULT_TEXT_FIELD
     path = find_path(workspace, name)
     if path:
         files = _corpus_files(name, path)
-        if params.text_field and any(file.suffix == ".txt" for file in files):
+        if text_field and any(file.suffix == ".txt" for file in files):
             raise InputError(
-                f"prepare.text_field = {params.text_field!r}, but a text file has no fields. Set it to null for "
-                f"{name!r}."
+                f"prepare.text_field = {text_field!r}, but a text file has no fields. Set it to null for {name!r}."
             )
         return Corpus(Source.from_files(name, files), tuple(files), None, field)
     return _hub_corpus(workspace, name, field)

@@ -1,39 +1,42 @@
-"""Articles into disjoint splits of packed token sequences.
+"""Documents into disjoint splits of token sequences.
 
-The corpus is put into one seeded order. Evaluation takes articles from its front until its sequences are full, tuning
-goes on behind it, calibration last; so asking for more calibration moves nothing else. An article goes to one split
-whole: what is left of it when the split is full is not used.
+The corpus is put into one seeded order. Evaluation takes documents from its front until its sequences are full, tuning goes on
+behind it, calibration last; so asking for more calibration moves nothing else. A document goes to one split whole, and gives
+one window (`windows`). Where a corpus has too few documents for that, they are shared out over the splits, and give further windows.
 
 Legend: S sequences, T tokens a sequence.
 """
 
 import hashlib
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from fisherfold.inputs.corpora import Article
+from fisherfold.inputs.windows import Encode, pack, rounds, windows
 from fisherfold.run.errors import InputError
 from fisherfold.run.progress import track
 
 SHUFFLE_ARTICLES = 16384
-SHUFFLE_CHARACTERS = 2**28  # bounds the memory of the shuffle, whatever the length of an article
+SHUFFLE_CHARACTERS = 2**28  # bounds the memory of the shuffle, and of what is kept for further windows
 
 
 @dataclass(frozen=True)
 class Split:
-    """Sequences [S, T] of one split, and the names of the articles that each draws from."""
+    """Sequences [S, T] of one split, the documents that each draws from, and the corpus it is of."""
 
-    input_ids: np.ndarray
+    input_ids: NDArray[np.int32]
     articles: list[list[str]]
+    sources: list[str]
 
     @property
     def article_names(self) -> set[str]:
-        """The articles that the split draws from."""
+        """The documents that the split draws from."""
         return {name for names in self.articles for name in names}
 
 
@@ -41,18 +44,51 @@ class Split:
 class Tally:
     """What was read of a corpus so far."""
 
-    articles: int = 0
+    documents: int = 0
     tokens: int = 0
     reserved: int = 0
+    repeated: int = 0
+
+
+@dataclass
+class Drawing:
+    """One corpus on its way into splits.
+
+    Attributes:
+        encode: text to token ids.
+        length: T.
+        start: the token that every sequence begins with, or None.
+        seed: of the order and of the windows.
+        reserved: names of documents that only the first split may use.
+    """
+
+    encode: Encode
+    length: int
+    start: int | None
+    seed: int
+    reserved: Collection[str]
+    tally: Tally = field(default_factory=Tally)
+
+    def pieces(self, article: Article) -> list[list[int]]:
+        """The windows of a document."""
+        tokens = self.encode(article.text)
+        self.tally.documents += 1
+        self.tally.tokens += len(tokens)
+        return windows(tokens, self.length, article.name, self.seed)
+
+    def pack(self, pieces: Iterable[tuple[str, list[int]]], size: int) -> list[tuple[list[int], list[str]]]:
+        """At most `size` sequences of pieces."""
+        return list(islice(pack(pieces, self.length, self.start), size))
 
 
 def draw_splits(
     articles: Iterable[Article],
     tokenizer: PreTrainedTokenizerBase,
-    sizes: dict[str, int],
+    sizes: Mapping[str, int],
     length: int,
     seed: int,
     reserved: Collection[str],
+    source: str = "corpus",
 ) -> dict[str, Split]:
     """Fill the splits named in `sizes` one after the other with sequences of `length` tokens.
 
@@ -61,24 +97,106 @@ def draw_splits(
         tokenizer: the model's.
         sizes: sequences per split, in the order of drawing.
         length: T.
-        seed: of the corpus's order.
-        reserved: names of articles that only the first split may use.
+        seed: of the corpus's order and of the windows.
+        reserved: names of documents that only the first split may use.
+        source: the corpus's name.
 
     Raises:
-        InputError: the corpus is too small; the message says what it holds and what is asked.
+        InputError: the corpus is too small; the message says which limit it was.
     """
-    stream, tally = distinct(shuffled(articles, seed)), Tally()
-    splits: dict[str, Split] = {}
-    for name, size in sizes.items():
-        source = unreserved(stream, reserved, tally) if splits else stream
-        packed = pack(source, encoder(tokenizer), length, start_token(tokenizer), tally)
-        rows = list(track("prepare", f"tokenising {name}", islice(packed, size), size))
-        splits[name] = Split(
-            np.array([ids for ids, _ in rows], dtype=np.int32).reshape(len(rows), length), [names for _, names in rows]
-        )
-        if len(rows) < size:
-            raise _too_small(splits, sizes, length, tally)
-    return splits
+    drawing = Drawing(encoder(tokenizer), length, start_token(tokenizer), seed, reserved)
+    read = Remembered(distinct(shuffled(articles, seed), drawing.tally))
+    rows = _one_window_each(read, sizes, drawing)
+    if any(len(rows[name]) < size for name, size in sizes.items()):
+        documents = read.kept
+        if documents is None:  # so large that sharing it out could not help
+            raise _too_small(source, rows, sizes, drawing)
+        drawing.tally.documents = drawing.tally.tokens = drawing.tally.reserved = 0
+        rows = _shared_out(documents, sizes, drawing)
+    if any(len(rows[name]) < size for name, size in sizes.items()):
+        raise _too_small(source, rows, sizes, drawing)
+    return {name: as_split(rows[name], length, source) for name in sizes}
+
+
+def as_split(rows: Sequence[tuple[list[int], list[str]]], length: int, source: str) -> Split:
+    """Sequences and their documents as a split of one source."""
+    ids = np.array([ids for ids, _ in rows], dtype=np.int32).reshape(len(rows), length)
+    return Split(ids, [names for _, names in rows], [source] * len(rows))
+
+
+def portions(shares: Sequence[float], size: int) -> list[int]:
+    """`size` shared out by weight, by largest remainder; the first of equals gets more."""
+    exact = [size * share / sum(shares) for share in shares]
+    whole = [int(part) for part in exact]
+    for i in sorted(range(len(shares)), key=lambda i: whole[i] - exact[i])[: size - sum(whole)]:
+        whole[i] += 1
+    return whole
+
+
+def interleave(splits: Sequence[Split]) -> Split:
+    """Several sources' sequences as one split, each source spread evenly over it, so that every stretch has them all."""
+    places = [
+        ((i + 0.5) / len(split.articles), k, i) for k, split in enumerate(splits) for i in range(len(split.articles))
+    ]
+    order = [(k, i) for _, k, i in sorted(places)]
+    return Split(
+        np.stack([splits[k].input_ids[i] for k, i in order]),
+        [splits[k].articles[i] for k, i in order],
+        [splits[k].sources[i] for k, i in order],
+    )
+
+
+def _one_window_each(
+    stream: Iterable[Article], sizes: Mapping[str, int], drawing: Drawing
+) -> dict[str, list[tuple[list[int], list[str]]]]:
+    """Sequences of each split, of documents that give one window each, until the corpus ends."""
+    documents = iter(stream)
+    rows = {}
+    for number, (name, size) in enumerate(sizes.items()):
+        usable = unreserved(documents, drawing.reserved, drawing.tally) if number else documents
+        pieces = ((article.name, drawing.pieces(article)[0]) for article in usable)
+        packed = islice(pack(pieces, drawing.length, drawing.start), size)
+        rows[name] = list(track("prepare", f"tokenising {name}", packed, size)) if size else []
+    return rows
+
+
+def _shared_out(
+    documents: Iterable[Article], sizes: Mapping[str, int], drawing: Drawing
+) -> dict[str, list[tuple[list[int], list[str]]]]:
+    """The same of few documents: each goes to the split that lacks most, and gives all its windows, in rounds."""
+    first = next(iter(sizes))
+    held: dict[str, list[tuple[str, list[list[int]]]]] = {name: [] for name in sizes}
+    have = dict.fromkeys(sizes, 0)
+    for article in documents:
+        lacking = {name: 1 - have[name] / (size * drawing.length) for name, size in sizes.items() if size}
+        if article.name in drawing.reserved:
+            drawing.tally.reserved += 1
+            lacking = {name: share for name, share in lacking.items() if name == first}
+        if not lacking:
+            continue
+        name = max(lacking, key=lambda one: (lacking[one], have[one] == 0))
+        pieces = drawing.pieces(article)
+        held[name].append((article.name, pieces))
+        have[name] += sum(map(len, pieces))
+    return {name: drawing.pack(rounds(held[name]), size) for name, size in sizes.items()}
+
+
+class Remembered:
+    """Documents that pass through are kept, as long as they are few enough to be held."""
+
+    def __init__(self, documents: Iterable[Article]) -> None:
+        self._documents = iter(documents)
+        self.kept: list[Article] | None = []
+        self._characters = 0
+
+    def __iter__(self) -> Iterator[Article]:
+        for document in self._documents:
+            self._characters += len(document.text)
+            if self._characters > SHUFFLE_CHARACTERS:
+                self.kept = None
+            if self.kept is not None:
+                self.kept.append(document)
+            yield document
 
 
 def shuffled(articles: Iterable[Article], seed: int) -> Iterator[Article]:
@@ -99,12 +217,14 @@ def shuffled(articles: Iterable[Article], seed: int) -> Iterator[Article]:
     yield from buffer
 
 
-def distinct(articles: Iterable[Article]) -> Iterator[Article]:
+def distinct(articles: Iterable[Article], tally: Tally) -> Iterator[Article]:
     """Pass over an article whose name or text came before: it would carry one split's text into another."""
     names, texts = set(), set()
     for article in articles:
-        text = hashlib.blake2b(article.text.encode(), digest_size=16).digest()
-        if article.name not in names and text not in texts:
+        text = hashlib.blake2b(article.text.encode("utf-8", "replace"), digest_size=16).digest()
+        if article.name in names or text in texts:
+            tally.repeated += 1
+        else:
             yield article
         names.add(article.name)
         texts.add(text)
@@ -119,34 +239,7 @@ def unreserved(articles: Iterable[Article], reserved: Collection[str], tally: Ta
             yield article
 
 
-def pack(
-    articles: Iterable[Article], encode: Callable[[str], list[int]], length: int, start: int | None, tally: Tally
-) -> Iterator[tuple[list[int], list[str]]]:
-    """Sequences of exactly `length` tokens, articles one after the other; a last short one is left out.
-
-    A sequence that begins inside an article begins with the `start` token all the same, if there is one: models trained
-    with it depend on it in the first position.
-    """
-    ids: list[int] = []
-    names: list[str] = []
-    for article in articles:
-        tokens = encode(article.text)
-        tally.articles += 1
-        tally.tokens += len(tokens)
-        position = 0
-        while position < len(tokens):
-            if not ids and start is not None and tokens[position] != start:
-                ids.append(start)
-            end = position + length - len(ids)
-            ids += tokens[position:end]
-            position = end
-            names.append(article.name)
-            if len(ids) == length:
-                yield ids, names
-                ids, names = [], []
-
-
-def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     """Text to token ids: the start token if the tokenizer adds one, the text, the end token."""
     start = [] if start_token(tokenizer) is None else [start_token(tokenizer)]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -163,13 +256,23 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
 
 
-def _too_small(splits: dict[str, Split], sizes: dict[str, int], length: int, tally: Tally) -> InputError:
-    filled = sum(len(split.articles) for split in splits.values())
-    asked = sum(sizes.values())
+def _too_small(
+    source: str, rows: Mapping[str, Sequence[object]], sizes: Mapping[str, int], drawing: Drawing
+) -> InputError:
+    tally, length = drawing.tally, drawing.length
+    filled, asked = sum(map(len, rows.values())), sum(sizes.values())
     parts = " + ".join(f"{size} {name}" for name, size in sizes.items())
     aside = f", {tally.reserved} more set aside for the questions" if tally.reserved else ""
+    repeated = f", {tally.repeated} passed over because their title or text came before" if tally.repeated else ""
+    empty = [name for name, size in sizes.items() if size and not rows[name]]
+    if len(sizes) > tally.documents and empty:
+        cure = (
+            f"No document may be in two splits, so {len(sizes)} splits need at least as many. Separate its documents: by blank lines in a "
+            "text file, as records in the others."
+        )
+    else:
+        cure = "Ask for fewer or shorter sequences in block prepare, or give a larger corpus."
     return InputError(
-        f"The corpus is too small: its {tally.articles} articles hold {tally.tokens} tokens{aside}, and fill {filled} "
-        f"sequences of {length} tokens; asked are {parts} = {asked} ({asked * length} tokens). Ask for fewer or "
-        "shorter sequences in block prepare, or give a larger corpus."
+        f"The corpus {source!r} is too small: its {tally.documents} articles hold {tally.tokens} tokens{aside}{repeated}, and fill "
+        f"{filled} sequences of {length} tokens; asked are {parts} = {asked} ({asked * length} tokens). {cure}"
     )

@@ -35,6 +35,13 @@ class ComputeBlock(Block):
     threads: Count = 2
 
 
+class CorpusShare(Block):
+    """One of several corpora: its name, as in `prepare.corpus`, and its weight among them."""
+
+    source: str
+    share: Annotated[float, Field(gt=0)] = 1.0
+
+
 class PrepareParams(Block):
     """Of stage prepare: the model, the text and the questions."""
 
@@ -42,7 +49,11 @@ class PrepareParams(Block):
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Dtype = "float32"
-    corpus: str = "wikipedia-leads"
+    corpus: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] = "wikipedia-leads"
+    self_written: Floor = 0.5
+    prompts: str = "everyday"
+    held_out_prompts: Annotated[int, Field(ge=0)] = 32
+    answer_tokens: Count = 160
     text_field: str | None = None
     sequence_length: Annotated[int, Field(ge=2)] = 256
     calibration_sequences: Count = 48
@@ -51,6 +62,11 @@ class PrepareParams(Block):
     questions: str | None = "wikipedia-descriptions"
     question_count: Count = 200
     seed: int = 0
+
+    @property
+    def corpora(self) -> tuple[CorpusShare, ...]:
+        """The corpora and their weights, one or several."""
+        return (CorpusShare(source=self.corpus),) if isinstance(self.corpus, str) else self.corpus
 
 
 class CaptureParams(ComputeBlock):

@@ -1,6 +1,7 @@
 """The prepared Parquet tables: tokenised sequences and knowledge questions.
 
-Sequences: `sequence` int32, `input_ids` list of int32 (all rows of one length), `articles` list of string.
+Sequences: `sequence` int32, `input_ids` list of int32 (all rows of one length), `articles` list of string (the documents that it draws
+from), `source` string (the corpus that they are of).
 Questions: `question` string (the text before the answer), `choices` list of string, `answer` int32, `article` string.
 The vocabulary size of the tokenizer is in the schema's metadata.
 """
@@ -15,11 +16,20 @@ import torch
 from fisherfold.run.errors import CorruptArtifact, InputError
 
 SEQUENCES = pa.schema(
-    [("sequence", pa.int32()), ("input_ids", pa.list_(pa.int32())), ("articles", pa.list_(pa.string()))]
+    [
+        ("sequence", pa.int32()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("articles", pa.list_(pa.string())),
+        ("source", pa.string()),
+    ]
 )
 QUESTIONS = pa.schema(
     [("question", pa.string()), ("choices", pa.list_(pa.string())), ("answer", pa.int32()), ("article", pa.string())]
 )
+ANSWERS = pa.schema(
+    [("prompt", pa.string()), ("prompt_ids", pa.list_(pa.int32())), ("sampled_ids", pa.list_(pa.int32()))]
+)
+"""The dense model's sampled answers to prompts; ids of a prompt are those of its chat format."""
 
 ANSWERS = pa.schema(
     [("prompt", pa.string())]
@@ -28,12 +38,15 @@ ANSWERS = pa.schema(
 """The dense model's answers to prompts of its own; ids of a prompt are those of its chat format."""
 
 
-def write_sequences(path: Path, input_ids: np.ndarray, articles: list[list[str]], vocabulary: int) -> None:
-    """Write token ids [S, T] with the articles that each sequence draws from."""
+def write_sequences(
+    path: Path, input_ids: np.ndarray, articles: list[list[str]], vocabulary: int, sources: list[str] | None = None
+) -> None:
+    """Write token ids [S, T] with the documents that each sequence draws from, and the corpora that these are of."""
     rows = {
         "sequence": list(range(len(input_ids))),
         "input_ids": list(input_ids.astype(np.int32)),
         "articles": articles,
+        "source": sources or ["corpus"] * len(input_ids),
     }
     write_table(path, pa.table(rows, schema=SEQUENCES), vocabulary)
 

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 from ruamel.yaml import YAML
-from tiny import VOCABULARY, save_tiny
-from transformers import AutoModelForCausalLM
+from tiny import VOCABULARY, save_tiny, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from wheels import make_wheel
 
 from fisherfold.inputs import packages
@@ -59,7 +60,9 @@ def make_workspace(root, monkeypatch):
         },
         "title_field": "title", "answer_field": "description", "topic_field": "topic", "prompt": "{title}:",
     }  # fmt: skip
-    (root / "data" / "questions").mkdir(parents=True)
+    (root / "data" / "prompts").mkdir(parents=True)
+    (root / "data" / "prompts" / "everyday.txt").write_text("\n".join(f"w{i} w{i + 1}" for i in range(10, 60)))
+    (root / "data" / "questions").mkdir()
     YAML().dump(recipe, root / "data" / "questions" / "facts.yaml")
     return Workspace(root)
 
@@ -83,7 +86,7 @@ def test_writes_model_tables_and_facts(workspace):
     assert not (used["calibration"] | used["tuning"]) & asked
     verify_output(workspace.out("prepare"))
     assert sorted(path.name for path in (workspace.root / "data" / "prepared").iterdir()) == [
-        "calibration.parquet", "evaluation.parquet", "questions.parquet", "tuning.parquet",
+        "answers.parquet", "calibration.parquet", "evaluation.parquet", "questions.parquet", "tuning.parquet",
     ]  # fmt: skip
 
 
@@ -177,7 +180,7 @@ def test_errors_leave_the_previous_output(workspace):
     prepare.run(workspace, PARAMS)
     before = published(workspace)
     for changes, message in (
-        ({"calibration_sequences": 100}, "corpus is too small"),
+        ({"calibration_sequences": 100}, "is too small"),
         ({"sequence_length": 65}, "positions"),
         ({"question_count": 41}, "holds 40 questions"),
         ({"text_field": "body"}, "no field 'body'"),
@@ -192,3 +195,95 @@ def test_disk_is_checked_before_anything_is_loaded(workspace, monkeypatch):
     monkeypatch.setattr(prepare, "count_parameters", lambda _: 10**15)
     with pytest.raises(NotEnoughDisk, match=r"needs \d+ bytes .* \d+ are free"):
         prepare.run(workspace, PARAMS)
+
+
+TEMPLATE = (
+    "{% for message in messages %}w5 {{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w6{% endif %}"
+)
+CHAT = PARAMS.model_copy(update={"self_written": 0.5, "held_out_prompts": 6, "answer_tokens": 5, "tuning_sequences": 4})
+
+
+@pytest.fixture
+def chatting(workspace):
+    """The same with a model that has a chat template."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(workspace.root / "model")
+    return workspace
+
+
+def test_a_chat_model_writes_half_of_its_calibration_itself(chatting):
+    prepare.run(chatting, CHAT)
+    tables = {name: read_table(chatting.table(name)).to_pylist() for name in (*SPLITS, "answers")}
+    sources = {name: [row["source"] for row in tables[name]] for name in SPLITS}
+    assert sources["calibration"].count("self-written") == 3 and sources["tuning"].count("self-written") == 2
+    assert sources["evaluation"] == ["corpus.json"] * 4
+    own = {
+        name: {a for row in tables[name] if row["source"] == "self-written" for a in row["articles"]} for name in SPLITS
+    }
+    held_out = {row["prompt"] for row in tables["answers"]}
+    assert len(held_out) == 6 and own["calibration"] and own["tuning"]
+    assert not own["calibration"] & own["tuning"] and not (own["calibration"] | own["tuning"]) & held_out
+
+
+def test_prompts_are_in_the_chat_format_and_answers_end_where_the_model_ended_them(chatting):
+    prepare.run(chatting, CHAT)
+    tokenizer = AutoTokenizer.from_pretrained(chatting.model)
+    for row in read_table(chatting.table("answers")).to_pylist():
+        messages = [{"role": "user", "content": row["prompt"]}]
+        assert row["prompt_ids"] == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert 0 < len(row["sampled_ids"]) <= 5 and 2 not in row["sampled_ids"][:-1]
+
+
+def test_a_model_without_a_chat_template_writes_nothing(workspace):
+    prepare.run(workspace, CHAT)
+    assert read_table(workspace.table("answers")).num_rows == 0
+    assert set(read_table(workspace.table("calibration"))["source"].to_pylist()) == {"corpus.json"}
+
+
+def test_self_written_text_has_the_same_bits_after_a_kill(chatting, tmp_path, monkeypatch):
+    whole = make_workspace(tmp_path / "whole", monkeypatch)
+    shutil.copytree(chatting.root / "model", whole.root / "model", dirs_exist_ok=True)
+    prepare.run(whole, CHAT)
+    write, done = prepare.write_answers, []
+
+    def killed_at_the_second(*arguments):
+        if done:
+            raise Killed
+        done.append(arguments)
+        write(*arguments)
+
+    killed_at_the_second.__module__, killed_at_the_second.__qualname__ = write.__module__, write.__qualname__
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_answers", killed_at_the_second)
+        with pytest.raises(Killed):
+            prepare.run(chatting, CHAT)
+    prepare.run(chatting, CHAT)
+    assert published(chatting) == published(whole)
+
+
+def test_corpora_share_the_sequences(workspace):
+    (workspace.root / "other.txt").write_text("\n\n".join(f"w{90 - i} " * 9 for i in range(60)))
+    corpus = ({"source": "corpus.json", "share": 1}, {"source": "other.txt", "share": 3})
+    prepare.run(
+        workspace, PrepareParams.model_validate(PARAMS.model_dump() | {"corpus": corpus, "evaluation_sequences": 8})
+    )
+    for name, (first, second) in {"evaluation": (2, 6), "calibration": (2, 4)}.items():
+        sources = read_table(workspace.table(name))["source"].to_pylist()
+        assert (sources.count("corpus.json"), sources.count("other.txt")) == (first, second)
+    facts = json.loads((workspace.out("prepare") / "prepare.json").read_text())
+    assert facts["corpus"]["name"] == "corpus.json" and facts["corpus 2"]["name"] == "other.txt"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": "nowhere"}, "neither a list in data/prompts .everyday. nor a text file"),
+        ({"prompts": "empty.txt"}, "holds no prompt"),
+        ({"held_out_prompts": 49}, "holds 50 different prompts"),
+    ],
+)
+def test_prompts_that_do_not_do(chatting, changes, message):
+    (chatting.root / "empty.txt").write_text("\n \n")
+    with pytest.raises(InputError, match=message):
+        prepare.run(chatting, CHAT.model_copy(update=changes))

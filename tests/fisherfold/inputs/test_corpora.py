@@ -10,7 +10,6 @@ from fisherfold.inputs import corpora, hub
 from fisherfold.inputs.corpora import find_corpus, read_articles
 from fisherfold.inputs.hub import HubEntry, HubUnknown
 from fisherfold.run.errors import InputError
-from fisherfold.run.params import PrepareParams
 from fisherfold.run.workspace import Workspace
 
 WIKITEXT = (
@@ -19,7 +18,7 @@ WIKITEXT = (
 
 
 def articles(tmp_path, name, **params):
-    found = find_corpus(Workspace(tmp_path), PrepareParams(corpus=name, **params))
+    found = find_corpus(Workspace(tmp_path), name, **params)
     return [(article.name, article.text) for article in read_articles(found)]
 
 
@@ -123,7 +122,7 @@ def test_hub_dataset_is_streamed_at_its_commit(tmp_path, monkeypatch):
     write_rows(tmp_path, [{"text": "a"}, {"text": "b"}], "owner/data.jsonl")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpora, "resolve_dataset", lambda name: HubEntry("c0ffee", "mit"))
-    found = find_corpus(Workspace(tmp_path / "elsewhere"), PrepareParams(corpus="owner@train"))
+    found = find_corpus(Workspace(tmp_path / "elsewhere"), "owner@train")
     assert (found.source.digest, found.source.licence, found.hub.split) == ("c0ffee", "mit", "train")
     assert [article.text for article in read_articles(found)] == ["a", "b"]
 
@@ -138,7 +137,7 @@ def test_hub_dataset_is_streamed_at_its_commit(tmp_path, monkeypatch):
 )
 def test_hub_syntax(tmp_path, monkeypatch, name, parts):
     monkeypatch.setattr(corpora, "resolve_dataset", lambda name: HubEntry("c0ffee"))
-    found = find_corpus(Workspace(tmp_path), PrepareParams(corpus=name)).hub
+    found = find_corpus(Workspace(tmp_path), name).hub
     assert (found.name, found.config, found.split) == parts
 
 

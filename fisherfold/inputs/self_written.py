@@ -1,0 +1,119 @@
+"""Text that the dense model writes itself: answers to prompts, in its chat format.
+
+A chat model is used on what it would itself say, in a format that no corpus has; calibrated on a corpus alone, it forgets to
+answer (docs/figures.md). So it answers a list of prompts, sampled at temperature 1, and a share of the calibration sequences is
+made of these conversations. Prompts are split before anything is written: those of evaluation are in neither calibration nor tuning.
+
+A batch of prompts is a unit: its bits depend on the seed, its number and its prompts.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from fisherfold.inputs.splits import Split, as_split
+from fisherfold.inputs.windows import pack
+from fisherfold.network.models import DTYPES, load_model
+from fisherfold.run.errors import InputError
+from fisherfold.run.tables import ANSWERS
+
+SELF = "self-written"
+BATCH = 32  # prompts answered together
+TUNING = 8  # every so many-th prompt is tuning's
+MOST_ROUNDS = 64  # samples of one prompt
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of the three uses; none is in two of them."""
+
+    calibration: tuple[str, ...]
+    tuning: tuple[str, ...]
+    evaluation: tuple[str, ...]
+
+
+def split_prompts(prompts: Sequence[str], held_out: int, seed: int) -> Prompts:
+    """A seeded order of the distinct prompts: `held_out` for evaluation, of the others every eighth for tuning.
+
+    Raises:
+        InputError: there are too few.
+    """
+    order = list(dict.fromkeys(prompts))
+    random.Random(seed).shuffle(order)
+    rest = order[held_out:]
+    if len(rest) < 2:
+        raise InputError(
+            f"prepare.prompts holds {len(order)} different prompts, and prepare.held_out_prompts = {held_out} are for evaluation: at least "
+            "two more are needed for calibration and tuning. Give more prompts, or hold out fewer."
+        )
+    tuning = rest[::TUNING]
+    return Prompts(tuple(p for p in rest if p not in set(tuning)), tuple(tuning), tuple(order[:held_out]))
+
+
+def has_chat_format(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model has a chat template, and so is made for conversations."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of one message of a user in the chat format, up to where the answer begins."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def write_answers(
+    folder: Path, model: Path, prompts: tuple[str, ...], seed: int, longest: int, dtype: str, own_code: bool
+) -> None:
+    """Unit: one sampled answer to each prompt, of at most `longest` tokens, as ``answers.parquet`` (see `tables.ANSWERS`)."""
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=own_code)
+    loaded = load_model(model, DTYPES[dtype], trust_remote_code=own_code)
+    asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    width = max(map(len, asked))
+    end = tokenizer.eos_token_id
+    padding = end if end is not None else 0
+    ids = torch.tensor([[padding] * (width - len(row)) + row for row in asked], device=loaded.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in asked], device=loaded.device)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=longest,
+        eos_token_id=end,
+        pad_token_id=padding,
+    )
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        loaded.generation_config = settings  # the model's own would fill what is open: penalties, top-k
+        written = loaded.generate(ids, attention_mask=mask)[:, width:].tolist()
+    sampled = [row[: row.index(end) + 1] if end in row else row for row in written]
+    rows = {"prompt": list(prompts), "prompt_ids": asked, "sampled_ids": sampled}
+    pq.write_table(pa.table(rows, schema=ANSWERS), folder / "answers.parquet")
+
+
+def batches(prompts: Sequence[str], rounds: int) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Numbered batches of all prompts, over and over: every round is another sample of each."""
+    starts = range(0, len(prompts), BATCH)
+    for number, low in enumerate(chain.from_iterable(repeat(starts, rounds))):
+        yield number, tuple(prompts[low : low + BATCH])
+
+
+def conversations(tables: Sequence[pa.Table]) -> list[tuple[str, list[int]]]:
+    """Prompt and answer of every row as one text of tokens; empty answers are left out."""
+    rows = [row for table in tables for row in table.to_pylist()]
+    return [(row["prompt"], row["prompt_ids"] + row["sampled_ids"]) for row in rows if len(row["sampled_ids"]) > 1]
+
+
+def conversation_split(tables: Sequence[pa.Table], size: int, length: int, start: int | None) -> Split:
+    """At most `size` sequences of `length` tokens: conversations one after the other."""
+    return as_split(list(islice(pack(conversations(tables), length, start), size)), length, SELF)
