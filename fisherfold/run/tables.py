@@ -31,12 +31,6 @@ ANSWERS = pa.schema(
 )
 """The dense model's sampled answers to prompts; ids of a prompt are those of its chat format."""
 
-ANSWERS = pa.schema(
-    [("prompt", pa.string())]
-    + [(name, pa.list_(pa.int32())) for name in ("prompt_ids", "sampled_ids", "greedy_ids")]
-)
-"""The dense model's answers to prompts of its own; ids of a prompt are those of its chat format."""
-
 
 def write_sequences(
     path: Path, input_ids: np.ndarray, articles: list[list[str]], vocabulary: int, sources: list[str] | None = None

@@ -428,7 +428,7 @@ def sharp_workspace(root: Path, sequences: int = 12) -> Workspace:
     ids = np.array([[*prompt, *answer] for prompt, answer in zip(prompts, written, strict=True)])
     write_sequences(workspace.table("evaluation"), ids, [["a"]] * sequences, VOCABULARY)
     rows = [
-        {"prompt": f"p{i}", "prompt_ids": prompt, "sampled_ids": answer, "greedy_ids": answer}
+        {"prompt": f"p{i}", "prompt_ids": prompt, "sampled_ids": answer}
         for i, (prompt, answer) in enumerate(zip(prompts, written, strict=True))
     ]
     write_table(workspace.table("answers"), pa.Table.from_pylist(rows, schema=ANSWERS), VOCABULARY)
@@ -483,10 +483,16 @@ def test_damage_is_called_damage(tmp_path):
 def test_sources_and_answers_are_published(workspace):
     table = read_table(workspace.table("evaluation"))
     metadata = table.schema.metadata
-    named = table.append_column("source", pa.array(["news"] * 3 + ["leads"] * 5)).replace_schema_metadata(metadata)
+    named = (
+        table.drop_columns("source")
+        .append_column("source", pa.array(["news"] * 3 + ["leads"] * 5))
+        .replace_schema_metadata(metadata)
+    )
     pq.write_table(named, workspace.table("evaluation"))
     table = read_table(workspace.table("calibration"))
-    pq.write_table(table.append_column("source", pa.array(["leads"] * 8)), workspace.table("calibration"))
+    pq.write_table(
+        table.drop_columns("source").append_column("source", pa.array(["leads"] * 8)), workspace.table("calibration")
+    )
     evaluate.run(workspace, EvaluateParams(answer_tokens=5))
     found = read_json(workspace, "metrics.json")
     assert {name: (row["sequences"], row["calibrated"]) for name, row in found["by_source"].items()} == {

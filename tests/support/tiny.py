@@ -99,7 +99,6 @@ def tiny_answers(count: int = 6) -> pa.Table:
             "prompt": f"prompt {i}",
             "prompt_ids": draw(2 + i),
             "sampled_ids": [*draw(1 + i % 3), 2],
-            "greedy_ids": draw(3),
         }
         for i in range(count)
     ]
