@@ -17,7 +17,6 @@ from fisherfold.run.tables import read_sequences
 
 BATCHES_PER_SHARD = 2
 COMPARED = (*MODELS, "divergence")
-UNNAMED = "corpus"  # the source of a table that names none
 
 
 def loss_units(models: dict[str, ModelRun], table: Path, sequences: int) -> dict[str, tuple]:
@@ -57,7 +56,7 @@ def read_losses(folders: list[Path]) -> dict[str, np.ndarray]:
 
 def sources(table: pa.Table) -> list[str]:
     """The source of every sequence."""
-    return table["source"].to_pylist() if "source" in table.column_names else [UNNAMED] * table.num_rows
+    return table["source"].to_pylist()
 
 
 def summarise_sources(losses: dict[str, np.ndarray], names: list[str], calibrated: set[str]) -> dict[str, dict]:
