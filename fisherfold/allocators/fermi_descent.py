@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +90,7 @@ def round_ranks(allocation: Allocation, mu: np.ndarray) -> np.ndarray:
     return allocation.spend(worth)
 
 
-def trajectory(allocation: Allocation, rows: Sequence[dict]) -> pa.Table:
+def trajectory(allocation: Allocation, rows: Sequence[dict[str, Any]]) -> pa.Table:
     """Long table: step, loss, tau as a share of the rank range, and module and mu of every site."""
     names = [site.name for site in allocation.sites]
     columns = {key: [row[key] for row in rows for _ in names] for key in ("step", "loss", "tau")}

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fisherfold.evaluation.harness import run_tasks
 from fisherfold.evaluation.knowledge import harness_model
@@ -37,7 +38,7 @@ class TaskSource:
 
 def task_units(
     models: dict[str, ModelRun], names: list[str], source: TaskSource, limit: int | None
-) -> dict[str, tuple]:
+) -> dict[str, tuple[Any, ...]]:
     """Arguments of `run_task` by name of unit: one task or group on one model, the task before the model."""
     return {
         _unit(number, name, which): (model, name, source, limit, f"{name}, {which} model,")
@@ -58,7 +59,7 @@ def run_task(folder: Path, model: ModelRun, name: str, source: TaskSource, limit
     (folder / "results.json").write_text(json.dumps(tidy), encoding="utf-8")
 
 
-def read_tasks(folders: dict[str, Path], names: list[str], models: dict[str, ModelRun]) -> dict[str, dict]:
+def read_tasks(folders: dict[str, Path], names: list[str], models: dict[str, ModelRun]) -> dict[str, dict[str, Any]]:
     """Results by task as asked for, model, and lm-eval's name of each group and task in it."""
     return {
         name: {

@@ -12,6 +12,7 @@ by themselves, of which the dense model may have some too, so both models are co
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -48,7 +49,7 @@ class Prompt:
         return len(self.tokens)
 
 
-def answer_units(models: dict[str, ModelRun], table: pa.Table, longest: int) -> dict[str, tuple]:
+def answer_units(models: dict[str, ModelRun], table: pa.Table, longest: int) -> dict[str, tuple[Any, ...]]:
     """Arguments of `answer_prompts` by name of unit: prompts of like length on one model, the dense one first."""
     prompts = [Prompt(row, tuple(tokens)) for row, tokens in enumerate(table["prompt_ids"].to_pylist()) if tokens]
     runs = [
@@ -82,7 +83,7 @@ def answer_prompts(folder: Path, model: ModelRun, prompts: tuple[Prompt, ...], l
 
 def samples_table(prompts: pa.Table, folders: dict[str, Path]) -> pa.Table:
     """Every prompt with both answers, by the folders of `answer_units`, in the order of the prompts."""
-    answers: dict[str, dict[int, dict]] = {model: {} for model in MODELS}
+    answers: dict[str, dict[int, dict[str, Any]]] = {model: {} for model in MODELS}
     for unit, folder in folders.items():
         for answer in json.loads((folder / "answers.json").read_text(encoding="utf-8")):
             answers[unit.split("-")[1]][answer["row"]] = answer
@@ -93,7 +94,7 @@ def samples_table(prompts: pa.Table, folders: dict[str, Path]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SAMPLES)
 
 
-def _sample(prompt: str, dense: dict, compressed: dict) -> dict:
+def _sample(prompt: str, dense: dict[str, Any], compressed: dict[str, Any]) -> dict[str, Any]:
     both = dict(zip(MODELS, (dense, compressed), strict=True))
     return {
         "prompt": prompt,
@@ -123,7 +124,7 @@ def loops(tokens: list[int]) -> bool:
     return False
 
 
-def summarise_samples(samples: pa.Table) -> dict | None:
+def summarise_samples(samples: pa.Table) -> dict[str, Any] | None:
     """Shares and counts over all prompts, see the module; None where there are none."""
     if not samples.num_rows:
         return None

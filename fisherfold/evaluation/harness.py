@@ -16,7 +16,7 @@ import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lm_eval.api.task
 import numpy as np
@@ -78,7 +78,7 @@ class SharedContextModel(HFLM):
         self.keeps_some_logits = "logits_to_keep" in known
         self.cache_name = next((name for name in CACHE_NAMES if name in known), None)
 
-    def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[Answer]:
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Answer]:
         """See lm-eval; without its progress bars."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
@@ -95,7 +95,7 @@ class SharedContextModel(HFLM):
             answers.update(zip(cut, found, strict=True))
         return [answers[i] for i in range(len(requests))]
 
-    def _passes(self, requests: list[Pair]) -> Iterator[tuple[Callable[..., dict[int, Answer]], list]]:
+    def _passes(self, requests: list[Pair]) -> Iterator[tuple[Callable[..., dict[int, Answer]], list[Any]]]:
         """What is scored together, and by which method; pairs that are too long for the model are left out."""
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, ((context_text, text), context, continuation) in enumerate(requests):
@@ -227,7 +227,9 @@ def runs_of_like_length(rows: Iterable[Row], length: Callable[[Row], int], most:
         yield run
 
 
-def run_tasks(model: SharedContextModel, tasks: TaskDict, limit: int | None = None, samples: bool = False) -> dict:
+def run_tasks(
+    model: SharedContextModel, tasks: TaskDict, limit: int | None = None, samples: bool = False
+) -> dict[str, Any]:
     """lm-eval's results of loaded tasks and groups; with `samples`, also those of every document.
 
     Seeds, and the number of examples where a task names none (0), are those of lm-eval's command line.

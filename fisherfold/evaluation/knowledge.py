@@ -6,6 +6,7 @@ A model's answer is the choice of largest log-likelihood (lm-eval's `acc`); `acc
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ ANSWERS = pa.schema(
 )
 
 
-def question_units(models: dict[str, ModelRun], table: Path, count: int) -> dict[str, tuple]:
+def question_units(models: dict[str, ModelRun], table: Path, count: int) -> dict[str, tuple[Any, ...]]:
     """Arguments of `answer_questions` by name of unit: QUESTIONS_PER_UNIT questions on one model, the dense one first."""
     return {
         f"knowledge-{name}-{start:06d}": (model, table, start)
@@ -61,7 +62,7 @@ def harness_model(model: ModelRun, label: str | None = None) -> SharedContextMod
     return SharedContextModel(model.model, model.tokenizer, model.pass_tokens, model.batch_size, label)
 
 
-def read_answers(folders: dict[str, Path]) -> dict[str, list[dict]]:
+def read_answers(folders: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
     """The answers of each model, by the folders of `question_units`; empty lists where there are no questions."""
     return {
         model: [
@@ -74,7 +75,7 @@ def read_answers(folders: dict[str, Path]) -> dict[str, list[dict]]:
     }
 
 
-def answers_table(questions: pa.Table, answers: dict[str, list[dict]]) -> pa.Table:
+def answers_table(questions: pa.Table, answers: dict[str, list[dict[str, Any]]]) -> pa.Table:
     """What is published of every question: the right answer, each model's, and all log-likelihoods."""
     rows = [
         {

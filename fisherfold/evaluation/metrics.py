@@ -1,6 +1,7 @@
 """metrics.json: the figures of both models by name, unrounded, each measured one with its standard error (`…_error`)."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from fisherfold.evaluation.scores import MODELS
 
@@ -8,14 +9,14 @@ ACCURACY = "acc"
 
 
 def metrics(
-    text: dict,
-    sources: dict[str, dict],
-    knowledge: dict | None,
-    own: dict | None,
-    greedy: dict | None,
+    text: dict[str, Any],
+    sources: dict[str, dict[str, Any]],
+    knowledge: dict[str, Any] | None,
+    own: dict[str, Any] | None,
+    greedy: dict[str, Any] | None,
     zero: list[str],
     size: Mapping[str, int],
-) -> dict:
+) -> dict[str, Any]:
     """All figures. What was not measured, for want of questions or prompts, is null.
 
     Args:
@@ -34,7 +35,9 @@ def metrics(
     }
 
 
-def _of_model(model: str, text: dict, knowledge: dict | None, greedy: dict | None) -> dict:
+def _of_model(
+    model: str, text: dict[str, Any], knowledge: dict[str, Any] | None, greedy: dict[str, Any] | None
+) -> dict[str, Any]:
     """Figures that each model has by itself."""
     return {
         "perplexity": text["perplexity"][model],
@@ -46,7 +49,9 @@ def _of_model(model: str, text: dict, knowledge: dict | None, greedy: dict | Non
     }
 
 
-def _to_dense(text: dict, knowledge: dict | None, own: dict | None, greedy: dict | None) -> dict:
+def _to_dense(
+    text: dict[str, Any], knowledge: dict[str, Any] | None, own: dict[str, Any] | None, greedy: dict[str, Any] | None
+) -> dict[str, Any]:
     """How far the compressed model is from the dense one."""
     shares = ("greedy_agreement", "greedy_agreement_error", "agreeing_prefix", "agreeing_prefix_error")
     return {
@@ -59,7 +64,7 @@ def _to_dense(text: dict, knowledge: dict | None, own: dict | None, greedy: dict
     }
 
 
-def _of_source(source: dict) -> dict:
+def _of_source(source: dict[str, Any]) -> dict[str, Any]:
     """Perplexities of both models and the divergence on one source."""
     errors = source["perplexity_standard_error"]
     return {

@@ -11,6 +11,7 @@ n_i tokens of answer i, its end token among them. The prompts are in no calibrat
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -52,7 +53,7 @@ def _room(prompt: list[int], positions: int | None) -> int | None:
     return None if positions is None else max(0, positions - len(prompt))
 
 
-def own_answer_units(models: dict[str, ModelRun], rows: list[Conversation]) -> dict[str, tuple]:
+def own_answer_units(models: dict[str, ModelRun], rows: list[Conversation]) -> dict[str, tuple[Any, ...]]:
     """Arguments of `compare_answers` by name of unit: rows of like length that go through in one pass."""
     runs = runs_of_like_length(rows, len, models["dense"].pass_tokens)
     return {f"own-answers-{number:05d}": (models, tuple(run)) for number, run in enumerate(runs)}
@@ -85,7 +86,7 @@ def compare_answers(folder: Path, models: dict[str, ModelRun], rows: tuple[Conve
     (folder / "sums.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def summarise_own_answers(folders: list[Path]) -> dict | None:
+def summarise_own_answers(folders: list[Path]) -> dict[str, Any] | None:
     """Means over all answer tokens with standard errors, answers being the draws; None where there are no answers."""
     rows = [row for folder in folders for row in json.loads((folder / "sums.json").read_text(encoding="utf-8"))]
     if not rows:

@@ -1,6 +1,7 @@
 """Figures with their standard errors from what was measured on two models, `dense` and `compressed`."""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -8,7 +9,7 @@ MODELS = ("dense", "compressed")
 LARGEST_LOSS = 700.0  # nats; its exponential is still a float
 
 
-def summarise_losses(losses: dict[str, np.ndarray]) -> dict:
+def summarise_losses(losses: dict[str, np.ndarray]) -> dict[str, Any]:
     """Means over all predicted tokens, and standard errors with the sequence as the independent draw.
 
     `losses` holds `dense`, `compressed` and `divergence`, each [S, T-1] in nats. The standard error of a perplexity
@@ -32,7 +33,7 @@ def summarise_losses(losses: dict[str, np.ndarray]) -> dict:
     }
 
 
-def summarise_answers(answers: dict[str, list[dict]]) -> dict | None:
+def summarise_answers(answers: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
     """Accuracies of both models with standard errors, `difference` paired; None where there are no questions.
 
     `acc` takes the choice with the largest log-likelihood, `acc_norm` the one with the largest per character.
@@ -80,7 +81,7 @@ def mean_by_position(losses: dict[str, np.ndarray], runs: int) -> list[tuple[flo
     ]
 
 
-def tidy_results(values: dict) -> dict:
+def tidy_results(values: dict[str, Any]) -> dict[str, Any]:
     """lm-eval's ``{"acc,none": 0.5, "acc_stderr,none": 0.1}`` as ``{"acc": {"value": 0.5, "standard_error": 0.1}}``."""
     metrics = {}
     for key, value in values.items():

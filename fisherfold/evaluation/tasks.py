@@ -11,6 +11,7 @@ import difflib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -95,7 +96,7 @@ def load_task(name: str, folder: Path | None, shipped: Path | None = None, trust
         raise InputError(f"evaluate.tasks: task {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def _read_task_file(path: Path, folder: Path) -> dict:
+def _read_task_file(path: Path, folder: Path) -> dict[str, Any]:
     """A task file; in a group whose children are named by subject, one child per subject with the group's settings."""
     config = load_yaml(path)
     if not isinstance(config.get("task"), list):
@@ -105,7 +106,9 @@ def _read_task_file(path: Path, folder: Path) -> dict:
     return config
 
 
-def _expand_child(child: str | dict, shared: dict, path: Path, folder: Path) -> list[str | dict]:
+def _expand_child(
+    child: str | dict[str, Any], shared: dict[str, Any], path: Path, folder: Path
+) -> list[str | dict[str, Any]]:
     own = {"task": child} if isinstance(child, str) else child
     settings = {**shared, **own}
     if SUBJECT not in settings.get("task", ""):
@@ -116,7 +119,7 @@ def _expand_child(child: str | dict, shared: dict, path: Path, folder: Path) -> 
     return [_fill(settings, subject) for subject in subjects]
 
 
-def _find_subjects(patterns: dict, folder: Path) -> list[str]:
+def _find_subjects(patterns: dict[str, Any], folder: Path) -> list[str]:
     pattern = next((patterns[split] for split in EVALUATION_SPLITS if split in patterns), "")
     before, _, after = Path(pattern).name.partition(SUBJECT)
     files = folder.glob(pattern.replace(SUBJECT, "*"))
@@ -157,7 +160,7 @@ def _read_split(pattern: str) -> datasets.Dataset:
     return datasets.Dataset(pa.Table.from_pylist(rows, schema=schema))
 
 
-def _read_rows(path: Path) -> Iterator[dict]:
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(newline="", encoding="utf-8") as file:
         for number, cells in enumerate(csv.reader(file), start=1):
             if len(cells) != 6 or cells[5].strip() not in ("A", "B", "C", "D"):

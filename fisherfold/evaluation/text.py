@@ -4,6 +4,7 @@ S sequences of T tokens; position t predicts token t+1.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ BATCHES_PER_SHARD = 2
 COMPARED = (*MODELS, "divergence")
 
 
-def loss_units(models: dict[str, ModelRun], table: Path, sequences: int) -> dict[str, tuple]:
+def loss_units(models: dict[str, ModelRun], table: Path, sequences: int) -> dict[str, tuple[Any, ...]]:
     """Arguments of `measure_losses` by name of unit: BATCHES_PER_SHARD batches of sequences on both models."""
     step = models["dense"].batch_size * BATCHES_PER_SHARD
     return {
@@ -59,7 +60,9 @@ def sources(table: pa.Table) -> list[str]:
     return table["source"].to_pylist()
 
 
-def summarise_sources(losses: dict[str, np.ndarray], names: list[str], calibrated: set[str]) -> dict[str, dict]:
+def summarise_sources(
+    losses: dict[str, np.ndarray], names: list[str], calibrated: set[str]
+) -> dict[str, dict[str, Any]]:
     """Figures of every source by name, sorted, see `summarise_losses`.
 
     Args:

@@ -22,7 +22,7 @@ Greedy agreement is no finding: of two good models one near tie makes two answer
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LEVELS = ("close", "changed", "damaged")
 HEADLINES = {
@@ -72,7 +72,7 @@ class Verdict:
         return [f"Verdict: {self.level}. {headline}", *(f"- {reason}" for reason in reasons)]
 
 
-def verdict(metrics: Mapping) -> Verdict:
+def verdict(metrics: Mapping[str, Any]) -> Verdict:
     """Judge the content of metrics.json; a figure that is missing or null is no finding."""
     findings = [finding for judge in JUDGES for finding in judge(metrics)]
     level = max((finding.level for finding in findings), key=LEVELS.index, default="close")
@@ -87,7 +87,7 @@ def _level(value: float, bounds: Bounds) -> str:
     return "changed" if value > bounds.close else "close"
 
 
-def _judge_layers(metrics: Mapping) -> Iterator[Finding]:
+def _judge_layers(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     count = metrics["compressed"].get("zero_layers") or 0
     if count:
         layers = "1 layer holds" if count == 1 else f"{count} layers hold"
@@ -96,7 +96,7 @@ def _judge_layers(metrics: Mapping) -> Iterator[Finding]:
         )
 
 
-def _judge_empty(metrics: Mapping) -> Iterator[Finding]:
+def _judge_empty(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     counts = _counts(metrics, "empty_answers")
     if counts:
         dense, compressed, prompts = counts
@@ -105,7 +105,7 @@ def _judge_empty(metrics: Mapping) -> Iterator[Finding]:
         yield Finding(level, f"{compressed} of {prompts} answers are empty; of the dense model's, {dense}.")
 
 
-def _judge_looping(metrics: Mapping) -> Iterator[Finding]:
+def _judge_looping(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     counts = _counts(metrics, "looping_answers")
     if counts:
         dense, compressed, prompts = counts
@@ -117,7 +117,7 @@ def _judge_looping(metrics: Mapping) -> Iterator[Finding]:
         )
 
 
-def _judge_own_answers(metrics: Mapping) -> Iterator[Finding]:
+def _judge_own_answers(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     value = metrics["compressed"].get("own_answers_kl")
     if value is not None:
         yield Finding(
@@ -127,7 +127,7 @@ def _judge_own_answers(metrics: Mapping) -> Iterator[Finding]:
         )
 
 
-def _judge_perplexity(metrics: Mapping) -> Iterator[Finding]:
+def _judge_perplexity(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     """The worst of the sources that decide; without sources, the perplexity over all text."""
     ratios = {name: _ratio(source) for name, source in _deciding_sources(metrics).items()}
     if not ratios:
@@ -142,7 +142,7 @@ def _judge_perplexity(metrics: Mapping) -> Iterator[Finding]:
         )
 
 
-def _judge_knowledge(metrics: Mapping) -> Iterator[Finding]:
+def _judge_knowledge(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     dense, compressed = (metrics[model].get("knowledge_accuracy") for model in ("dense", "compressed"))
     if dense is None or compressed is None:
         return
@@ -157,24 +157,24 @@ def _judge_knowledge(metrics: Mapping) -> Iterator[Finding]:
 JUDGES = (_judge_layers, _judge_empty, _judge_own_answers, _judge_perplexity, _judge_knowledge, _judge_looping)
 
 
-def _counts(metrics: Mapping, name: str) -> tuple[int, int, int] | None:
+def _counts(metrics: Mapping[str, Any], name: str) -> tuple[int, int, int] | None:
     """Answers of a kind, of the dense and the compressed model, and prompts; None where no prompt was asked."""
     prompts = (metrics.get("answers") or {}).get("prompts")
     dense, compressed = (metrics[model].get(name) for model in ("dense", "compressed"))
     return None if not prompts or dense is None or compressed is None else (dense, compressed, prompts)
 
 
-def _deciding_sources(metrics: Mapping) -> Mapping[str, Mapping]:
+def _deciding_sources(metrics: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     """Sources that calibration did not draw from; all of them where it drew from each."""
     sources = metrics.get("by_source") or {}
     return {name: source for name, source in sources.items() if not source.get("calibrated")} or sources
 
 
-def _ratio(perplexity: Mapping) -> float:
+def _ratio(perplexity: Mapping[str, Any]) -> float:
     return perplexity["compressed"] / perplexity["dense"]
 
 
-def _gaps(metrics: Mapping) -> Iterator[str]:
+def _gaps(metrics: Mapping[str, Any]) -> Iterator[str]:
     sources = metrics.get("by_source") or {}
     if sources and all(source.get("calibrated") for source in sources.values()):
         yield SEEN_ALONE

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -29,7 +30,7 @@ class DenseArchitecture:
 
     config_class: str
     model_class: str
-    config: dict
+    config: dict[str, Any]
 
     @property
     def dtype(self) -> str:
@@ -68,7 +69,9 @@ def write_code(folder: Path, architecture: DenseArchitecture) -> None:
     (folder / TEMPLATE.name).write_text(text, encoding="utf-8")
 
 
-def write_config(folder: Path, architecture: DenseArchitecture, dtype: torch.dtype, layers: Mapping[str, dict]) -> None:
+def write_config(
+    folder: Path, architecture: DenseArchitecture, dtype: torch.dtype, layers: Mapping[str, dict[str, Any]]
+) -> None:
     """Write config.json: the dense model's, a model type that no program takes for the dense one, and the low-rank layers."""
     module = TEMPLATE.stem
     own = {

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -47,7 +48,7 @@ FORMATS = {
 """By model_type. Others (norms shifted by one, transposed weights …) would need conversions of their own."""
 
 
-def gguf_format(config: Mapping) -> Format:
+def gguf_format(config: Mapping[str, Any]) -> Format:
     """How to write the model of this config.json.
 
     Raises:
@@ -64,7 +65,7 @@ def gguf_format(config: Mapping) -> Format:
 
 
 def write_gguf(
-    path: Path, config: Mapping, tokenizer: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype
+    path: Path, config: Mapping[str, Any], tokenizer: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype
 ) -> None:
     """Write the dense `tensors` (names as in transformers) with what `config` says of them; `tokenizer` is its folder."""
     form = gguf_format(config)
@@ -99,7 +100,7 @@ def _write_tensor(writer: gguf.GGUFWriter, name: str, values: torch.Tensor, dtyp
     writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(values.float().numpy()), kind), raw_dtype=kind)
 
 
-def _write_sizes(writer: gguf.GGUFWriter, config: Mapping, dtype: torch.dtype) -> None:
+def _write_sizes(writer: gguf.GGUFWriter, config: Mapping[str, Any], dtype: torch.dtype) -> None:
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     rope = config.get("rope_parameters") or config
     writer.add_file_type(FILE_TYPES[dtype])
@@ -117,7 +118,7 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Mapping, dtype: torch.dtype) -
     writer.add_vocab_size(config["vocab_size"])
 
 
-def _write_vocabulary(writer: gguf.GGUFWriter, config: Mapping, path: Path) -> None:
+def _write_vocabulary(writer: gguf.GGUFWriter, config: Mapping[str, Any], path: Path) -> None:
     """Tokens, their types and merges of a byte-level BPE tokenizer; of another, that there are none."""
     model = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model": {"type": None}}
     if model["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(model["pre_tokenizer"]):

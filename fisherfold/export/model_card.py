@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -62,7 +63,7 @@ SIZES = {
 
 
 def compressed_card(
-    workspace: Workspace, architecture: DenseArchitecture, counts: dict, params: FactorizeParams
+    workspace: Workspace, architecture: DenseArchitecture, counts: dict[str, Any], params: FactorizeParams
 ) -> str:
     """The card of the checkpoint with low-rank layers; `counts` is the content of factorize.json."""
     beside = [f"- {hint}" for name, hint in HINTS.items() if getattr(params, name)]
@@ -78,7 +79,7 @@ def compressed_card(
     )
 
 
-def dense_card(workspace: Workspace, architecture: DenseArchitecture, counts: dict) -> str:
+def dense_card(workspace: Workspace, architecture: DenseArchitecture, counts: dict[str, Any]) -> str:
     """The card of the dense export."""
     text = MULTIPLIED_OUT.format(
         **_origin(workspace), architecture=architecture.model_class, settings=_settings(workspace, counts)
@@ -113,11 +114,11 @@ def _origin(workspace: Workspace) -> dict[str, str]:
     return {"name": name, "origin": f"{name} from {where}; {licence}; digest `{facts['digest'][:16]}`,"}
 
 
-def _facts(workspace: Workspace) -> dict:
+def _facts(workspace: Workspace) -> dict[str, Any]:
     return json.loads((workspace.out("prepare") / "prepare.json").read_text(encoding="utf-8"))["model"]
 
 
-def _settings(workspace: Workspace, counts: dict) -> str:
+def _settings(workspace: Workspace, counts: dict[str, Any]) -> str:
     """The parameters that determine the result, one a line."""
     subspace = json.loads((workspace.out("subspace") / "subspace.json").read_text(encoding="utf-8"))
     budget = json.loads((workspace.out("ranks") / "budget.json").read_text(encoding="utf-8"))

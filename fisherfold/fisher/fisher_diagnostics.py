@@ -11,6 +11,7 @@ Shapes: A [m, m], B [n, n]; F the Fisher of the captured gradients (of sequences
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ def available(evidence: Evidence) -> list[str]:
     return [name for name, needed in reads.items() if needed is None or getattr(evidence.statistics, needed)]
 
 
-def describe_layer(evidence: Evidence) -> dict:
+def describe_layer(evidence: Evidence) -> dict[str, Any]:
     """What is known of the layer whatever the estimator: ‖F‖, σ₁/σ₂, effective numbers of sequences and tokens."""
     level, statistics = LEVELS.lookup(evidence.params.diagnostics), evidence.statistics
     row = {"fisher_norm": None, "sigma_ratio": None, "effective_sequences": None, "effective_tokens": None}
@@ -64,7 +65,7 @@ def describe_layer(evidence: Evidence) -> dict:
     return row
 
 
-def describe_estimate(evidence: Evidence, name: str, estimate: Estimate) -> dict:
+def describe_estimate(evidence: Evidence, name: str, estimate: Estimate) -> dict[str, Any]:
     """One row of comparison.parquet, without the module."""
     level = LEVELS.lookup(evidence.params.diagnostics)
     variances = estimate.variances or (None, None)
@@ -86,7 +87,7 @@ def describe_estimate(evidence: Evidence, name: str, estimate: Estimate) -> dict
     return row
 
 
-def _fit(evidence: Evidence, estimate: Estimate, level: Level) -> dict:
+def _fit(evidence: Evidence, estimate: Estimate, level: Level) -> dict[str, Any]:
     """scale c that makes c · A ⊗ B nearest to F, norm ‖c · A ⊗ B‖ and residual ‖F − c · A ⊗ B‖ / ‖F‖."""
     if not level.fitted or not evidence.statistics.has_gradients:
         return {"scale": None, "norm": None, "residual": None}

@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def _like(factor: torch.Tensor, block: Gradients) -> torch.Tensor:
 
 def _liker(factor: torch.Tensor) -> Callable[[Gradients], torch.Tensor]:
     """`_like` of one factor for many blocks, converted once."""
-    converted: dict[tuple, torch.Tensor] = {}
+    converted: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def like(block: Gradients) -> torch.Tensor:
         key = block.device, block.dtype

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -76,7 +77,7 @@ class ModelSource:
     trust_remote_code: bool = False
 
     @property
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         """Arguments that every ``from_pretrained`` of this model takes."""
         chosen = {"revision": self.revision, "gguf_file": self.gguf_file}
         return {"trust_remote_code": self.trust_remote_code, **{key: value for key, value in chosen.items() if value}}
@@ -248,7 +249,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def _load_weights(model: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     announce("prepare", f"loading {model.source.name}" + (", dequantising its GGUF file" if model.gguf_file else ""))
-    load: Callable = partial(AutoModelForCausalLM.from_pretrained, model.location, **model.options)
+    load: Callable[..., Any] = partial(AutoModelForCausalLM.from_pretrained, model.location, **model.options)
     if model.gguf_file:
         load = partial(load, quantization_config=GgufConfig(dequantize=True))
     with _explained(model, "its weights"), _without_foreign_bars():

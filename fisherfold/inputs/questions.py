@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,7 +67,7 @@ def find_questions(workspace: Workspace, params: PrepareParams) -> QuestionSet |
     return QuestionSet(Source.from_files(name, files), tuple(files))
 
 
-def draw_questions(questions: QuestionSet | None, count: int, seed: int) -> list[dict]:
+def draw_questions(questions: QuestionSet | None, count: int, seed: int) -> list[dict[str, Any]]:
     """`count` rows of the questions table (see ``tables``) in a seeded order; a larger count keeps the first ones.
 
     Raises:
@@ -84,12 +85,12 @@ def draw_questions(questions: QuestionSet | None, count: int, seed: int) -> list
     return rows
 
 
-def _shuffled(rows: list[dict], seed: int) -> Iterator[dict]:
+def _shuffled(rows: list[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
     random.Random(seed).shuffle(rows)
     yield from rows
 
 
-def _matching(questions: QuestionSet, seed: int) -> Iterator[dict]:
+def _matching(questions: QuestionSet, seed: int) -> Iterator[dict[str, Any]]:
     """Questions "which answer belongs to this title", distractors from the title's topic where that holds enough."""
     recipe = questions.recipe
     records = _recipe_records(questions)
@@ -111,7 +112,7 @@ def _matching(questions: QuestionSet, seed: int) -> Iterator[dict]:
         yield {"question": question, "choices": choices, "answer": choices.index(answer), "article": title}
 
 
-def _recipe_records(questions: QuestionSet) -> list[dict]:
+def _recipe_records(questions: QuestionSet) -> list[dict[str, Any]]:
     """The records of a recipe's JSON file that have a title and an answer."""
     recipe = questions.recipe
     document = _parse(questions.files[0].read_text(encoding="utf-8"), str(questions.files[0]))
@@ -125,7 +126,7 @@ def _recipe_records(questions: QuestionSet) -> list[dict]:
     return [{recipe.topic_field: "", **row} for row in records]
 
 
-def _read(questions: QuestionSet) -> list[dict]:
+def _read(questions: QuestionSet) -> list[dict[str, Any]]:
     """All rows of local question files, checked."""
     rows = []
     for file in questions.files:
@@ -134,7 +135,7 @@ def _read(questions: QuestionSet) -> list[dict]:
     return rows
 
 
-def _checked(row: dict, where: str) -> dict:
+def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
     missing = [field for field in FIELDS if field not in row]
     if missing:
         raise InputError(
@@ -157,19 +158,19 @@ def _checked(row: dict, where: str) -> dict:
     return {"question": str(row["question"]), "choices": choices, "answer": answer, "article": str(article)}
 
 
-def _parquet_rows(file: Path) -> Iterator[dict]:
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         yield from pq.read_table(file).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{file} is not a readable Parquet file ({error}).") from None
 
 
-def _json_rows(file: Path) -> Iterator[dict]:
+def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
     lines = file.read_text(encoding="utf-8").splitlines()
     yield from (_parse(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1) if line.strip())
 
 
-def _csv_rows(file: Path) -> Iterator[dict]:
+def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
     """MMLU's CSV files, asked as the MMLU paper and lm-eval do: the choices in the question, answered by letter.
 
     Source: Hendrycks et al. 2021, arXiv:2009.03300.
@@ -187,7 +188,7 @@ def _csv_rows(file: Path) -> Iterator[dict]:
             yield {"question": question, "choices": list(LETTERS), "answer": LETTERS.index(row[-1].strip())}
 
 
-READERS: dict[str, Callable[[Path], Iterator[dict]]] = {
+READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
     ".parquet": _parquet_rows,
     ".jsonl": _json_rows,
     ".csv": _csv_rows,
@@ -195,12 +196,12 @@ READERS: dict[str, Callable[[Path], Iterator[dict]]] = {
 """Local formats by the end of the file's name."""
 
 
-def questions_table(rows: list[dict]) -> pa.Table:
+def questions_table(rows: list[dict[str, Any]]) -> pa.Table:
     """Rows as a table of the questions schema; no rows make an empty table."""
     return pa.Table.from_pylist(rows, schema=QUESTIONS)
 
 
-def _parse(text: str, where: str) -> dict:
+def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         return json.loads(text)
     except ValueError as error:

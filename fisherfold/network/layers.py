@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -83,8 +83,10 @@ def forward_hooks(
 ) -> Iterator[None]:
     """Call `hook(name, input, output)` at every forward pass of one of `modules`."""
 
-    def listen(name: str) -> Callable:
-        def after(module: nn.Module, arguments: tuple, keywords: dict, output: torch.Tensor) -> None:
+    def listen(name: str) -> Callable[..., Any]:
+        def after(
+            module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: torch.Tensor
+        ) -> None:
             hook(name, arguments[0] if arguments else next(iter(keywords.values())), output)
 
         return after
@@ -114,8 +116,10 @@ def input_gradient_hooks(
                 views[group][1].register_hook(lambda g: hook(group, g))
         return views[group][1]
 
-    def before(group: str) -> Callable:
-        def give_view(module: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
+    def before(group: str) -> Callable[..., Any]:
+        def give_view(
+            module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if arguments:
                 return (view(group, arguments[0]), *arguments[1:]), keywords
             name = next(iter(keywords))

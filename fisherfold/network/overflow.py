@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ def first_overflow(model: PreTrainedModel, ids: torch.Tensor) -> Overflow | None
     found: list[Overflow] = []
 
     def listen(name: str) -> Callable[..., None]:
-        def after(module: nn.Module, arguments: tuple, keywords: dict, output: object) -> None:
+        def after(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: object) -> None:
             read = [*_floats(arguments), *_floats(keywords)]
             if not found and _finite(read) and not _finite(_floats(output)):
                 found.append(Overflow(name, _largest(read), _largest(module.parameters(recurse=False))))

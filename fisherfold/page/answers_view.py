@@ -1,8 +1,11 @@
 """What both models write, side by side, and how far apart they are on each source of text and on the dense model's own answers."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from fisherfold.page.page import Markup, details, element, join, number, percent, section, table
+from markupsafe import Markup
+
+from fisherfold.page.page import details, element, join, number, percent, section, table
 
 SHOWN = 8  # answers before the rest folds away
 MOST = 64
@@ -14,7 +17,7 @@ NO_PROMPTS = (
 )
 
 
-def answers_view(samples: Sequence[Mapping], metrics: Mapping) -> Markup:
+def answers_view(samples: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> Markup:
     """Figures of the answers, then the answers.
 
     Args:
@@ -38,7 +41,7 @@ def answers_view(samples: Sequence[Mapping], metrics: Mapping) -> Markup:
     return section("What it writes", _figures(metrics), shown, more)
 
 
-def _figures(metrics: Mapping) -> Markup:
+def _figures(metrics: Mapping[str, Any]) -> Markup:
     """Counts of failures and measures of agreement."""
     dense, compressed = (metrics[model] for model in MODELS)
     prompts = metrics["answers"]["prompts"]
@@ -60,7 +63,7 @@ def _figures(metrics: Mapping) -> Markup:
     return table(f"Answers to {prompts} prompts; ± is one standard error", ("", "dense", "compressed"), rows)
 
 
-def _with_error(figures: Mapping, name: str, share: bool = False) -> Markup:
+def _with_error(figures: Mapping[str, Any], name: str, share: bool = False) -> Markup:
     value, error = figures[name], figures[f"{name}_error"]
     shown = (
         (percent(value), None if error is None else f"{100 * error:.1f}")
@@ -70,7 +73,7 @@ def _with_error(figures: Mapping, name: str, share: bool = False) -> Markup:
     return join([shown[0], element("span", f" ± {shown[1]}", class_="error") if shown[1] else None])
 
 
-def _answer(row: Mapping, model: str) -> Markup:
+def _answer(row: Mapping[str, Any], model: str) -> Markup:
     """The answer, marked where it is empty or goes round in circles."""
     text = row[model]
     if not text.strip():
@@ -82,7 +85,7 @@ def _said(text: str) -> Markup:
     return element("span", text if len(text) <= LONGEST else f"{text[:LONGEST]} …", class_="said")
 
 
-def sources_table(metrics: Mapping) -> Markup | None:
+def sources_table(metrics: Mapping[str, Any]) -> Markup | None:
     """Perplexity and divergence on each source of the evaluation text; None where the text has one source without a name."""
     sources = metrics.get("by_source") or {}
     if not sources:

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from fisherfold.page.page import Markup, element
+from markupsafe import Markup
+
+from fisherfold.page.page import element
 
 
 def verdict_view(level: str, sentences: Sequence[str]) -> Markup:

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fisherfold.run import pointers
 from fisherfold.run.errors import CorruptArtifact
@@ -15,7 +16,7 @@ from fisherfold.run.errors import CorruptArtifact
 MANIFEST = "manifest.json"
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a published output.
 
     Raises:
@@ -47,7 +48,7 @@ def verify_output(folder: Path, prefix: str = "") -> str:
     return digest_json(files)
 
 
-def file_fault(path: Path, entry: dict) -> str | None:
+def file_fault(path: Path, entry: dict[str, Any]) -> str | None:
     """What is wrong with a file that a manifest lists as `entry`, by its size or its pointer; None if nothing is."""
     pointer = pointers.pointer_file(path)
     if path.is_file():
@@ -80,7 +81,7 @@ def digest_json(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict]:
+def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file below `folder` (or of `names`), by relative path, sorted; a pointer is listed as its file."""
     found = (
         names
@@ -90,7 +91,7 @@ def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str
     return dict(_describe_file(folder, name) for name in sorted(found))
 
 
-def _describe_file(folder: Path, name: str) -> tuple[str, dict]:
+def _describe_file(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
     path = folder / name
     if name.endswith(pointers.SUFFIX):
         return name.removesuffix(pointers.SUFFIX), pointers.describe_pointer(path)

@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
@@ -38,12 +38,12 @@ TRIES = 5
 FIRST_DELAY = 1.0  # seconds; doubled after each try
 PART_BYTES = 32 * 2**20  # of an upload in parts, PARTS_AT_ONCE of them in memory
 PARTS_AT_ONCE = 4
-OPTIONS: dict[str, dict] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"use_listings_cache": False, "config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 3}}}
 }
 """How a file system is opened, by protocol. A part of an upload is tried three times before all of the upload is tried again."""
-ATTRIBUTES: dict[str, dict] = {"s3": {"retries": 1}}  # s3fs would try each of those three times five times
-UPLOAD_OPTIONS: dict[str, dict] = {"s3": {"chunksize": PART_BYTES, "max_concurrency": PARTS_AT_ONCE}}
+ATTRIBUTES: dict[str, dict[str, Any]] = {"s3": {"retries": 1}}  # s3fs would try each of those three times five times
+UPLOAD_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"chunksize": PART_BYTES, "max_concurrency": PARTS_AT_ONCE}}
 REFUSALS = (PermissionError, ValueError, TypeError)
 REFUSALS_BY_NAME = ("CredentialsError", "ConfigNotFound", "ProfileNotFound", "ParamValidationError", "TokenError")
 """Errors that trying again does not cure; ends of names for those of libraries that are not imported here."""

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -147,7 +148,7 @@ class ChunkWriter:
         shape: tuple[int, ...],
         dtype: np.dtype,
         chunks: tuple[int, ...],
-        attributes: dict,
+        attributes: dict[str, Any],
     ) -> None:
         _check_name(name)
         self.writer, self.name, self.chunks, self._next = writer, name, chunks, 0
@@ -361,7 +362,7 @@ def _gather_objects(target: Path, groups: Iterable[Path]) -> None:
     write_pointer(group_file(target), objects)
 
 
-def _to_numpy(tensor: torch.Tensor) -> tuple[np.ndarray, dict]:
+def _to_numpy(tensor: torch.Tensor) -> tuple[np.ndarray, dict[str, Any]]:
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy(), {"dtype": "bfloat16"}

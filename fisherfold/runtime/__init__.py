@@ -10,6 +10,7 @@ classes that the checkpoint's own file holds. Without the import transformers re
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -28,7 +29,7 @@ METHOD = "fisherfold"
 class LowRankConfig(QuantizationConfigMixin):
     """Which layers are low-rank, as in a checkpoint's config.json: {module name: {"kind": …, "rank": …}}."""
 
-    def __init__(self, layers: dict[str, dict], **_) -> None:
+    def __init__(self, layers: dict[str, dict[str, Any]], **_) -> None:
         self.quant_method = METHOD
         self.layers = layers
 
@@ -89,7 +90,7 @@ class CheckpointConfig(PreTrainedConfig):
     """Reads a checkpoint's config.json as the configuration of the dense architecture with a quantization."""
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **options):
+    def from_dict(cls, config_dict: dict[str, Any], **options):
         """The dense architecture's configuration, with the low-rank layers as its quantization."""
         dense_type = cls.model_type.removeprefix(f"{METHOD}_")
         dense = {key: value for key, value in config_dict.items() if key not in ("auto_map", METHOD)}

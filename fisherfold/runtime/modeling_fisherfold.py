@@ -11,6 +11,7 @@ Shapes: a layer has n outputs, m inputs and rank r.
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -196,7 +197,7 @@ PRODUCTS_PER_MOVE_IN_HALF_PRECISION = 1500
 INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
-class Memory(dict):
+class Memory(dict[str, Any]):
     """What a layer keeps from one call to the next, besides its parameters. A copy starts empty."""
 
     def __reduce__(self):
@@ -291,7 +292,7 @@ def replace(dense: nn.Module, kind: str, rank: int, **more) -> nn.Module:
     return KINDS[kind](n, m, rank, bias=dense.bias is not None, **more)
 
 
-def replace_layers(model: nn.Module, layers: dict[str, dict]) -> None:
+def replace_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
     """Put the low-rank layers into a dense model, by module name."""
     for name, layer in layers.items():
         model.set_submodule(name, replace(model.get_submodule(name), **layer))
@@ -312,7 +313,7 @@ class FisherfoldConfig(DenseConfig):
 
     model_type = f"fisherfold_{DenseConfig.model_type}"
     base_model_tp_plan = None  # the plans name layers that are no longer there
-    fisherfold: dict | None = None
+    fisherfold: dict[str, Any] | None = None
 
 
 class FisherfoldForCausalLM(DenseForCausalLM):

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -150,7 +151,7 @@ def measure_dependence(x: torch.Tensor, g: torch.Tensor, draws: int, seed: int) 
     return row
 
 
-def dependence_rows(scratch: Scratch, workspace: Workspace, params: KroneckerParams) -> list[dict] | None:
+def dependence_rows(scratch: Scratch, workspace: Workspace, params: KroneckerParams) -> list[dict[str, Any]] | None:
     """Rows of the table, one for every input of the model; None if no tokens were captured."""
     statistics = Statistics(workspace.out("capture"))
     if not statistics.has_tokens:

@@ -15,6 +15,7 @@ Shapes: T tokens of one question, x [T, m] and d [T, n] of a layer, g [T, m] of 
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -69,7 +70,7 @@ def ask(folder: Path, model_folder: Path, table: Path, params: CaptureParams) ->
     pq.write_table(pa.Table.from_pylist(seen.rows(layers), ANSWERS), folder / TABLE)
 
 
-def encode_answer(tokenizer: PreTrainedTokenizerBase, question: dict) -> tuple[torch.Tensor, int]:
+def encode_answer(tokenizer: PreTrainedTokenizerBase, question: dict[str, Any]) -> tuple[torch.Tensor, int]:
     """Token ids [T] of a question with its right answer, as stage `evaluate` scores it, and where the answer begins.
 
     Raises:
@@ -122,7 +123,9 @@ class QuestionSums:
             self._keep(number, len(ids), mass, inputs, gradients)
         return finite
 
-    def _keep(self, number: int, length: int, mass: dict, inputs: dict, gradients: dict) -> None:
+    def _keep(
+        self, number: int, length: int, mass: dict[str, Any], inputs: dict[str, Any], gradients: dict[str, Any]
+    ) -> None:
         """Layers that are used once, and see every token, give tokens for ρ."""
         self.asked += 1
         for name, value in mass.items():
@@ -132,7 +135,7 @@ class QuestionSums:
             if not more and len(x) == length and len(gradients[name]) == 1:
                 self.pairs[name].append((x[at].cpu(), gradients[name][0][at].cpu()))
 
-    def rows(self, layers: Sequence[LinearLayer]) -> list[dict]:
+    def rows(self, layers: Sequence[LinearLayer]) -> list[dict[str, Any]]:
         """One row a layer, in model order, or none if nothing was asked; `text_mass` is not known here."""
         rows = []
         for layer in layers if self.asked else ():

@@ -13,6 +13,7 @@ Shapes: m inputs, W [Σ n_c, m] of the group's layers stacked, r = min(m, Σ n_c
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -159,7 +160,7 @@ def _gram(model: Path, layer: LinearLayer) -> torch.Tensor:
 
 
 def decompose_inputs(
-    sources: MetricSources, model: Path, group: Sequence[LinearLayer], rows: list[dict]
+    sources: MetricSources, model: Path, group: Sequence[LinearLayer], rows: list[dict[str, Any]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Arrays of one group: <group>/right [r, m] once, <layer>/left [n_c, r] of every layer; one row of facts.
 
@@ -214,7 +215,7 @@ def _check_finite(moments: Moments, site: str) -> None:
             )
 
 
-def _row(sources: MetricSources, site: str, method: str, moments: Moments, cost: torch.Tensor) -> dict:
+def _row(sources: MetricSources, site: str, method: str, moments: Moments, cost: torch.Tensor) -> dict[str, Any]:
     best = torch.cummin(cost, 0).values
     output = torch.linalg.eigvalsh(moments.gg).clamp(min=0)
     return {

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,9 @@ class MetricSources:
     params: SubspaceParams
 
 
-Decomposition = Callable[[MetricSources, Path, Sequence[LinearLayer], list[dict]], Iterator[tuple[str, torch.Tensor]]]
+Decomposition = Callable[
+    [MetricSources, Path, Sequence[LinearLayer], list[dict[str, Any]]], Iterator[tuple[str, torch.Tensor]]
+]
 """(sources, model folder, layers of one group, rows) -> arrays of their bases; `rows` gets a dict for every rank to choose."""
 
 
