@@ -1,5 +1,6 @@
 import os
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,8 +12,11 @@ pytest_plugins = ["object_storage", "prefect_server", "tiny_project"]
 LAST = ("test_pipeline", "test_demo")  # whole runs come after what can fail in a second
 
 
-def pytest_collection_modifyitems(items: list) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
+    """Fast tests first; among several workers (`pytest -n 2 --dist loadfile`) whole runs first, so that none is left alone with them."""
     items.sort(key=lambda item: LAST.index(_name(item)) if _name(item) in LAST else -1)
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: -LAST.index(_name(item)) - 1 if _name(item) in LAST else 0)
 
 
 def _name(item) -> str:
