@@ -1,6 +1,7 @@
 """`fisherfold doctor`: what would stop a run, found before it starts, each with the cure.
 
-A check of this machine and this project is a small function of WORKSPACE_CHECKS; those of a cluster are in flows/cluster/cluster_checks.py.
+A check is a small function: of MACHINE_CHECKS what needs no project, of WORKSPACE_CHECKS what looks at one; those of a cluster are in
+flows/cluster/cluster_checks.py.
 """
 
 import base64
@@ -8,6 +9,7 @@ import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 
 from fisherfold.run.errors import CorruptArtifact, FisherfoldError, ParameterError, StoreError
@@ -17,6 +19,7 @@ from fisherfold.run.registry import Registry
 from fisherfold.run.workspace import Workspace
 from flows.cluster.cluster_checks import GPU_CURE, check_cluster
 from flows.cluster.node_report import is_excluded, locked_probe
+from flows.commands.options import GET_ONE
 from flows.findings import Finding, Outcome
 from flows.methods import check_methods
 from flows.settings import Settings
@@ -27,18 +30,22 @@ FIRST_REFUSING_FASTAPI = (0, 151)  # answers 422 to `prefect deploy`
 FIRST_BROKEN_FASTAPI = (0, 155)  # does not start
 MOST_FREE = 10 * 2**30  # bytes below which a disk is worth a warning; the demo takes six
 
+MACHINE_CHECKS: Registry[Callable[[], Outcome]] = Registry("check")
 WORKSPACE_CHECKS: Registry[Callable[[Workspace], Outcome]] = Registry("check")
 
 
-def examine(workspace: Workspace, settings: Settings) -> list[Finding]:
-    """Every finding, of this machine and, for engine `ray`, of the cluster."""
-    local = [Finding(name, *_outcome(WORKSPACE_CHECKS.lookup(name), workspace)) for name in WORKSPACE_CHECKS]
-    return local + (check_cluster(settings, workspace) if settings.engine == "ray" else [])
+def examine(workspace: Workspace | None, settings: Settings) -> list[Finding]:
+    """Every finding, of this machine, of the project if there is one and, for engine `ray`, of the cluster that it would use."""
+    found = [Finding(name, *_outcome(MACHINE_CHECKS.lookup(name))) for name in MACHINE_CHECKS]
+    if workspace is None:
+        return [*found, Finding("project", "warn", "this folder is in none, so only the machine was looked at", GET_ONE)]
+    found += [Finding(name, *_outcome(partial(WORKSPACE_CHECKS.lookup(name), workspace))) for name in WORKSPACE_CHECKS]
+    return found + (check_cluster(settings, workspace) if settings.engine == "ray" else [])
 
 
-def _outcome(check: Callable[[Workspace], Outcome], workspace: Workspace) -> Outcome:
+def _outcome(check: Callable[[], Outcome]) -> Outcome:
     try:
-        return check(workspace)
+        return check()
     except FisherfoldError as error:
         return Outcome("fail", str(error))
     except OSError as error:
@@ -73,8 +80,8 @@ def check_dvc(workspace: Workspace) -> Outcome:
     return Outcome("ok", f"{stages} stages in dvc.yaml")
 
 
-@WORKSPACE_CHECKS.register("fastapi")
-def check_fastapi(workspace: Workspace) -> Outcome:
+@MACHINE_CHECKS.register("fastapi")
+def check_fastapi() -> Outcome:
     """Prefect's own server starts with this fastapi; pip does not notice when it cannot."""
     found = version("fastapi")
     release = tuple(int(part) for part in found.split(".")[:2])
@@ -90,8 +97,8 @@ def check_fastapi(workspace: Workspace) -> Outcome:
 FASTAPI_CURE = "pip install 'fastapi<0.151'"
 
 
-@WORKSPACE_CHECKS.register("prefect")
-def check_prefect(workspace: Workspace) -> Outcome:
+@MACHINE_CHECKS.register("prefect")
+def check_prefect() -> Outcome:
     """The Prefect API that is configured answers; without one a run starts a temporary server."""
     from prefect.settings import get_current_settings
 
@@ -118,8 +125,8 @@ def _get(url: str, secret: str | None) -> int:
         return answer.status
 
 
-@WORKSPACE_CHECKS.register("device")
-def check_device(workspace: Workspace) -> Outcome:
+@MACHINE_CHECKS.register("device")
+def check_device() -> Outcome:
     """The device that FISHERFOLD_DEVICE asks for is there."""
     import torch
 

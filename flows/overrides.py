@@ -15,7 +15,7 @@ from ruamel.yaml.error import YAMLError
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import Params, check_params, read_document
 from flows.methods import check_methods
-from flows.yaml_edit import flow_text, set_value
+from flows.yaml_edit import flow_text, set_value, with_value
 
 
 def override_params(path: Path, assignments: Sequence[str]) -> list[str]:
@@ -51,6 +51,15 @@ def overridden(path: Path, assignments: Sequence[str]) -> tuple[str, Params]:
     params = check_params(_document(text), f"--set {' '.join(assignments)}")
     check_methods(params)
     return text, params
+
+
+def given(assignments: Sequence[str]) -> Params:
+    """The default parameters with assignments, for what runs outside a project; see `override_params`."""
+    document: dict = {}
+    for assignment in assignments:
+        for keys, value in parse(assignment):
+            document = with_value(document, keys, value)
+    return check_params(document, f"--set {' '.join(assignments)}")
 
 
 def parse(assignment: str) -> list[tuple[list[str], object]]:

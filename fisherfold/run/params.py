@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fisherfold.run.errors import ParameterError
+from fisherfold.run.workspace import STAGES
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -200,9 +201,6 @@ class Params(Block):
     factorize: FactorizeParams = FactorizeParams()
     evaluate: EvaluateParams = EvaluateParams()
     report: ReportParams = ReportParams()
-
-
-STAGES = tuple(Params.model_fields)
 
 
 def load_params(path: Path) -> Params:

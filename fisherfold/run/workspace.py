@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+STAGES = ("prepare", "capture", "kronecker", "subspace", "ranks", "factorize", "evaluate", "report")
+"""The stages in their order; each has a block of parameters and an output of its name."""
+
 
 @dataclass(frozen=True)
 class Workspace:

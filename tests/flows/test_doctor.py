@@ -11,7 +11,7 @@ from project import clone
 from fisherfold.run.workspace import Workspace
 from flows import doctor
 from flows.cluster import node_report
-from flows.doctor import WORKSPACE_CHECKS
+from flows.doctor import MACHINE_CHECKS, WORKSPACE_CHECKS
 from flows.findings import print_findings, require
 from flows.settings import Settings
 
@@ -25,14 +25,14 @@ def project(tmp_path_factory) -> Workspace:
 
 def test_a_sound_project_passes_every_check(project, capsys):
     findings = doctor.examine(project, Settings(engine="inline", ray_address=None, num_gpus=0))
-    assert [finding.level for finding in findings] == ["ok"] * len(list(WORKSPACE_CHECKS)), findings
+    assert [finding.level for finding in findings] == ["ok"] * len([*MACHINE_CHECKS, *WORKSPACE_CHECKS]), findings
     require(findings)
     assert print_findings(findings) == 0 and "locks" in capsys.readouterr().out
     assert os.listdir(project.artifacts) == []
 
 
 def _local(name: str, workspace: Workspace) -> tuple[str, str, str]:
-    outcome = WORKSPACE_CHECKS.lookup(name)(workspace)
+    outcome = MACHINE_CHECKS.lookup(name)() if name in MACHINE_CHECKS else WORKSPACE_CHECKS.lookup(name)(workspace)
     assert outcome.level == "ok" or outcome.cure
     return tuple(outcome)
 
