@@ -8,6 +8,7 @@ comparison.parquet (one row a layer and estimator), kronecker.json, and, if the 
 import json
 import math
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -19,6 +20,7 @@ from fisherfold.fisher.estimators import ESTIMATORS, Evidence
 from fisherfold.fisher.fisher_diagnostics import LEVELS, describe_estimate, describe_layer
 from fisherfold.linalg.leading_pairs import SOLVERS
 from fisherfold.network.layers import LinearLayer
+from fisherfold.network.weight_check import zero_weights
 from fisherfold.run.errors import NumericalError, ParameterError
 from fisherfold.run.files import verify_output
 from fisherfold.run.params import KroneckerParams
@@ -87,7 +89,7 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
 
     Raises:
         ParameterError: the estimator is unknown, or needs gradients that were not captured.
-        NumericalError: the gradients or statistics of a layer are not finite.
+        NumericalError: the gradients or statistics of a layer are not finite, or those of all layers are zero.
         CorruptArtifact: the output of stage `capture` is not whole.
         NotEnoughDisk: the factors would not fit.
     """
@@ -110,6 +112,7 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
         found = [json.loads((folders[layer.name] / "estimate.json").read_text(encoding="utf-8")) for layer in layers]
         rows = [entry["diagnostics"] for entry in found]
         comparison = [row for entry in found for row in entry["comparison"]]
+        _check_reached(comparison, workspace.model)
         _describe(rows, params)
         _warn_of_few(comparison, layers, statistics, params)
         dependence = dependence_rows(scratch, workspace, params)
@@ -161,6 +164,22 @@ def _check_finite(rows: Sequence[dict], layer: LinearLayer) -> None:
     values = [row[key] for row in rows for key in FINITE if row.get(key) is not None]
     if not all(map(math.isfinite, values)):
         raise NumericalError(f"Stage 'kronecker', module {layer.name!r}: its Fisher matrix is not finite. {NOT_FINITE}")
+
+
+def _check_reached(comparison: Sequence[dict], model: Path) -> None:
+    """Refuse a capture in which no layer has a gradient that is not zero: nothing would be left to compress."""
+    if any(row["output_rank"] for row in comparison):
+        return
+    zeros = list(islice(zero_weights(model), 3))
+    cause = (
+        f"every number of {', '.join(map(repr, zeros))} is zero, so the loss depends on no layer. The checkpoint is damaged or unfinished: fetch it again"
+        if zeros
+        else "if capture.dtype is bfloat16 they may underflow: set it to float32. Else see that the model predicts the calibration text at all"
+    )
+    raise NumericalError(
+        f"Stage 'kronecker': the output gradients of all {len(comparison)} layers, from {comparison[0]['module']!r} to "
+        f"{comparison[-1]['module']!r}, are zero on the whole calibration text. In the prepared model, {cause}."
+    )
 
 
 def _describe(rows: Sequence[dict], params: KroneckerParams) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.layers import LinearLayer, by_group, find_layers, forward_hooks, linear_modules
 from fisherfold.network.models import DTYPES, load_model
+from fisherfold.network.weight_check import check_weights
 from fisherfold.run.errors import InputError, NumericalError
 from fisherfold.run.params import CaptureParams
 from fisherfold.run.progress import track_lines
@@ -32,6 +33,7 @@ def loaded_model(folder: Path, dtype: str) -> tuple[PreTrainedModel, tuple[Linea
 
     Raises:
         InputError: some weights did not fit the devices and were left on the disk.
+        NumericalError: a weight is not finite or beyond all measure; see `check_weights`.
     """
     model = load_model(folder, DTYPES[dtype])
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -39,6 +41,7 @@ def loaded_model(folder: Path, dtype: str) -> tuple[PreTrainedModel, tuple[Linea
             "Stage 'capture': the model does not fit the memory of the chosen devices, and gradients cannot flow through "
             "weights that were left on the disk. Set capture.dtype: bfloat16, or give it more devices."
         )
+    check_weights(model)
     return model, tuple(find_layers(model))
 
 
