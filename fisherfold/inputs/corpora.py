@@ -1,7 +1,8 @@
 """The articles of a corpus: a recipe of ``data/corpora``, a local file or folder, or a dataset on the hub.
 
-All are read as a stream of records and never held whole. What an article is:
-- a record of JSON Lines, JSON, Parquet or a hub dataset; records in a row with one title are one article;
+All are read as a stream of records (`records`) and never held whole. What an article is:
+- a record of JSON Lines, JSON, CSV, Parquet or a hub dataset; records in a row with one title are one article;
+- a record with messages instead of text: a conversation (`conversations`);
 - in a text file, what stands between blank lines (a line, if there are none);
 - in either, if the first line is a heading of the form `` = Title = `` (WikiText), all up to the next such heading.
 """
@@ -9,19 +10,27 @@ All are read as a stream of records and never held whole. What an article is:
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, dropwhile, groupby
 from pathlib import Path
-from typing import TextIO
+from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from fisherfold.inputs import conversations
+from fisherfold.inputs.conversations import Message, read_messages
 from fisherfold.inputs.hub import HubUnknown, is_offline, resolve_dataset
 from fisherfold.inputs.packages import fetch_file
 from fisherfold.inputs.recipes import CorpusRecipe, Source, find_path, find_recipe, unknown_input
+from fisherfold.inputs.records import (
+    COMPRESSED,
+    MISSING,
+    READERS,
+    field,
+    file_format,
+    files_of,
+    open_text,
+    read_records,
+)
 from fisherfold.run.errors import InputError
 from fisherfold.run.params import PrepareParams
 from fisherfold.run.workspace import Workspace
@@ -30,14 +39,17 @@ HEADING = re.compile(r"\s*= (?!=)(.*[^=\s]) =\s*")  # of the first level only: `
 HUB_NAME = re.compile(r"(?P<name>[\w.\-]+(/[\w.\-]+)?)(:(?P<config>[^:@]+))?(@(?P<split>[^@]+))?")
 DEFAULT_TEXT_FIELD = "text"
 DEFAULT_TITLE_FIELD = "title"
+TEXT = ".txt"
+FORMATS = (TEXT, *READERS)
 
 
 @dataclass(frozen=True)
 class Article:
-    """One document; `name` is its title, or its number in the corpus."""
+    """One document; `name` is its title, or its number in the corpus. A conversation has messages; its text tells it from others."""
 
     name: str
     text: str
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,25 +95,28 @@ def find_corpus(workspace: Workspace, name: str, text_field: str | None = None) 
     """
     recipe = find_recipe(workspace, "corpora", name, CorpusRecipe)
     if recipe:
-        field = text_field or recipe.text_field
-        return Corpus(Source.from_recipe(name, recipe), (fetch_file(recipe.file),), None, field, recipe.title_field)
-    field = text_field or DEFAULT_TEXT_FIELD
+        files = _corpus_files(name, fetch_file(recipe.file))
+        return Corpus(
+            Source.from_recipe(name, recipe), tuple(files), None, text_field or recipe.text_field, recipe.title_field
+        )
+    chosen = text_field or DEFAULT_TEXT_FIELD
     path = find_path(workspace, name)
     if path:
         files = _corpus_files(name, path)
-        if text_field and any(file.suffix == ".txt" for file in files):
+        if text_field and any(file_format(file) == TEXT for file in files):
             raise InputError(
                 f"prepare.text_field = {text_field!r}, but a text file has no fields. Set it to null for {name!r}."
             )
-        return Corpus(Source.from_files(name, files), tuple(files), None, field)
-    return _hub_corpus(workspace, name, field)
+        return Corpus(Source.from_files(name, files), tuple(files), None, chosen)
+    return _hub_corpus(workspace, name, chosen)
 
 
 def _corpus_files(name: str, path: Path) -> list[Path]:
-    files = sorted(file for file in path.iterdir() if file.suffix in READERS) if path.is_dir() else [path]
-    if not files or files[0].suffix not in READERS:
+    files = files_of(path, FORMATS)
+    if not files:
         raise InputError(
-            f"prepare.corpus = {name!r}: {path} is not (or holds not) a file of a known format: {', '.join(READERS)}."
+            f"prepare.corpus = {name!r}: {path} is not (or holds not) a file of a known format: {', '.join(FORMATS)}, or one of "
+            f"these compressed ({', '.join(COMPRESSED)})."
         )
     return files
 
@@ -122,8 +137,12 @@ def _hub_corpus(workspace: Workspace, name: str, text_field: str) -> Corpus:
     return Corpus(Source(name, "hub", licence, commit or "local cache"), hub=hub, text_field=text_field)
 
 
-Record = tuple[str | None, str]
-"""Title, if there is one, and text."""
+class Entry(NamedTuple):
+    """What one record holds: a title, if there is one, and a text or a conversation."""
+
+    title: str | None
+    text: str
+    messages: tuple[Message, ...] = ()
 
 
 def read_articles(corpus: Corpus) -> Iterator[Article]:
@@ -132,32 +151,31 @@ def read_articles(corpus: Corpus) -> Iterator[Article]:
     Raises:
         InputError: a file is not readable, or a record lacks the text field; the message lists the fields it has.
     """
-    records = (
-        _hub_records(corpus)
-        if corpus.hub
-        else chain.from_iterable(READERS[file.suffix](file, corpus) for file in corpus.files)
-    )
-    filled = dropwhile(lambda record: not record[1].strip(), records)
-    first = next(filled, (None, ""))
-    split = _split_at_headings if HEADING.fullmatch(first[1]) else _join_by_title
+    files = chain.from_iterable(_file_entries(file, corpus) for file in corpus.files)
+    entries = _hub_entries(corpus) if corpus.hub else files
+    filled = dropwhile(lambda entry: not entry.text.strip(), entries)
+    first = next(filled, Entry(None, ""))
+    split = _split_at_headings if HEADING.fullmatch(first.text) else _join_by_title
     yield from (article for article in split(chain([first], filled)) if article.text.strip())
 
 
-def _join_by_title(records: Iterable[Record]) -> Iterator[Article]:
-    """Consecutive records of one title as one article; a record without title is an article of its own."""
-    numbered = enumerate(records, start=1)
-    for name, rows in groupby(numbered, key=lambda row: row[1][0] or f"article {row[0]}"):
-        yield Article(name, "\n\n".join(text for _, (_, text) in rows))
+def _join_by_title(entries: Iterable[Entry]) -> Iterator[Article]:
+    """Consecutive entries of one title as one article; one without title, or a conversation, is an article of its own."""
+    numbered = enumerate(entries, start=1)
+    for name, rows in groupby(numbered, key=lambda row: row[1].title or f"article {row[0]}"):
+        joined = [entry for _, entry in rows]
+        yield Article(name, "\n\n".join(entry.text for entry in joined), joined[0].messages)
 
 
-def _split_at_headings(records: Iterable[Record]) -> Iterator[Article]:
+def _split_at_headings(entries: Iterable[Entry]) -> Iterator[Article]:
     """Articles of WikiText lines: a heading opens one if a blank line is before it (or nothing).
 
     Different articles can share a title there (``<unk> <unk>``): the second one's name has a number.
     """
-    name, lines, after_blank = "", [], True
+    name, after_blank = "", True
+    lines: list[str] = []
     seen: Counter[str] = Counter()
-    for _, line in records:
+    for _, line, _ in entries:
         heading = HEADING.fullmatch(line) if after_blank else None
         if heading:
             yield Article(name, "".join(lines))
@@ -168,16 +186,24 @@ def _split_at_headings(records: Iterable[Record]) -> Iterator[Article]:
     yield Article(name, "".join(lines))
 
 
-def _text_records(file: Path, _: Corpus) -> Iterator[Record]:
+def _file_entries(file: Path, corpus: Corpus) -> Iterator[Entry]:
+    if file_format(file) == TEXT:
+        yield from (Entry(None, text) for text in _texts(file))
+    else:
+        records = read_records(file, (corpus.text_field, corpus.title_field))
+        yield from (_entry(row, corpus, where) for where, row in records)
+
+
+def _texts(file: Path) -> Iterator[str]:
     """Lines of a text file with headings; else the blocks between its blank lines; else its lines."""
-    with _lines(file) as lines:
+    with open_text(file) as lines:
         by_line = HEADING.fullmatch(next((line for line in lines if line.strip()), "")) or not _has_gap(lines)
-    with _lines(file) as lines:
+    with open_text(file) as lines:
         for blank, block in groupby(lines, key=lambda line: not line.strip()):
             if by_line:
-                yield from ((None, line) for line in block)
+                yield from block
             elif not blank:
-                yield None, "".join(block).rstrip("\n")
+                yield "".join(block).rstrip("\n")
 
 
 def _has_gap(lines: Iterable[str]) -> bool:
@@ -185,44 +211,7 @@ def _has_gap(lines: Iterable[str]) -> bool:
     return any(line.strip() for line in dropwhile(str.strip, lines))
 
 
-def _json_lines(file: Path, corpus: Corpus) -> Iterator[Record]:
-    with _lines(file) as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _record(_parse(line, f"{file}, line {number}"), corpus, f"{file}, line {number}")
-
-
-def _json_records(file: Path, corpus: Corpus) -> Iterator[Record]:
-    """A list of records, or a mapping to records."""
-    with _lines(file) as lines:
-        document = _parse(lines.read(), str(file))
-    rows = list(document.values()) if isinstance(document, dict) else document
-    for number, row in enumerate(rows, start=1):
-        yield _record(row, corpus, f"{file}, record {number}")
-
-
-def _parquet_records(file: Path, corpus: Corpus) -> Iterator[Record]:
-    try:
-        with pq.ParquetFile(file) as table:
-            columns = [name for name in (corpus.text_field, corpus.title_field) if name in table.schema_arrow.names]
-            if corpus.text_field not in columns:
-                raise _no_field(corpus, str(file), table.schema_arrow.names)
-            for batch in table.iter_batches(columns=columns, batch_size=1024):
-                yield from (_record(row, corpus, str(file)) for row in batch.to_pylist())
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"Corpus {corpus.source.name!r}: {file} is not a readable Parquet file ({error}).") from None
-
-
-READERS: dict[str, Callable[[Path, Corpus], Iterator[Record]]] = {
-    ".txt": _text_records,
-    ".jsonl": _json_lines,
-    ".json": _json_records,
-    ".parquet": _parquet_records,
-}
-"""Local formats by the end of the file's name."""
-
-
-def _hub_records(corpus: Corpus) -> Iterator[Record]:
+def _hub_entries(corpus: Corpus) -> Iterator[Entry]:
     """Stream a hub dataset, so that only what is used of it is downloaded."""
     import datasets  # takes a second to import, and a local corpus needs none of it
 
@@ -232,7 +221,7 @@ def _hub_records(corpus: Corpus) -> Iterator[Record]:
         rows = datasets.load_dataset(
             hub.name, hub.config, split=hub.split, revision=hub.commit, streaming=not is_offline()
         )
-        yield from (_record(row, corpus, f"row {number}") for number, row in enumerate(rows, start=1))
+        yield from (_entry(row, corpus, f"row {number}") for number, row in enumerate(rows, start=1))
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
@@ -241,39 +230,29 @@ def _hub_records(corpus: Corpus) -> Iterator[Record]:
         ) from error
 
 
-def _record(row: object, corpus: Corpus, where: str) -> Record:
+def _entry(row: Any, corpus: Corpus, where: str) -> Entry:
     if not isinstance(row, dict):
-        raise InputError(f"Corpus {corpus.source.name!r}: {where} is not a record with fields.")
-    if corpus.text_field not in row:
-        raise _no_field(corpus, where, row)
-    text = row[corpus.text_field] or ""
-    if not isinstance(text, str):
+        raise InputError(f"Corpus {corpus.source.name!r}: {where} is not a record with fields, but {row!r:.40}.")
+    content = _content(row, corpus, where)
+    if isinstance(content, list):
+        messages = read_messages(content, f"Corpus {corpus.source.name!r}: {where}")
+        return Entry(None, json.dumps(messages, sort_keys=True, default=str) if messages else "", messages)
+    if not isinstance(content, str):
         raise InputError(
             f"Corpus {corpus.source.name!r}: {where} has no text in field {corpus.text_field!r}, but "
-            f"{type(text).__name__}."
+            f"{type(content).__name__}."
         )
-    title = row.get(corpus.title_field)
-    return (str(title) if title else None), text
+    title = field(row, corpus.title_field)
+    return Entry(str(title) if title and title is not MISSING else None, content)
 
 
-def _no_field(corpus: Corpus, where: str, fields: Iterable[str]) -> InputError:
-    return InputError(
-        f"Corpus {corpus.source.name!r}: {where} has no field {corpus.text_field!r}; its fields are "
-        f"{', '.join(sorted(fields))}. Name the one with the text in prepare.text_field."
-    )
-
-
-@contextmanager
-def _lines(file: Path) -> Iterator[TextIO]:
-    try:
-        with file.open(encoding="utf-8-sig") as lines:
-            yield lines
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text ({error}). Convert it first.") from None
-
-
-def _parse(text: str, where: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{where} is not valid JSON ({error}).") from None
+def _content(row: dict[str, Any], corpus: Corpus, where: str) -> Any:
+    """The text of a record or its list of messages, null being no text."""
+    names = (corpus.text_field, *conversations.FIELDS) if corpus.text_field == DEFAULT_TEXT_FIELD else (corpus.text_field,)
+    found = next((value for value in (field(row, name) for name in names) if value is not MISSING), MISSING)
+    if found is MISSING:
+        raise InputError(
+            f"Corpus {corpus.source.name!r}: {where} has no field {corpus.text_field!r}; its fields are "
+            f"{', '.join(sorted(map(str, row)))}. Name the one with the text in prepare.text_field (a.b: field b of field a)."
+        )
+    return "" if found is None else found

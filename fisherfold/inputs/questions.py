@@ -4,8 +4,6 @@ A model answers by the likelihood of each choice as the continuation of the ques
 question ends without a space and a choice begins without one.
 """
 
-import csv
-import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -14,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fisherfold.inputs.packages import fetch_file
 from fisherfold.inputs.recipes import QuestionsRecipe, Source, find_path, find_recipe, unknown_input
+from fisherfold.inputs.records import Record, file_format, files_of, read_records, read_rows
 from fisherfold.run.errors import InputError
 from fisherfold.run.params import PrepareParams
 from fisherfold.run.tables import QUESTIONS
@@ -26,6 +24,7 @@ from fisherfold.run.workspace import Workspace
 CHOICES = 4
 LETTERS = "ABCD"
 FIELDS = ("question", "choices", "answer")
+LABELLED_ANSWER = "answerKey"  # what ARC and its like call it
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,11 @@ def find_questions(workspace: Workspace, params: PrepareParams) -> QuestionSet |
             name,
             "questions from the hub are lm-eval tasks (evaluate.tasks)",
         )
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
-    if not files or files[0].suffix not in READERS:
+    files = files_of(path, READERS)
+    if not files:
         raise InputError(
-            f"prepare.questions = {name!r}: {path} is neither a .parquet or .jsonl file of questions nor a folder of "
-            "CSV files in MMLU's layout (no header; question, four choices, answer letter)."
+            f"prepare.questions = {name!r}: {path} is not (or holds not) a file of questions: {', '.join(READERS)}, or one of these "
+            "compressed. CSV files have MMLU's layout (no header; question, four choices, answer letter)."
         )
     return QuestionSet(Source.from_files(name, files), tuple(files))
 
@@ -115,8 +114,7 @@ def _matching(questions: QuestionSet, seed: int) -> Iterator[dict[str, Any]]:
 def _recipe_records(questions: QuestionSet) -> list[dict[str, Any]]:
     """The records of a recipe's JSON file that have a title and an answer."""
     recipe = questions.recipe
-    document = _parse(questions.files[0].read_text(encoding="utf-8"), str(questions.files[0]))
-    rows = list(document.values()) if isinstance(document, dict) else document
+    rows = [_fields(row, where) for where, row in read_records(questions.files[0])]
     records = [row for row in rows if row.get(recipe.title_field) and row.get(recipe.answer_field)]
     if len({row[recipe.answer_field].casefold() for row in records}) < CHOICES:
         raise InputError(
@@ -128,70 +126,82 @@ def _recipe_records(questions: QuestionSet) -> list[dict[str, Any]]:
 
 def _read(questions: QuestionSet) -> list[dict[str, Any]]:
     """All rows of local question files, checked."""
-    rows = []
-    for file in questions.files:
-        for number, row in enumerate(READERS[file.suffix](file), start=1):
-            rows.append(_checked(row, f"{file}, question {number}"))
-    return rows
+    return [_checked(row, where) for file in questions.files for where, row in READERS[file_format(file)](file)]
 
 
-def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
-    missing = [field for field in FIELDS if field not in row]
+def _fields(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is not a record with fields, but {row!r:.40}.")
+    return row
+
+
+def _checked(row: Any, where: str) -> dict[str, Any]:
+    fields = dict(_fields(row, where))
+    if LABELLED_ANSWER in fields:
+        fields.setdefault("answer", fields[LABELLED_ANSWER])
+    missing = [name for name in FIELDS if name not in fields]
     if missing:
         raise InputError(
-            f"{where} has no field {missing[0]!r}; its fields are {', '.join(sorted(row))}. Needed are "
+            f"{where} has no field {missing[0]!r}; its fields are {', '.join(sorted(map(str, fields)))}. Needed are "
             f"{', '.join(FIELDS)}."
         )
-    choices = list(row["choices"])
+    question = fields["question"]
+    if not isinstance(question, str) or not question.strip():
+        raise InputError(f"{where}: the question must be a text, not {question!r:.40}.")
+    choices, labels = _choices(fields["choices"], where)
+    answer = _answer(fields["answer"], choices, labels, where)
+    article = fields.get("article") or where.rpartition("/")[2]
+    return {"question": question, "choices": choices, "answer": answer, "article": str(article)}
+
+
+def _choices(found: Any, where: str) -> tuple[list[str], list[str]]:
+    """The texts of the choices, and their labels where the layout has them: ``{"text": […], "label": […]}``."""
+    texts, labels = (found.get("text"), found.get("label") or []) if isinstance(found, dict) else (found, [])
     if (
-        len(choices) < 2
-        or len(set(choices)) < len(choices)
-        or not all(isinstance(choice, str) and choice for choice in choices)
+        not isinstance(texts, list)
+        or len(texts) < 2
+        or not all(isinstance(choice, str) and choice for choice in texts)
+        or len(set(texts)) < len(texts)
     ):
-        raise InputError(f"{where}: the choices must be two or more different texts, not {choices!r}.")
-    answer = row["answer"]
-    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise InputError(f"{where}: the choices must be two or more different texts, not {found!r}.")
+    if not isinstance(labels, list) or len(labels) not in (0, len(texts)):
+        raise InputError(f"{where}: the choices must have a label each, not {labels!r}.")
+    return list(texts), [str(label) for label in labels]
+
+
+def _answer(found: Any, choices: list[str], labels: list[str], where: str) -> int:
+    """The number of the right choice, given so or by its label."""
+    if isinstance(found, str) and found in labels:
+        return labels.index(found)
+    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < len(choices):
+        known = f" or one of the labels {', '.join(labels)}" if labels else ""
         raise InputError(
-            f"{where}: the answer must be the number of a choice, 0 to {len(choices) - 1}, not {answer!r}."
+            f"{where}: the answer must be the number of a choice, 0 to {len(choices) - 1}{known}, not {found!r}."
         )
-    article = row.get("article") or where.rpartition("/")[2]
-    return {"question": str(row["question"]), "choices": choices, "answer": answer, "article": str(article)}
+    return found
 
 
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    try:
-        yield from pq.read_table(file).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{file} is not a readable Parquet file ({error}).") from None
-
-
-def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
-    lines = file.read_text(encoding="utf-8").splitlines()
-    yield from (_parse(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1) if line.strip())
-
-
-def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _mmlu_rows(file: Path) -> Iterator[Record]:
     """MMLU's CSV files, asked as the MMLU paper and lm-eval do: the choices in the question, answered by letter.
 
     Source: Hendrycks et al. 2021, arXiv:2009.03300.
     """
-    subject = file.stem.removesuffix("_val").removesuffix("_dev").removesuffix("_test").replace("_", " ")
-    with file.open(encoding="utf-8", newline="") as text:
-        for number, row in enumerate(csv.reader(text), start=1):
-            if len(row) != CHOICES + 2 or row[-1].strip() not in tuple(LETTERS):
-                raise InputError(
-                    f"{file}, question {number}: expected question, four choices and a letter A to D, found {row!r}."
-                )
-            listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, row[1:-1]))
-            head = f"The following are multiple choice questions (with answers) about {subject}."
-            question = f"{head}\n\n{row[0].strip()}\n{listed}\nAnswer:"
-            yield {"question": question, "choices": list(LETTERS), "answer": LETTERS.index(row[-1].strip())}
+    stem = file.name.removesuffix("".join(file.suffixes[-2:]) if file.suffix != ".csv" else ".csv")
+    subject = stem.removesuffix("_val").removesuffix("_dev").removesuffix("_test").replace("_", " ")
+    for where, row in read_rows(file):
+        if len(row) != CHOICES + 2 or row[-1].strip() not in tuple(LETTERS):
+            raise InputError(f"{where}: expected question, four choices and a letter A to D, found {row!r}.")
+        listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, row[1:-1]))
+        head = f"The following are multiple choice questions (with answers) about {subject}."
+        question = f"{head}\n\n{row[0].strip()}\n{listed}\nAnswer:"
+        yield where, {"question": question, "choices": list(LETTERS), "answer": LETTERS.index(row[-1].strip())}
 
 
-READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
-    ".parquet": _parquet_rows,
-    ".jsonl": _json_rows,
-    ".csv": _csv_rows,
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": read_records,
+    ".json": read_records,
+    ".parquet": read_records,
+    ".csv": _mmlu_rows,
 }
 """Local formats by the end of the file's name."""
 
@@ -199,10 +209,3 @@ READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
 def questions_table(rows: list[dict[str, Any]]) -> pa.Table:
     """Rows as a table of the questions schema; no rows make an empty table."""
     return pa.Table.from_pylist(rows, schema=QUESTIONS)
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{where} is not valid JSON ({error}).") from None

@@ -4,6 +4,7 @@ A recipe pins the SHA-256 of its file, so a name in params.yaml always means the
 """
 
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -101,10 +102,10 @@ class Source:
 
     @classmethod
     def from_files(cls, name: str, files: list[Path]) -> "Source":
-        """A local input; its digest covers the names and the bytes of `files`."""
-        return cls(
-            name, "local", None, digest_json({path.name: describe_files(path.parent, [path.name]) for path in files})
-        )
+        """A local input; its digest covers the names, below their common folder, and the bytes of `files`."""
+        base = Path(os.path.commonpath([path.parent for path in files]))
+        names = [path.relative_to(base).as_posix() for path in files]
+        return cls(name, "local", None, digest_json({each: describe_files(base, [each]) for each in names}))
 
 
 def recipe_names(workspace: Workspace, kind: str) -> list[str]:

@@ -9,16 +9,18 @@ Legend: S sequences, T tokens a sequence.
 
 import hashlib
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from fisherfold.inputs.conversations import Message, encode_messages
 from fisherfold.inputs.corpora import Article
-from fisherfold.inputs.windows import Encode, pack, rounds, windows
+from fisherfold.inputs.windows import Encode, consecutive, pack, rounds, windows
 from fisherfold.run.errors import InputError
 from fisherfold.run.progress import track
 
@@ -56,6 +58,7 @@ class Drawing:
 
     Attributes:
         encode: text to token ids.
+        converse: messages, and the name of their conversation, to token ids.
         length: T.
         start: the token that every sequence begins with, or None.
         seed: of the order and of the windows.
@@ -63,6 +66,7 @@ class Drawing:
     """
 
     encode: Encode
+    converse: Callable[[tuple[Message, ...], str], list[int]]
     length: int
     start: int | None
     seed: int
@@ -70,10 +74,12 @@ class Drawing:
     tally: Tally = field(default_factory=Tally)
 
     def pieces(self, article: Article) -> list[list[int]]:
-        """The windows of a document."""
-        tokens = self.encode(article.text)
+        """The windows of a document; those of a conversation in their order, for it is used from its beginning."""
+        tokens = self.converse(article.messages, article.name) if article.messages else self.encode(article.text)
         self.tally.documents += 1
         self.tally.tokens += len(tokens)
+        if article.messages:
+            return consecutive(tokens, self.length)
         return windows(tokens, self.length, article.name, self.seed)
 
     def pack(self, pieces: Iterable[tuple[str, list[int]]], size: int) -> list[tuple[list[int], list[str]]]:
@@ -104,7 +110,8 @@ def draw_splits(
     Raises:
         InputError: the corpus is too small; the message says which limit it was.
     """
-    drawing = Drawing(encoder(tokenizer), length, start_token(tokenizer), seed, reserved)
+    converse = partial(encode_messages, tokenizer)
+    drawing = Drawing(encoder(tokenizer), converse, length, start_token(tokenizer), seed, reserved)
     read = Remembered(distinct(shuffled(articles, seed), drawing.tally))
     rows = _one_window_each(read, sizes, drawing)
     if any(len(rows[name]) < size for name, size in sizes.items()):

@@ -27,6 +27,11 @@ def windows(tokens: list[int], length: int, name: str, seed: int) -> list[list[i
     return [tokens[phase + place * length :][:length] for place in places]
 
 
+def consecutive(tokens: list[int], length: int) -> list[list[int]]:
+    """The windows of a document from its beginning on; short of `length` if the document is."""
+    return [tokens[low : low + length] for low in range(0, len(tokens) - length + 1, length)] or [tokens]
+
+
 def rounds(documents: Iterable[tuple[str, list[list[int]]]]) -> Iterator[tuple[str, list[int]]]:
     """The first window of every document, then the second of those that have one, and so on, with the document's name."""
     waiting = list(documents)

@@ -1,12 +1,16 @@
 """What an article is, in every format; and every unreadable corpus."""
 
+import gzip
 import json
+import lzma
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny import tiny_tokenizer
 
 from fisherfold.inputs import corpora, hub
+from fisherfold.inputs.conversations import encode_messages
 from fisherfold.inputs.corpora import find_corpus, read_articles
 from fisherfold.inputs.hub import HubEntry, HubUnknown
 from fisherfold.run.errors import InputError
@@ -99,6 +103,16 @@ def test_missing_field_names_the_fields(tmp_path):
         ("c.jsonl", b'{"text": "a"}\n{"text": ', "c.jsonl, line 2 is not valid JSON"),
         ("c.jsonl", b'{"text": 3}\n', "no text in field 'text', but int"),
         ("c.jsonl", b"[1]\n", "not a record"),
+        ("c.jsonl", b'{"text": "a"}\nnull\n', "c.jsonl, line 2 is not a record"),
+        ("c.json", b"3", "neither a list of records nor a mapping"),
+        ("c.json", b"[" * 100_000, "not valid JSON"),
+        ("c.csv", b"text,n\na,1,2\n", "c.csv, line 2 has 3 values, but the header has 2"),
+        ("c.csv", b"body\na\n", "no field 'text'"),
+        ("c.csv", "text\ncaf\u00e9\n".encode("latin-1"), "c.csv is not UTF-8"),
+        ("c.jsonl.gz", b"nothing", "c.jsonl.gz cannot be read"),
+        ("c.txt.gz", gzip.compress(b"a b c" * 99)[:-9], "c.txt.gz cannot be read"),
+        ("c.jsonl", b'{"messages": [{"role": "user"}]}\n', "line 1, message 1 has neither role and content"),
+        ("c.jsonl", b'{"messages": [{"role": "user", "content": 3}]}\n', "message 1 has no role or no text"),
         ("c.parquet", b"nothing", "not a readable Parquet file"),
         ("c.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("c.pdf", b"", "not .* a file of a known format"),
@@ -152,3 +166,77 @@ def test_unknown_corpus_gives_the_nearest(tmp_path, monkeypatch):
     for name in ("wikipedia-lead", "./wikipedia lead.pdf"):
         with pytest.raises(InputError, match="Did you mean 'wikipedia-leads'"):
             articles(tmp_path, name)
+
+
+def test_compressed_files_in_subfolders(tmp_path):
+    folder = tmp_path / "c" / "deep" / "er"
+    folder.mkdir(parents=True)
+    (folder / "a.txt.gz").write_bytes(gzip.compress(b"one\n\ntwo\n"))
+    (folder / "b.jsonl.xz").write_bytes(lzma.compress(b'{"text": "three"}\n'))
+    (folder / "c.csv").write_text('title,text\nT,"four,\nfive"\n', encoding="utf-8-sig")
+    (tmp_path / "c" / ".hidden").mkdir()
+    (tmp_path / "c" / ".hidden" / "d.txt").write_text("no")
+    assert [text for _, text in articles(tmp_path, "c")] == ["one", "two", "three", "four,\nfive"]
+
+
+def test_files_of_one_name_in_subfolders_are_all_in_the_digest(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "c" / name).mkdir(parents=True)
+        (tmp_path / "c" / name / "text.txt").write_text(name)
+    before = find_corpus(Workspace(tmp_path), "c").source.digest
+    (tmp_path / "c" / "a" / "text.txt").write_text("other")
+    assert find_corpus(Workspace(tmp_path), "c").source.digest != before
+
+
+def test_long_field_of_a_csv_file(tmp_path):
+    (tmp_path / "c.csv").write_text(f"text\n{'w' * 200_000}\n")
+    assert len(articles(tmp_path, "c.csv")[0][1]) == 200_000
+
+
+def test_dotted_fields(tmp_path):
+    rows = [{"data": {"body": "a"}, "x.y": "b"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    for name in (write_rows(tmp_path, rows), "c.parquet"):
+        assert [text for _, text in articles(tmp_path, name, text_field="data.body")] == ["a"]
+        assert [text for _, text in articles(tmp_path, name, text_field="x.y")] == ["b"]
+
+
+def test_lone_surrogates_and_raw_separators(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"text": "a\\ud800b\\ud83d\\ude00 c\u2028d\u0085e"}\n', encoding="utf-8")
+    ((_, text),) = articles(tmp_path, "c.jsonl")
+    assert text == "a\ufffdb\U0001f600 c\u2028d\u0085e"
+
+
+def test_utf_16_with_its_mark(tmp_path):
+    (tmp_path / "c.txt").write_text("caf\u00e9", encoding="utf-16")
+    assert [text for _, text in articles(tmp_path, "c.txt")] == ["caf\u00e9"]
+
+
+MESSAGES = [{"role": "user", "content": "w3 w4"}, {"role": "assistant", "content": "w5"}]
+SHARED = [{"from": "human", "value": "w3 w4"}, {"from": "gpt", "value": "w5"}]
+
+
+def test_conversations_of_both_layouts(tmp_path):
+    pq.write_table(pa.Table.from_pylist([{"id": 1, "messages": MESSAGES}]), tmp_path / "c.parquet")
+    sets = (write_rows(tmp_path, [{"messages": MESSAGES}], "m.jsonl"), "c.parquet")
+    for name in (*sets, write_rows(tmp_path, [{"conversations": SHARED}], "s.jsonl")):
+        (article,) = read_articles(find_corpus(Workspace(tmp_path), name))
+        assert [dict(message) for message in article.messages] == MESSAGES
+    (article,) = read_articles(find_corpus(Workspace(tmp_path), write_rows(tmp_path, [{"chat": MESSAGES}]), "chat"))
+    assert [dict(message) for message in article.messages] == MESSAGES
+
+
+def test_conversation_is_encoded_by_the_chat_template():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "<s> {% for m in messages %}{{ m['content'] + ' </s> ' }}{% endfor %}"
+    ids = encode_messages(tokenizer, MESSAGES, "a")
+    assert ids == tokenizer.apply_chat_template(MESSAGES, tokenize=True, return_dict=False) == [1, 3, 4, 2, 5, 2]
+
+
+def test_conversation_without_a_usable_template_is_an_error():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(InputError, match=r"article 7.*no chat template"):
+        encode_messages(tokenizer, MESSAGES, "article 7")
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match=r"refuses .*article 7.*roles must alternate.*user, assistant"):
+        encode_messages(tokenizer, MESSAGES, "article 7")

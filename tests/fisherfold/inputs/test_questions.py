@@ -1,8 +1,10 @@
 """Questions from a recipe's records and from local files."""
 
+import gzip
 import json
 from collections import Counter
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -80,7 +82,7 @@ def draw(tmp_path, name, count=1):
 def test_local_files(tmp_path):
     (tmp_path / "q.jsonl").write_text(json.dumps(ROW) + "\n")
     pq.write_table(questions_table([{**ROW, "article": "Sums"}]), tmp_path / "q.parquet")
-    assert draw(tmp_path, "q.jsonl") == [{**ROW, "article": "q.jsonl, question 1"}]
+    assert draw(tmp_path, "q.jsonl") == [{**ROW, "article": "q.jsonl, line 1"}]
     assert draw(tmp_path, "q.parquet") == [{**ROW, "article": "Sums"}]
 
 
@@ -104,21 +106,69 @@ def test_no_questions(tmp_path):
         ({**ROW, "choices": ["a", "a"]}, "two or more different texts"),
         ({**ROW, "answer": 2}, "0 to 1, not 2"),
         ({**ROW, "answer": "A"}, "number of a choice"),
+        ({**ROW, "answer": True}, "number of a choice"),
+        ({**ROW, "answer": None}, "number of a choice"),
+        ({**ROW, "question": None}, "the question must be a text, not None"),
+        ({**ROW, "choices": "ab"}, "two or more different texts"),
+        ({**ROW, "choices": None}, "two or more different texts"),
+        ({**ROW, "choices": {"text": ["a", "b"], "label": ["A"]}}, "a label each"),
+        ({**ROW, "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answer": "C"}, "one of the labels A, B"),
+        ([1], "not a record with fields"),
+        (7, "not a record with fields"),
+        (None, "not a record with fields"),
     ],
 )
 def test_invalid_row_is_named(tmp_path, row, message):
     (tmp_path / "q.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(InputError, match=r"q.jsonl, question 2") as error:
+    with pytest.raises(InputError, match=r"q.jsonl, line 2") as error:
         draw(tmp_path, "q.jsonl")
     assert message in str(error.value)
 
 
 def test_invalid_csv(tmp_path):
     (tmp_path / "a.csv").write_text("question,a,b,c,d,E\n")
-    with pytest.raises(InputError, match=r"a.csv, question 1: expected question, four choices and a letter"):
+    with pytest.raises(InputError, match=r"a.csv, line 1: expected question, four choices and a letter"):
         draw(tmp_path, "a.csv")
 
 
 def test_unknown_questions(tmp_path):
     with pytest.raises(InputError, match=r"is no recipe .* lm-eval tasks"):
         draw(tmp_path, "mmlu")
+
+
+def test_labelled_choices(tmp_path):
+    """The layout of ARC: texts and labels side by side, the answer by its label."""
+    row = {"question": "x", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "q.parquet")
+    for name in ("q.jsonl", "q.parquet"):
+        (drawn,) = draw(tmp_path, name)
+        assert (drawn["choices"], drawn["answer"]) == (["a", "b"], 1)
+
+
+def test_text_that_the_corpus_reader_takes(tmp_path):
+    """A byte order mark, raw separators of lines inside a text, and half of a surrogate pair."""
+    text = json.dumps({**ROW, "question": "a\u2028b\u0085c"}, ensure_ascii=False).replace("four", "\\ud83d")
+    (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n")
+    (drawn,) = draw(tmp_path, "q.jsonl")
+    assert drawn["question"] == "a\u2028b\u0085c" and drawn["choices"][0] == "\ufffd"
+    assert questions_table([drawn]).num_rows == 1
+
+
+def test_formats_and_folders(tmp_path):
+    folder = tmp_path / "set" / "inner"
+    folder.mkdir(parents=True)
+    (folder / "list.json").write_text(json.dumps([ROW]))
+    (folder / "more.jsonl.gz").write_bytes(gzip.compress(json.dumps({**ROW, "question": "y"}).encode()))
+    (folder / "sums_val.csv.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfz,a,b,c,d,B\n"))
+    drawn = draw(tmp_path, "set", 3)
+    assert {row["question"].partition("\n")[0] for row in drawn} == {
+        "Two plus two is", "y", "The following are multiple choice questions (with answers) about sums."
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.csv"])
+def test_latin_1_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes("caf\u00e9,a,b,c,d,A\n".encode("latin-1"))
+    with pytest.raises(InputError, match=rf"{name} is not UTF-8"):
+        draw(tmp_path, name)

@@ -1,0 +1,198 @@
+"""Records of local files, for corpora and questions alike: one reader a format, one place for each error.
+
+Formats by the end of the file's name, each also compressed (``.gz``, ``.bz2``, ``.xz``):
+
+    .jsonl       a JSON value a line
+    .json        a list of records, or a mapping to records
+    .csv, .tsv   a header, then rows
+    .parquet     a table
+
+Text is UTF-8, with or without a byte order mark, or UTF-16 with one. Lone surrogates, which JSON can escape and no text can hold,
+become U+FFFD.
+"""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fisherfold.run.errors import InputError
+
+Record = tuple[str, Any]
+"""Where it stands (file and line), and what stands there: a mapping of fields, if the file is in order."""
+
+COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+LONGEST_FIELD = 2**31 - 1  # of a CSV file; the csv module's own limit is shorter than many a text
+MISSING = object()
+
+
+def file_format(file: Path) -> str:
+    """The end of a file's name that says its format, without that of a compression: ``.csv`` of ``a.csv.gz``."""
+    return (file.with_suffix("") if file.suffix in COMPRESSED else file).suffix
+
+
+def files_of(path: Path, formats: Collection[str]) -> list[Path]:
+    """The files of known formats that a path means: itself, or those below a folder, at any depth; hidden ones are left out."""
+    if not path.is_dir():
+        return [path] if file_format(path) in formats else []
+    found = (file for file in path.rglob("*") if file.is_file() and file_format(file) in formats)
+    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts))
+
+
+def read_records(file: Path, fields: Sequence[str] = ()) -> Iterator[Record]:
+    """The records of one file.
+
+    Args:
+        file: of a format in READERS.
+        fields: those that are wanted, the needed one first; a Parquet file that has it is read no further than them.
+
+    Raises:
+        InputError: the file is not readable; the message names it, and the line.
+    """
+    return READERS[file_format(file)](file, fields)
+
+
+@contextmanager
+def open_text(file: Path) -> Iterator[TextIO]:
+    """A text file to read, whatever its compression.
+
+    Raises:
+        InputError: its bytes are no text, or are damaged.
+    """
+    try:
+        with _open_bytes(file) as probe:
+            encoding = "utf-16" if probe.read(2) in UTF16_MARKS else "utf-8-sig"
+        with _open_bytes(file) as content, TextIOWrapper(content, encoding=encoding, newline=_newline(file)) as lines:
+            yield lines
+    except UnicodeError as error:
+        raise InputError(
+            f"{file} is not UTF-8 text ({error}). Convert it first, as by `iconv -f latin1 -t utf-8`."
+        ) from None
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        raise InputError(f"{file} cannot be read ({error or type(error).__name__}).") from None
+
+
+def _open_bytes(file: Path) -> BinaryIO:
+    opened: BinaryIO = COMPRESSED.get(file.suffix, open)(file, "rb")
+    return opened
+
+
+def _newline(file: Path) -> str | None:
+    """CSV finds its own ends of lines: those inside quotes belong to the text."""
+    return "" if file_format(file) in SEPARATORS else None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """A JSON value, its lone surrogates mended.
+
+    Raises:
+        InputError: it is not valid; the message names `where`.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not valid JSON ({error}).") from None
+    return mended(value) if "\\u" in text else value
+
+
+def mended(value: Any) -> Any:
+    """A JSON value without lone surrogates: each becomes U+FFFD."""
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [mended(entry) for entry in value]
+    return {mended(key): mended(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
+def field(row: Mapping[str, Any], name: str) -> Any:
+    """A field of a record, ``a.b`` being field b of field a where no field has that very name; MISSING if there is none."""
+    if name in row:
+        return row[name]
+    head, dot, rest = name.partition(".")
+    inner = row.get(head)
+    return field(inner, rest) if dot and isinstance(inner, Mapping) else MISSING
+
+
+def _json_lines(file: Path, _: Sequence[str]) -> Iterator[Record]:
+    with open_text(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{file}, line {number}"
+                yield where, parse_json(line, where)
+
+
+def _json_records(file: Path, _: Sequence[str]) -> Iterator[Record]:
+    with open_text(file) as lines:
+        document = parse_json(lines.read(), str(file))
+    if not isinstance(document, list | dict):
+        raise InputError(f"{file} is neither a list of records nor a mapping to records, but {document!r:.40}.")
+    rows = document.values() if isinstance(document, dict) else document
+    for number, row in enumerate(rows, start=1):
+        yield f"{file}, record {number}", row
+
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
+def read_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a CSV file as they are, its header among them, and where each ends.
+
+    Raises:
+        InputError: it is not readable.
+    """
+    csv.field_size_limit(LONGEST_FIELD)
+    with open_text(file) as lines:
+        rows = csv.reader(lines, delimiter=SEPARATORS[file_format(file)])
+        try:
+            for row in rows:
+                if row:
+                    yield f"{file}, line {rows.line_num}", row
+        except csv.Error as error:
+            raise InputError(f"{file}, line {rows.line_num} is not valid CSV ({error}).") from None
+
+
+def _csv_records(file: Path, _: Sequence[str]) -> Iterator[Record]:
+    rows = read_rows(file)
+    _, names = next(rows, ("", []))
+    for where, row in rows:
+        if len(row) > len(names):
+            raise InputError(
+                f"{where} has {len(row)} values, but the header has {len(names)}. Quote texts that hold the separator."
+            )
+        yield where, dict(zip(names, row))
+
+
+def _parquet_records(file: Path, fields: Sequence[str]) -> Iterator[Record]:
+    try:
+        with pq.ParquetFile(file) as table:
+            present = table.schema_arrow.names
+            wanted = [next((name for name in (each, each.partition(".")[0]) if name in present), "") for each in fields]
+            columns = [name for name in dict.fromkeys(wanted) if name] if wanted and wanted[0] else None
+            number = 0
+            for batch in table.iter_batches(columns=columns, batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", row
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise InputError(f"{file} is not a readable Parquet file ({error}).") from None
+
+
+READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Record]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json_records,
+    ".csv": _csv_records,
+    ".tsv": _csv_records,
+    ".parquet": _parquet_records,
+}
+"""Local formats of records by the end of the file's name."""
