@@ -30,7 +30,8 @@ from fisherfold.run.params import CaptureParams, PrepareParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.tables import write_sequences
 from fisherfold.run.workspace import Workspace
-from fisherfold.statistics.layer_sums import GRADIENT_FORMS, ModelSums
+from fisherfold.statistics.gradient_forms import GRADIENT_FORMS
+from fisherfold.statistics.layer_sums import ModelSums
 from stages import capture
 
 BATCH, LENGTH, RANK = 4, 256, 32
@@ -99,7 +100,7 @@ def run_stage(sequences: int, blocks: int, length: int) -> None:
             random_model(blocks, 512).save_pretrained(out / "model")
         ids = torch.randint(512, (sequences, length), generator=torch.Generator().manual_seed(0))
         write_sequences(workspace.table("calibration"), ids.numpy(), [[str(s)] for s in range(sequences)], 512)
-        capture.run(workspace, CaptureParams(sequences_per_shard=16, sketch_rank=RANK))
+        capture.run(workspace, CaptureParams(sequences_per_shard=16, gradients="sketch", sketch_rank=RANK))
     print(peak_bytes())
 
 

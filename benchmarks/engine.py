@@ -148,7 +148,7 @@ def capture_workspace(folder: Path, sequences: int) -> Workspace:
 
 def measure_speedup(sequences: int) -> tuple[float, float]:
     """Seconds of the capture with one worker and with two."""
-    params = CaptureParams(threads=1, sequences_per_shard=4)
+    params = CaptureParams(threads=1, sequences_per_shard=4, leaves=4)
     with tempfile.TemporaryDirectory() as folder:
         workspace = capture_workspace(Path(folder), sequences)
         return tuple(measure_capture(workspace, cores, params) for cores in (1, 2))

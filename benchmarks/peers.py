@@ -30,7 +30,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from fisherfold.fisher.gradient_blocks import SketchedGradients
 from fisherfold.fisher.nearest_kronecker import fisher_of, nearest_kronecker
 from fisherfold.network.layers import find_layers, linear_modules
-from fisherfold.statistics.layer_sums import GRADIENT_FORMS, ModelSums
+from fisherfold.statistics.gradient_forms import GRADIENT_FORMS
+from fisherfold.statistics.layer_sums import ModelSums
+from fisherfold.statistics.stored_sums import restored
 
 SHAPES = {
     "hidden_size": 576,
@@ -89,7 +91,8 @@ def ours(model: PreTrainedModel, ids: torch.Tensor, form: str = "none") -> dict[
     for batch in ids.split(BATCH):
         sums.add(batch)
         gradients.append(dict(sums.take_gradients()))
-    return dict(sums.arrays()) | {"gradients": gradients}
+    found = {name: restored(name.rpartition("/")[2], values) for name, values in sums.arrays()}
+    return found | {"gradients": gradients}
 
 
 def sequence_pairs(gradients: list[dict]) -> None:

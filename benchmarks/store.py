@@ -25,8 +25,9 @@ from urllib.request import urlopen
 import torch
 
 from fisherfold.run import object_group, store
+from fisherfold.run.group_writer import GroupWriter, RowWriter, group_file
 from fisherfold.run.objects import file_system
-from fisherfold.run.store import GroupWriter, RowWriter, group_file, offload_group, read_array
+from fisherfold.run.store import offload_group, read_array
 
 TARGET = 0.5
 LATENCY = 0.03  # seconds

@@ -5,15 +5,16 @@ One forward and backward pass per sequence gives, for every linear layer and in 
     Σ x xᵀ, Σ |x|                      over tokens, once for layers that read the same tensor
     Σ g gᵀ, g = Σ_c W_cᵀ d_c           over tokens, where several layers c read the same tensor (its cost: see below)
     Σ d dᵀ                             over tokens
-    Σ G, Σ rows G∘G, Σ columns G∘G     over sequences, G = Σ_t d xᵀ the sequence's gradient
-    G ~ U Vᵀ of rank k, or G itself    per sequence
+    Σ G, Σ rows G∘G, Σ columns G∘G     over sequences, G = Σ_t d xᵀ the sequence's gradient (capture.gradients: sums)
+    G ~ U Vᵀ of rank k, or G itself    per sequence (capture.gradients: sketch, exact)
     x and d                            at t positions of each sequence, drawn by capture.seed
 
 and questions.parquet: what some knowledge questions ask of every layer, see ``fisherfold.statistics.knowledge``.
 
-A unit is a shard of sequences (times a slice of the layers, if capture.layers_per_pass bounds the sums in memory). Its sums
-are leaves of a fixed tree of sums, added up as soon as both terms are there, so neither memory nor the disk for sums grows
-with the sequences, and the bits depend neither on how many shards are in work at once nor on which of them ends first.
+A unit is a leaf: capture.leaves runs of shards (times slices of the layers, if capture.layers_per_pass bounds the sums in memory). It adds
+its sequences to sums that stay in memory, and makes them durable once a minute or so. Leaves may be in work side by side; their sums are
+added along a fixed tree. So neither memory nor the disk for sums grows with the sequences, and the bits depend neither on where
+leaves are computed nor on how often they were interrupted.
 
 Σ g gᵀ is the one quantity of FASC (METHODS: S_gg) that the others do not give: it holds the cross terms of q, k and v. As [m, m] of
 the shared input it is a quarter of those cross terms (gate with up alone are [n, n]), and the backward pass makes g anyway.
@@ -28,31 +29,27 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fisherfold.network.layers import LinearLayer, by_group, write_layers
+from fisherfold.network.layers import LinearLayer, write_layers
 from fisherfold.network.models import DTYPES
 from fisherfold.run.engine import Unit, current_engine
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.files import digest_file, verify_output
+from fisherfold.run.group_writer import group_file
 from fisherfold.run.objects import store_url
 from fisherfold.run.params import CaptureParams
 from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
-from fisherfold.run.store import gather_groups, group_file, read_array
+from fisherfold.run.store import gather_groups
 from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
+from fisherfold.statistics.gradient_forms import GRADIENT_FORMS
+from fisherfold.statistics.kept import gradient_shapes, numbers_bytes, token_shapes
 from fisherfold.statistics.knowledge import ANSWERS, TABLE, ask
-from fisherfold.statistics.layer_sums import GRADIENT_FORMS
-from fisherfold.statistics.shard import (
-    FACTS_FILE,
-    capture_shard,
-    gradient_shapes,
-    layer_slices,
-    loaded_model,
-    numbers_bytes,
-    token_shapes,
-    vocabulary,
-)
-from fisherfold.statistics.tree_sum import Part, Step, add_parts, parts_at_once, summation_tree
+from fisherfold.statistics.layer_statistics import Statistics
+from fisherfold.statistics.leaf import FACTS_FILE, capture_leaf, shard_group
+from fisherfold.statistics.shard import layer_slices, loaded_model, vocabulary
+from fisherfold.statistics.stored_sums import SUMS, sum_shapes
+from fisherfold.statistics.tree_sum import Leaf, add_leaves, cut_leaves, portions
 
 
 def run(workspace: Workspace, params: CaptureParams) -> None:
@@ -84,65 +81,95 @@ def _capture(scratch: Scratch, model_folder: Path, table: Path, questions: Path 
     model, layers = loaded_model(model_folder, params.dtype)
     sequences, length = read_sequences(table, vocabulary(model)).shape
     shards = -(-sequences // params.sequences_per_shard)
-    slices = layer_slices(layers, params.layers_per_pass)
-    at_once = current_engine().slots
-    scratch.require_disk(disk_bytes(layers, params, sequences, at_once))
-    announce("capture", f"{len(layers)} layers, {sequences} sequences of {length} tokens, {shards} shards")
-    steps = [(index, step) for index in range(len(slices)) for step in summation_tree(shards, at_once)]
+    leaves, slices = cut_leaves(shards, params.leaves), layer_slices(layers, params.layers_per_pass)
+    scratch.require_disk(disk_bytes(layers, params, sequences, current_engine().slots))
+    announce(
+        "capture",
+        f"{len(layers)} layers, {sequences} sequences of {length} tokens, {shards} shards, {len(leaves)} leaves",
+    )
+    parts = [SlicePart(scratch, index, leaves, portions(sums_bytes(part, params))) for index, part in enumerate(slices)]
     source = (model_folder, table, params)
-    units = {_unit_name(index, step.part): _unit(scratch.units, index, step, source) for index, step in steps}
-    terms = {_unit_name(index, step.part): [_unit_name(index, term) for term in step.terms] for index, step in steps}
-    for name in scratch.run("shards and their sums", units):
-        for term in terms[name]:  # now part of this sum
-            scratch.drop(term, group_file(Path("statistics")).name)
+    units = {name: unit for part in parts for name, unit in part.units(source).items()}
+    for name in scratch.run("leaves and their sums", units):
+        for part in parts:
+            part.drop_added(name)
     answers = {"questions": (model_folder, questions, params)} if questions else {}
     asked = scratch.map("knowledge questions" if answers else None, ask, answers)
-    roots = [(index, steps[-1][1].part) for index in range(len(slices))]
-    _publish(scratch, layers, params, length, roots, asked.get("questions"))
+    _publish(scratch, layers, params, length, parts, asked.get("questions"))
 
 
-def _unit(folder: Path, index: int, step: Step, source: tuple[Path, Path, CaptureParams]) -> Unit:
-    """One step of the tree of one slice of layers: capture a shard, or add two parts."""
-    after = tuple(_unit_name(index, part) for part in step.after)
-    if not step.terms:
-        return Unit(capture_shard, (*source, step.part.first, index), after)
-    return Unit(add_statistics, tuple(folder / _unit_name(index, term) for term in step.terms), after)
+class SlicePart:
+    """The units of one slice of the layers: its leaves, and what adds up their sums.
 
+    Args:
+        scratch: of the stage.
+        index: number of the slice.
+        leaves: into which the shards are cut.
+        portions: units that add up, if there is more than one leaf.
+    """
 
-def _unit_name(index: int, part: Part) -> str:
-    shards = f"shard-{part.first:05d}" if part.shards == 1 else f"sum-{part.first:05d}-{part.last:05d}"
-    return f"pass-{index:03d}.{shards}"
+    def __init__(self, scratch: Scratch, index: int, leaves: Sequence[Leaf], portions: int) -> None:
+        self.scratch, self.index = scratch, index
+        self.leaves = {f"pass-{index:03d}.leaf-{leaf.first:05d}-{leaf.last:05d}": leaf for leaf in leaves}
+        self.sums = [f"pass-{index:03d}.sum-{number:05d}" for number in range(portions)] if len(leaves) > 1 else []
 
+    def units(self, source: tuple[Path, Path, CaptureParams]) -> dict[str, Unit]:
+        """All of them, leaves first."""
+        made = {
+            name: Unit(capture_leaf, (self.scratch.savepoints(name), *source, leaf, self.index))
+            for name, leaf in self.leaves.items()
+        }
+        folders = tuple(self.scratch.units / name for name in self.leaves)
+        for number, name in enumerate(self.sums):
+            made[name] = Unit(add_leaves, (SUMS, folders, number, len(self.sums)), tuple(self.leaves))
+        return made
 
-def add_statistics(folder: Path, left: Path, right: Path) -> None:
-    """Unit of work: the sums of two parts, added."""
-    add_parts(folder / "statistics", left / "statistics", right / "statistics")
+    def drop_added(self, name: str) -> None:
+        """Free the disk of the leaves' sums when the last of the units that add them up, perhaps `name`, is done."""
+        if name in self.sums and all(map(self.scratch.done, self.sums)):
+            for leaf in self.leaves:
+                self.scratch.drop(leaf, group_file(Path(SUMS)).name)
+
+    def whole(self) -> list[Path]:
+        """The groups that hold the sums over all leaves."""
+        return [self.scratch.units / name / SUMS for name in self.sums or self.leaves]
+
+    def facts(self) -> list[dict]:
+        """leaf.json of every leaf."""
+        return [
+            json.loads((self.scratch.units / name / FACTS_FILE).read_text(encoding="utf-8")) for name in self.leaves
+        ]
+
+    def kept(self, shard: int) -> Path:
+        """The group of what is kept of the sequences of one shard."""
+        name = next(name for name, leaf in self.leaves.items() if leaf.first <= shard <= leaf.last)
+        return shard_group(self.scratch.units / name, shard)
 
 
 def disk_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: int, at_once: int = 1) -> int:
-    """Bytes that the stage holds at most: all gradients, and parts of the sums until they are added up.
+    """Bytes that the stage holds at most: all that is kept of sequences, all sums, and savepoints of leaves in work.
 
-    W = `at_once` units are in work at a time.
+    W = `at_once` units are in work at a time, L leaves of each slice of the layers.
 
-        4 S Σ_layers [k (n + m) + 2]     sketches; 4 S Σ_layers [n m + 1] for exact gradients
+        4 S Σ_layers [k (n + m) + 2]     sketches; 4 S Σ_layers [n m + 1] for exact gradients, 4 S Σ_layers 1 for sums alone
         S t [b (Σ_groups m + Σ_layers n) + 4]     tokens of b bytes a number, and their positions
-        4 P [Σ_groups (m² + m) + Σ_layers (n² + n m + n + m)],   P = ⌊log₂ shards⌋ + 2 W (1 for one shard)
+        2 P [Σ_groups (m² + m) + Σ_layers (n² + n)],   P = 1 + W (+ L, if L > 1)     half of each symmetric sum; `sums_bytes`
 
-    m² twice for a group of several layers, n m + n + m only if gradients are captured. Of several slices of layers, P counts for the
-    largest and 1 for the others while they are captured, and everything is there twice when they are joined. With shared storage,
-    S is that of W shards and only the sums are joined here.
+    Of a group of several layers m² + m counts twice; with gradients 4 P Σ_layers (n m + n + m) comes to it. Of several slices, P counts
+    for the largest and 1 for the others. With shared storage, S is that of W shards.
     """
     form = GRADIENT_FORMS.lookup(params.gradients)
     of_sequence = numbers_bytes(gradient_shapes(layers, form, params.sketch_rank)) if form else 0
-    sums = [
-        4 * sum(_group_numbers(group, form is not None) for group in by_group(part).values())
-        for part in layer_slices(layers, params.layers_per_pass)
-    ]
-    parts = parts_at_once(-(-sequences // params.sequences_per_shard), at_once)
+    sums = [sums_bytes(part, params) for part in layer_slices(layers, params.layers_per_pass)]
+    leaves = len(cut_leaves(-(-sequences // params.sequences_per_shard), params.leaves))
     here = min(sequences, at_once * params.sequences_per_shard) if store_url() else sequences
-    gradients = here * (of_sequence + _token_bytes(layers, params))
-    joined = sum(sums) + (0 if store_url() else gradients)
-    return gradients + sum(sums) + max((parts - 1) * max(sums), joined if len(sums) > 1 else 0)
+    more = at_once + (leaves if leaves > 1 else 0)
+    return here * (of_sequence + _token_bytes(layers, params)) + sum(sums) + more * max(sums)
+
+
+def sums_bytes(layers: Sequence[LinearLayer], params: CaptureParams) -> int:
+    """Bytes of all sums of some layers."""
+    return numbers_bytes(sum_shapes(layers, params.gradients != "none"))
 
 
 def _token_bytes(layers: Sequence[LinearLayer], params: CaptureParams) -> int:
@@ -150,55 +177,45 @@ def _token_bytes(layers: Sequence[LinearLayer], params: CaptureParams) -> int:
     return numbers_bytes(shapes) * DTYPES[params.token_dtype].itemsize // 4 + 4 * params.tokens_per_sequence
 
 
-def _group_numbers(group: Sequence[LinearLayer], gradients: bool) -> int:
-    m = group[0].inputs
-    of_input = m * m * (2 if len(group) > 1 else 1) + m
-    outputs = [layer.outputs for layer in group]
-    return of_input + sum(n * n + (n * m + n + m if gradients else 0) for n in outputs)
-
-
 def _publish(
     scratch: Scratch,
     layers: Sequence[LinearLayer],
     params: CaptureParams,
     length: int,
-    roots: list[tuple[int, Part]],
+    parts: Sequence[SlicePart],
     asked: Path | None,
 ) -> None:
-    """Publish the sums of every slice of layers and the gradients of every shard, by links."""
-    facts, shards = _gather_facts(scratch, params, length, roots)
+    """Publish the sums of every slice of layers and what is kept of every shard, by links."""
+    facts, shards = _gather_facts(params, length, parts)
     with scratch.publish() as out:
         write_layers(out, layers)
         (out / "capture.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        gather_groups(out / "statistics", [scratch.units / _unit_name(*root) / "statistics" for root in roots])
-        for name, part in shards.items():
-            units = [scratch.units / _unit_name(index, part) for index, _ in roots]
-            gather_groups(out / "gradients" / name, [unit / "gradients" for unit in units])
+        gather_groups(out / SUMS, [group for part in parts for group in part.whole()])
+        for shard in shards:
+            gather_groups(shard_group(out, shard), [part.kept(shard) for part in parts])
         rows = pq.read_table(asked / TABLE).to_pylist() if asked else []
-        for row in rows:
-            row["text_mass"] = _text_mass(out, row["module"], facts)
+        if rows and params.gradients != "none":
+            _add_text_mass(Statistics(out), rows)
         pq.write_table(pa.Table.from_pylist(rows, ANSWERS), out / TABLE)
 
 
-def _text_mass(out: Path, module: str, facts: dict) -> float | None:
-    """Mean ‖G_s‖_F² of a layer over the calibration sequences."""
-    if facts["gradients"] == "none":
-        return None
-    return read_array(out / "statistics", f"{module}/fisher_inputs").double().sum().item() / facts["sequences"]
+def _add_text_mass(statistics: Statistics, rows: list[dict]) -> None:
+    """Mean ‖G_s‖_F² of every layer over the calibration sequences."""
+    layers = {layer.name: layer for layer in statistics.layers}
+    for row in rows:
+        squares = statistics.fisher_inputs(layers[row["module"]])
+        row["text_mass"] = squares.double().sum().item() / statistics.sequences
 
 
-def _gather_facts(
-    scratch: Scratch, params: CaptureParams, length: int, roots: list[tuple[int, Part]]
-) -> tuple[dict, dict[str, Part]]:
-    """capture.json, and the shards that have gradients by the name they are published under."""
-    whole = roots[0][1]
-    parts = [Part(shard, shard) for shard in range(whole.shards)]
-    by_slice = [[_shard_facts(scratch, index, part) for part in parts] for index, _ in roots]
+def _gather_facts(params: CaptureParams, length: int, parts: Sequence[SlicePart]) -> tuple[dict, list[int]]:
+    """capture.json, and the numbers of the shards of which anything is kept."""
+    found = [part.facts() for part in parts]
+    by_slice = [[shard for leaf in leaves for shard in leaf["shards"]] for leaves in found]
     first = by_slice[0]
     _check_agreement(by_slice)
     losses = [loss for shard in first for loss in shard["losses"]]
     skipped = [sequence for shard in first for sequence in shard["skipped"]]
-    unreached = [name for shards in by_slice for name in _in_all([shard["unreached"] for shard in shards])]
+    unreached = [name for leaves in found for name in _in_all([leaf["unreached"] for leaf in leaves])]
     if not losses:
         raise NumericalError(f"Stage 'capture': none of {len(skipped)} sequences is finite, the first at {skipped[0]}.")
     for what, names in (
@@ -208,8 +225,7 @@ def _gather_facts(
         if names:
             announce("capture", f"{len(names)} {what}: {names}")
     keeps = params.gradients != "none" or params.tokens_per_sequence > 0
-    kept = [part for part, shard in zip(parts, first) if shard["losses"] and keeps]
-    shards = {f"shard-{part.first:05d}": part for part in kept}
+    shards = [number for number, shard in enumerate(first) if shard["losses"] and keeps]
     facts = {
         "sequences": len(losses),
         "tokens": len(losses) * length,
@@ -219,14 +235,10 @@ def _gather_facts(
         "tokens_per_sequence": min(params.tokens_per_sequence, length),
         "skipped": skipped,
         "unreached": unreached,
-        "shards": list(shards),
+        "shards": [f"shard-{number:05d}" for number in shards],
         "loss": sum(losses) / len(losses),
     }
     return facts, shards
-
-
-def _shard_facts(scratch: Scratch, index: int, part: Part) -> dict:
-    return json.loads((scratch.units / _unit_name(index, part) / FACTS_FILE).read_text(encoding="utf-8"))
 
 
 def _in_all(lists: Sequence[list[str]]) -> list[str]:

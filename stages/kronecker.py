@@ -23,10 +23,11 @@ from fisherfold.network.layers import LinearLayer
 from fisherfold.network.weight_check import zero_weights
 from fisherfold.run.errors import NumericalError, ParameterError
 from fisherfold.run.files import verify_output
+from fisherfold.run.group_writer import write_arrays
 from fisherfold.run.params import KroneckerParams
 from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
-from fisherfold.run.store import gather_groups, write_arrays
+from fisherfold.run.store import gather_groups
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics.dependence import DEPENDENCE, TABLE, dependence_rows
 from fisherfold.statistics.layer_statistics import Statistics
@@ -35,7 +36,7 @@ NOT_FINITE = (
     "Find the sequence with `dvc repro --force --single-item capture`, which names it, or set capture.skip_nonfinite."
 )
 NEEDED = {
-    "has_gradients": "the gradient of every sequence, and capture.gradients is 'none'. Set capture.gradients to 'sketch' or 'exact'",
+    "has_sequence_gradients": "the gradient of every sequence, and capture.gradients is 'none' or 'sums'. Set capture.gradients to 'sketch' or 'exact'",
     "has_tokens": "single tokens, and capture.tokens_per_sequence is 0. Set it to 16, say",
 }
 FINITE = ("fisher_norm", "norm", "scale", "input_variance", "output_variance", "input_rank", "output_rank")

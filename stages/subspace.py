@@ -34,10 +34,11 @@ from fisherfold.network.layers import LinearLayer, by_group, write_layers
 from fisherfold.network.models import decomposing_device, read_weight
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.files import verify_output
+from fisherfold.run.group_writer import write_arrays
 from fisherfold.run.params import SubspaceParams
 from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
-from fisherfold.run.store import gather_groups, write_arrays
+from fisherfold.run.store import gather_groups
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics.layer_statistics import Statistics
 from fisherfold.subspaces import fasc  # noqa: F401  this enters its metric
@@ -96,7 +97,7 @@ def _inputs(workspace: Workspace) -> dict[str, str]:
     capture = workspace.out("capture")
     return {
         "model": verify_output(workspace.out("prepare"), "model/"),
-        "statistics": verify_output(capture, "statistics/"),
+        "statistics": verify_output(capture, "statistics."),
         "layers": verify_output(capture, "layers.json"),
         "facts": verify_output(capture, "capture.json"),
         "kronecker": verify_output(workspace.out("kronecker")),

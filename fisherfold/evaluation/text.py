@@ -13,7 +13,8 @@ import torch
 from fisherfold.evaluation.losses import compare_tokens
 from fisherfold.evaluation.model_run import ModelRun, common_vocabulary, not_finite
 from fisherfold.evaluation.scores import MODELS, summarise_losses
-from fisherfold.run.store import read_array, write_arrays
+from fisherfold.run.group_writer import write_arrays
+from fisherfold.run.store import read_array
 from fisherfold.run.tables import read_sequences
 
 BATCHES_PER_SHARD = 2

@@ -99,7 +99,7 @@ class Estimator:
 
     Attributes:
         estimate: the function that does it, for one layer.
-        reads: what it needs of the capture, a property of `Statistics` (has_gradients, has_tokens); None for sums alone.
+        reads: what it needs of the capture, a property of `Statistics` (has_sequence_gradients, has_tokens); None for sums alone.
         fisher: the Fisher that it is the nearest pair of; None if it is not defined so.
     """
 
@@ -179,5 +179,5 @@ def shrink(factor: torch.Tensor, target: torch.Tensor, share: float) -> tuple[to
 
 
 ESTIMATORS.register("kfac")(Estimator(kfac))
-ESTIMATORS.register("sequence")(Estimator(sequence, "has_gradients", lambda evidence: evidence.fisher))
+ESTIMATORS.register("sequence")(Estimator(sequence, "has_sequence_gradients", lambda evidence: evidence.fisher))
 ESTIMATORS.register("token")(Estimator(token, "has_tokens", lambda evidence: evidence.token_fisher))

@@ -52,10 +52,10 @@ def describe_layer(evidence: Evidence) -> dict[str, Any]:
     """What is known of the layer whatever the estimator: ‖F‖, σ₁/σ₂, effective numbers of sequences and tokens."""
     level, statistics = LEVELS.lookup(evidence.params.diagnostics), evidence.statistics
     row = {"fisher_norm": None, "sigma_ratio": None, "effective_sequences": None, "effective_tokens": None}
-    if level.fitted and statistics.has_gradients:
+    if level.fitted and statistics.has_sequence_gradients:
         row["fisher_norm"] = evidence.fisher_norm
         row["effective_sequences"] = effective_count(statistics.gradient_norms(evidence.layer))
-    if level.thorough and statistics.has_gradients:
+    if level.thorough and statistics.has_sequence_gradients:
         sigmas = leading_sigmas(evidence.fisher, 2)
         row["sigma_ratio"] = sigmas[0] / sigmas[1] if len(sigmas) > 1 else None
     if level.fitted and statistics.has_tokens:
@@ -89,7 +89,7 @@ def describe_estimate(evidence: Evidence, name: str, estimate: Estimate) -> dict
 
 def _fit(evidence: Evidence, estimate: Estimate, level: Level) -> dict[str, Any]:
     """scale c that makes c · A ⊗ B nearest to F, norm ‖c · A ⊗ B‖ and residual ‖F − c · A ⊗ B‖ / ‖F‖."""
-    if not level.fitted or not evidence.statistics.has_gradients:
+    if not level.fitted or not evidence.statistics.has_sequence_gradients:
         return {"scale": None, "norm": None, "residual": None}
     if estimate.nearest_norm is not None:
         scale, norm = 1.0, estimate.nearest_norm

@@ -1,6 +1,6 @@
-"""Sums of Gram matrices, Σ X^T X, at about half the products of a full multiplication.
+"""Sums of Gram matrices, Σ X^T X, at about half the products of a full multiplication, and stored as half their numbers.
 
-Shapes: X [N, p] rows of one batch, G [p, p].
+Shapes: X [N, p] rows of one batch, G [p, p], h = ⌊p/2⌋.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ MIRRORED = 512
 def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
     """G += X^T X in the stripes of the upper block triangle; what lies below them is left as it is.
 
-    Call `mirror` once all rows are in.
+    Call `mirror`, or `fold`, once all rows are in.
 
     Args:
         total: G [p, p], changed in place.
@@ -36,6 +36,42 @@ def mirror(total: torch.Tensor) -> torch.Tensor:
         below = total[stripe, low + MIRRORED :].T.contiguous()  # two fast copies for a slow one
         total[low + MIRRORED :, stripe] = below
     return total
+
+
+def folded_shape(size: int) -> tuple[int, int]:
+    """Shape of `fold` of G [p, p]: [h, p + 1] for an even p, [h + 1, p] for an odd one; p (p + 1) / 2 numbers."""
+    return (size // 2, size + 1) if size % 2 == 0 else (size // 2 + 1, size)
+
+
+def fold(total: torch.Tensor) -> torch.Tensor:
+    """The upper triangle of G as a rectangle without a gap; what lies below the diagonal is not read.
+
+    The first rows of G stay rows, and the triangle below them is transposed into what they leave free: the rectangular full packed
+    format (Gustavson, Waśniewski, Dongarra & Langou 2010). Of integers exactly, of floats to the bit, `unfold` is its inverse.
+    """
+    size, upper = len(total), (len(total) + 1) // 2
+    folded = total.new_empty(folded_shape(size))
+    even = 1 - size % 2
+    folded[:, even:] = total[:upper]
+    corner = folded[1 - even :, : size - upper]
+    corner.copy_(torch.where(_below(corner), total[upper:, upper:].T, corner))
+    return folded
+
+
+def unfold(folded: torch.Tensor, symmetric: bool = True) -> torch.Tensor:
+    """G [p, p] of its `fold`, exactly symmetric; or only its upper triangle, with zeros below."""
+    rows, columns = folded.shape
+    size = columns - 1 if columns == 2 * rows + 1 else columns
+    upper, even = (size + 1) // 2, 1 - size % 2
+    total = folded.new_zeros(size, size)
+    total[:upper] = folded[:, even:]
+    total[upper:, upper:] = folded[1 - even :, : size - upper].T
+    return mirror(total) if symmetric else total.triu_()
+
+
+def _below(corner: torch.Tensor) -> torch.Tensor:
+    """Where the transposed triangle lies in a corner [h, h]: on and below the diagonal."""
+    return torch.ones_like(corner, dtype=torch.bool).tril_()
 
 
 class exact_products:

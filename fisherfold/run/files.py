@@ -1,11 +1,13 @@
 """What identifies the files of an output: sizes and digests, in a manifest.
 
 A published output is a folder with a ``manifest.json`` that lists every file with its size and SHA-256. The digest of
-an output, or of a part of it, is the digest of that list, so naming an input costs no second read of the data.
+an output, or of a part of it, is the digest of that list, so naming an input costs no second read of the data. A file whose
+digest was taken while it was written, or that a unit's list holds already, is not read again for it, whatever it is linked to.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,18 @@ def digest_json(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+_known: dict[tuple[int, ...], str] = {}  # digests of files that this process wrote, or found listed
+
+
+def remember_digest(path: Path, digest: str) -> None:
+    """Note the SHA-256 of a finished file, which holds for every hard link to it until it is written again."""
+    _known[_identity(path.stat())] = digest
+
+
+def _identity(state: os.stat_result) -> tuple[int, ...]:
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
 def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file below `folder` (or of `names`), by relative path, sorted; a pointer is listed as its file."""
     found = (
@@ -95,4 +109,5 @@ def _describe_file(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
     path = folder / name
     if name.endswith(pointers.SUFFIX):
         return name.removesuffix(pointers.SUFFIX), pointers.describe_pointer(path)
-    return name, {"bytes": path.stat().st_size, "sha256": digest_file(path)}
+    state = path.stat()
+    return name, {"bytes": state.st_size, "sha256": _known.get(_identity(state)) or digest_file(path)}

@@ -76,7 +76,8 @@ class CaptureParams(ComputeBlock):
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Count = 2
     sequences_per_shard: Count = 8
-    gradients: Literal["none", "sketch", "exact"] = "sketch"
+    leaves: Count = 1
+    gradients: Literal["none", "sums", "sketch", "exact"] = "none"
     sketch_rank: Count = 32
     layers_per_pass: Count | None = None
     skip_nonfinite: bool = False

@@ -2,6 +2,7 @@
 
     artifacts/.locks/<stage>                            held while a process runs the stage; it stays
     artifacts/<stage>.partial/<fingerprint>/units/…      one folder a finished unit
+    artifacts/<stage>.partial/<fingerprint>/savepoints/…     of long units that are not finished, see fisherfold/run/savepoints.py
     artifacts/<stage>.partial/<fingerprint>/manifest.jsonl   one line a finished unit, written after its data is durable
     artifacts/<stage>.partial/<fingerprint>/out/         the finished output, hard-linked to artifacts/<stage>/
 
@@ -26,9 +27,10 @@ from fisherfold.run.determinism import computing_threads
 from fisherfold.run.disk import append_line, empty_folder, replace_folder, require_disk, sync_folder, sync_tree
 from fisherfold.run.engine import Files, Unit, current_engine
 from fisherfold.run.errors import WorkspaceBusy
-from fisherfold.run.files import MANIFEST, describe_files, digest_json, file_fault
+from fisherfold.run.files import MANIFEST, describe_files, digest_json, file_fault, remember_digest
 from fisherfold.run.locks import Held, locked
 from fisherfold.run.progress import announce, track
+from fisherfold.run.savepoints import SavepointPlace, save_seconds
 from fisherfold.run.source import code_digest
 from fisherfold.run.unit_work import (
     StageWork,
@@ -75,6 +77,7 @@ class Scratch:
         self.base = scratch_folder(workspace, stage)
         self.folder = self.base / self.fingerprint[:16]
         self.units = self.folder / "units"
+        self._savepoints = self.folder / "savepoints"
         self._manifest = self.folder / "manifest.jsonl"
 
     def __enter__(self) -> "Scratch":
@@ -82,9 +85,11 @@ class Scratch:
             stack.enter_context(lock_stage(self.workspace, self.stage))
             self.units.mkdir(parents=True, exist_ok=True)
             stack.enter_context(computing_threads(self.threads))
-            for abandoned in self.units.glob(".*.partial"):
+            for abandoned in (*self.units.glob(".*.partial"), *self._savepoints.glob("*/.*.partial")):
                 shutil.rmtree(abandoned, ignore_errors=True)
             self._finished = self._read_manifest()
+            for name, files in self._finished.items():
+                self._remember(name, files)
             self._held = stack.pop_all()
         return self
 
@@ -171,6 +176,24 @@ class Scratch:
     def _note(self, name: str, files: Files) -> None:
         append_line(self._manifest, json.dumps({"unit": name, "files": files}, sort_keys=True))
         self._finished[name] = files
+        self._remember(name, files)
+        shutil.rmtree(self._savepoints / name, ignore_errors=True)
+
+    def _remember(self, name: str, files: Files) -> None:
+        """Nothing that a unit's list describes is read again when it is published."""
+        for file, entry in files.items():
+            path = self.units / name / file
+            if path.is_file() and path.stat().st_size == entry["bytes"]:
+                remember_digest(path, entry["sha256"])
+
+    def savepoints(self, name: str) -> SavepointPlace:
+        """Where a long unit may keep what it has so far.
+
+        Raises:
+            ParameterError: the environment asks for an impossible number of seconds between them.
+        """
+        _check_name(name)
+        return SavepointPlace(self._savepoints / name, save_seconds())
 
     def drop(self, name: str, part: str) -> None:
         """Free the disk of one file of a finished unit, when other finished units contain it; the unit stays listed."""
@@ -216,7 +239,8 @@ class Scratch:
         partial.replace(self.folder / "out")
         sync_folder(self.folder)
         self._link_output()
-        shutil.rmtree(self.units, ignore_errors=True)
+        for used in (self.units, self._savepoints):
+            shutil.rmtree(used, ignore_errors=True)
         for other in self.base.iterdir():
             if other.is_dir() and other != self.folder:
                 shutil.rmtree(other)

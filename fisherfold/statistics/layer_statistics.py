@@ -6,7 +6,7 @@ at a token, G_s [n, m] its gradient for a sequence. All arrays are float32 on th
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from fisherfold.network.layers import LinearLayer, read_layers
 from fisherfold.run.errors import CorruptArtifact, InputError
 from fisherfold.run.store import read_array, read_in_turn
+from fisherfold.statistics.stored_sums import SUMS, restored
 
 FACTS_FILE = "capture.json"
 SHARD_NAME = re.compile(r"shard-\d{5,}")
@@ -53,8 +54,13 @@ class Statistics:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether per-sequence gradients, their mean and their squares were captured."""
+        """Whether the mean of the sequences' gradients, their squares and their norms were captured."""
         return self.facts["gradients"] != "none"
+
+    @property
+    def has_sequence_gradients(self) -> bool:
+        """Whether the gradient of every sequence was captured, too."""
+        return self.facts["gradients"] not in ("none", "sums")
 
     @property
     def has_tokens(self) -> bool:
@@ -99,8 +105,9 @@ class Statistics:
 
     def gradient_shards(self, layer: LinearLayer) -> Iterator[tuple[torch.Tensor, ...]]:
         """The gradients of each shard of S' sequences: (left [S', n, k], right [S', m, k]), or (gradient [S', n, m],)."""
+        self._require_gradients("the gradients of each sequence", ("sketch", "exact"))
         kinds = ("gradient",) if self.facts["gradients"] == "exact" else ("left", "right")
-        yield from read_in_turn(self._gradient_shards(), [f"{layer.name}/{kind}" for kind in kinds])
+        yield from read_in_turn(self._shards(), [f"{layer.name}/{kind}" for kind in kinds])
 
     def token_shards(self, layer: LinearLayer) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """The sampled tokens of each shard of S' sequences: x [S', t, m], d [S', t, n] and their positions [S', t].
@@ -116,17 +123,15 @@ class Statistics:
 
     def gradient_norms(self, layer: LinearLayer) -> torch.Tensor:
         """‖G_s‖² [S]."""
-        return torch.cat([read_array(shard, f"{layer.name}/norm") for shard in self._gradient_shards()])
+        self._require_gradients("the norms of gradients")
+        return torch.cat([read_array(shard, f"{layer.name}/norm") for shard in self._shards()])
 
     def energy_kept(self, layer: LinearLayer) -> torch.Tensor:
         """The share of ‖G_s‖² [S] that the sketch of each sequence keeps; 1 where gradients are exact."""
         if self.facts["gradients"] == "exact":
             return torch.ones(self.sequences)
-        return torch.cat([read_array(shard, f"{layer.name}/kept") for shard in self._gradient_shards()])
-
-    def _gradient_shards(self) -> list[Path]:
-        self._require_gradients("the gradients of each sequence")
-        return self._shards()
+        self._require_gradients("sketches", ("sketch",))
+        return torch.cat([read_array(shard, f"{layer.name}/kept") for shard in self._shards()])
 
     def _shards(self) -> list[Path]:
         shards = self.facts["shards"]
@@ -137,10 +142,11 @@ class Statistics:
     def _read(self, name: str, kind: str, of_gradients: bool = False) -> torch.Tensor:
         if of_gradients:
             self._require_gradients(kind)
-        return read_array(self.folder / "statistics", f"{name}/{kind}")
+        return restored(kind, read_array(self.folder / SUMS, f"{name}/{kind}"))
 
-    def _require_gradients(self, what: str) -> None:
-        if not self.has_gradients:
+    def _require_gradients(self, what: str, forms: Sequence[str] = ("sums", "sketch", "exact")) -> None:
+        if self.facts["gradients"] not in forms:
             raise InputError(
-                f"{self.folder} holds no {what}: capture.gradients is 'none'. Set it to 'sketch' or 'exact'."
+                f"{self.folder} holds no {what}: capture.gradients is {self.facts['gradients']!r}. Set it to "
+                f"{' or '.join(map(repr, forms))}."
             )

@@ -5,90 +5,22 @@ X [T, m] and D [T, n] those of one sequence, G = D^T X [n, m] the sequence's gra
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
-from fisherfold.linalg.gram import add_gram, exact_products, mirror
-from fisherfold.linalg.sketch import GradientBatch, gaussian_probes, products_need_gradient, sketch, sketch_width
+from fisherfold.linalg.gram import add_gram, exact_products
+from fisherfold.linalg.sketch import GradientBatch
 from fisherfold.network.gradient_pass import GradientPass, gradient_pass
 from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, input_gradient_hooks, linear_modules
 from fisherfold.run.errors import InputError
-from fisherfold.run.registry import Registry
+from fisherfold.statistics.gradient_forms import Arrays, GradientForm
+from fisherfold.statistics.stored_sums import restored, stored
 from fisherfold.statistics.token_sample import TokenSample
 
 ROWS_IN_CACHE = 256
-
-Arrays = dict[str, torch.Tensor]
-Shapes = dict[str, tuple[int, ...]]
-
-
-class GradientForm(Protocol):
-    """The form in which each sequence's gradient of one layer is kept.
-
-    Args:
-        layer: the layer.
-        rank: capture.sketch_rank.
-        seed: capture.seed.
-    """
-
-    def __init__(self, layer: LinearLayer, rank: int, seed: int) -> None: ...
-
-    @staticmethod
-    def shapes(layer: LinearLayer, rank: int) -> Shapes:
-        """Shape of every array that is kept for one sequence."""
-
-    def needs_gradients(self, tokens: int) -> bool:
-        """Whether the gradients of sequences of T = `tokens` must be written out, all of a batch at once."""
-
-    def arrays(self, batch: GradientBatch) -> Arrays:
-        """What is kept of a batch, with its G written out if needed."""
-
-
-GRADIENT_FORMS: Registry[type[GradientForm] | None] = Registry("capture.gradients")
-GRADIENT_FORMS.register("none")(None)
-
-
-@GRADIENT_FORMS.register("sketch")
-class SketchedGradient:
-    """left [n, k] and right [m, k] with G ~ left right^T, and the share of ||G||_F^2 that they keep."""
-
-    def __init__(self, layer: LinearLayer, rank: int, seed: int) -> None:
-        self.layer = layer
-        self.probes = gaussian_probes(layer.outputs, layer.inputs, rank, seed, layer.name)
-
-    @staticmethod
-    def shapes(layer: LinearLayer, rank: int) -> Shapes:
-        width = sketch_width(layer.outputs, layer.inputs, rank)
-        return {"left": (layer.outputs, width), "right": (layer.inputs, width), "kept": ()}
-
-    def needs_gradients(self, tokens: int) -> bool:
-        return products_need_gradient(tokens, self.layer.outputs, self.layer.inputs)
-
-    def arrays(self, batch: GradientBatch) -> Arrays:
-        self.probes = self.probes.to(batch.D)
-        return sketch(batch, self.probes)._asdict()
-
-
-@GRADIENT_FORMS.register("exact")
-class ExactGradient:
-    """The gradient [n, m] itself."""
-
-    def __init__(self, layer: LinearLayer, rank: int, seed: int) -> None:
-        pass
-
-    @staticmethod
-    def shapes(layer: LinearLayer, rank: int) -> Shapes:
-        return {"gradient": (layer.outputs, layer.inputs)}
-
-    def needs_gradients(self, tokens: int) -> bool:
-        return True
-
-    def arrays(self, batch: GradientBatch) -> Arrays:
-        return {"gradient": batch.G}
 
 
 class InputSums:
@@ -121,8 +53,8 @@ class InputSums:
         return [self.gram] if self.gradient_gram is None else [self.gram, self.gradient_gram]
 
     def arrays(self) -> Arrays:
-        names = ("input_gram", "gradient_gram")
-        return {"input_abs": self.absolute, **{name: mirror(gram) for name, gram in zip(names, self.grams())}}
+        """The sums themselves, of symmetric ones the upper triangle."""
+        return {"input_abs": self.absolute, **dict(zip(("input_gram", "gradient_gram"), self.grams()))}
 
 
 class OutputSums:
@@ -177,7 +109,7 @@ class OutputSums:
         return [self.gram]
 
     def arrays(self) -> Arrays:
-        arrays = {"output_gram": mirror(self.gram)}
+        arrays = {"output_gram": self.gram}
         if self.form is not None:
             arrays["gradient_sum"] = self.gradient
             arrays["fisher_inputs"] = self.squares_by_input
@@ -225,6 +157,7 @@ class ModelSums:
         self.inputs: dict[str, InputSums] = {}
         self.samples: dict[str, TokenSample] = {}
         self.positions: list[torch.Tensor] = []
+        self._reached: set[str] = set()  # before the sums were restored
         groups = by_group(layers)
         self.shared = {
             name: [self.modules[layer.name] for layer in group] for name, group in groups.items() if len(group) > 1
@@ -270,10 +203,20 @@ class ModelSums:
         return all(bool(gram.diagonal().isfinite().all()) for each in sums for gram in each.grams())
 
     def arrays(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All sums by name, ``<group>/input_gram`` and so on; completes the Grams, so add nothing more."""
+        """All sums by name, ``<group>/input_gram`` and so on; of symmetric ones the `fold`."""
+        for name, kind, values in self._sums():
+            yield f"{name}/{kind}", stored(kind, values)
+
+    def restore(self, read: Callable[[str], torch.Tensor], unreached: Sequence[str]) -> None:
+        """Go on from the arrays that `read` gives by name, and from what `unreached` said then."""
+        for name, kind, values in self._sums():
+            values.copy_(restored(kind, read(f"{name}/{kind}"), whole=False))
+        self._reached = self.outputs.keys() - set(unreached)
+
+    def _sums(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         for parts in (self.inputs, self.outputs):
             for name, sums in parts.items():
-                yield from ((f"{name}/{kind}", values) for kind, values in sums.arrays().items())
+                yield from ((name, kind, values) for kind, values in sums.arrays().items())
 
     def take_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What is kept of each sequence since the last call, [S', ...] by name: ``<layer>/left`` and so on."""
@@ -286,7 +229,7 @@ class ModelSums:
 
     def unreached(self) -> list[str]:
         """Layers that no gradient came to."""
-        return [name for name, sums in self.outputs.items() if sums.tokens == 0]
+        return [name for name, sums in self.outputs.items() if sums.tokens == 0 and name not in self._reached]
 
     def _on_forward(self, name: str, x: torch.Tensor, output: torch.Tensor) -> None:
         if name in self.inputs:

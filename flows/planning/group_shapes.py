@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from fisherfold.network.layers import LinearLayer, by_group
+from fisherfold.network.layers import LinearLayer
+from fisherfold.run.group_writer import GroupSize
 from fisherfold.run.params import CaptureParams
-from fisherfold.run.store import GroupSize
-from fisherfold.statistics.layer_sums import Shapes
-from fisherfold.statistics.shard import kept_dtypes, kept_shapes, rows_per_chunk
+from fisherfold.statistics.gradient_forms import Shapes
+from fisherfold.statistics.kept import kept_dtypes, kept_shapes, rows_per_chunk
 
 
 def group_bytes(shapes: Shapes) -> int:
@@ -20,22 +20,6 @@ def group_bytes(shapes: Shapes) -> int:
     for name, shape in shapes.items():
         size.array(name, shape)
     return size.total
-
-
-def sum_shapes(layers: Sequence[LinearLayer], gradients: bool) -> Shapes:
-    """Shapes of what stage `capture` sums up, by name."""
-    shapes: Shapes = {}
-    shared = {name for name, members in by_group(layers).items() if len(members) > 1}
-    for layer in layers:
-        n, m, name = layer.outputs, layer.inputs, layer.name
-        if layer.group == name:
-            shapes |= {f"{name}/input_abs": (m,), f"{name}/input_gram": (m, m)}
-        if name in shared:
-            shapes[f"{name}/gradient_gram"] = (m, m)
-        shapes[f"{name}/output_gram"] = (n, n)
-        if gradients:
-            shapes |= {f"{name}/gradient_sum": (n, m), f"{name}/fisher_inputs": (m,), f"{name}/fisher_outputs": (n,)}
-    return shapes
 
 
 def kept_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: int, length: int) -> int:

@@ -15,21 +15,24 @@ from shuffled import Shuffled
 from tiny import VOCABULARY, random_ids, tiny_workspace
 
 from fisherfold.network.models import load_model
-from fisherfold.run import disk, scratch, unit_work
+from fisherfold.run import disk, savepoints, scratch, unit_work
 from fisherfold.run.engine import use_engine
-from fisherfold.run.errors import CorruptArtifact, InputError, NotEnoughDisk, NumericalError
+from fisherfold.run.errors import CorruptArtifact, InputError, NotEnoughDisk, NumericalError, ParameterError
 from fisherfold.run.files import read_manifest, verify_output
+from fisherfold.run.group_writer import SUFFIX, group_file
 from fisherfold.run.params import CaptureParams
-from fisherfold.run.store import SUFFIX, array_names, group_file, read_array
+from fisherfold.run.store import array_names, read_array
 from fisherfold.run.tables import write_sequences
 from fisherfold.run.workspace import Workspace
-from fisherfold.statistics import shard
+from fisherfold.statistics import kept, leaf, shard
 from fisherfold.statistics.layer_statistics import Statistics
 from fisherfold.statistics.token_sample import sample_positions
 from stages import capture
 
 SEQUENCES = 7
-PARAMS = CaptureParams(batch_size=2, sequences_per_shard=2, sketch_rank=4, tokens_per_sequence=3, knowledge_questions=0)
+PARAMS = CaptureParams(
+    batch_size=2, sequences_per_shard=2, gradients="sketch", sketch_rank=4, tokens_per_sequence=3, knowledge_questions=0
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,19 +131,12 @@ def test_sharded_equals_unsharded(workspace, captured):
     assert_near(statistics_of(workspace, sequences_per_shard=100), sums_in(captured))
 
 
-def test_many_shards_equal_few_and_free_their_disk(workspace, captured, monkeypatch):
-    waiting, held = [], []
-    drop = capture.Scratch.drop
-
-    def watched(run, *arguments):
-        waiting.append(len(list(run.units.glob(f"*/statistics{SUFFIX}"))))
-        drop(run, *arguments)
-        held.extend(link for link in open_files() if "(deleted)" in link)
-
-    monkeypatch.setattr(capture.Scratch, "drop", watched)
+def test_one_sequence_a_shard_equals_many_and_leaves_no_file_open(workspace, captured, monkeypatch):
+    monkeypatch.setenv("FISHERFOLD_SAVE_SECONDS", "0")
     assert_near(statistics_of(workspace, sequences_per_shard=1, batch_size=8), sums_in(captured))
-    assert max(waiting) <= 4  # 7 shards: log2 + 1 parts and their sum
-    assert not held  # an open file keeps its disk though it is removed
+    assert not [
+        link for link in open_files() if "(deleted)" in link
+    ]  # an open file keeps its disk though it is removed
 
 
 def open_files() -> list[str]:
@@ -150,21 +146,37 @@ def open_files() -> list[str]:
     return [link for link in links if "artifacts" in link]
 
 
+def test_leaves_add_up_to_the_same_sums_and_free_their_disk(workspace, captured, monkeypatch):
+    held, drop = [], capture.Scratch.drop
+
+    def watched(run, *arguments):
+        held.append(len(list(run.units.glob(f"*/statistics{SUFFIX}"))))
+        drop(run, *arguments)
+
+    monkeypatch.setattr(capture.Scratch, "drop", watched)
+    assert_near(statistics_of(workspace, leaves=3), sums_in(captured))
+    assert held == [4, 3, 2]  # three leaves and their sum
+    assert tokens_of(workspace).keys() == tokens_of(captured).keys()
+
+
 def test_layers_in_several_passes_give_the_same_bits(workspace, captured):
     statistics_of(workspace, layers_per_pass=5)
     assert_same_bits(workspace, captured)
 
 
-@pytest.mark.parametrize("gradients", ["none", "exact"])
+@pytest.mark.parametrize("gradients", ["none", "sums", "exact"])
 def test_other_forms_of_gradients(workspace, captured, gradients):
     found, sketched = statistics_of(workspace, gradients=gradients), sums_in(captured)
     assert all(torch.equal(values, sketched[name]) for name, values in found.items())
     reader = Statistics(workspace.out("capture"))
     layer = reader.layers[0]
     assert_formula_counts(workspace, gradients)
-    if gradients == "none":
-        assert not reader.has_gradients and reader.has_tokens
-        with pytest.raises(InputError, match=r"capture\.gradients is 'none'"):
+    assert reader.has_gradients == (gradients != "none") and reader.has_tokens
+    assert reader.has_sequence_gradients == (gradients == "exact")
+    if gradients == "sums":
+        assert torch.equal(reader.gradient_norms(layer), Statistics(captured.out("capture")).gradient_norms(layer))
+    if gradients != "exact":
+        with pytest.raises(InputError, match=rf"capture\.gradients is '{gradients}'. Set it to 'sketch' or 'exact'"):
             list(reader.gradient_shards(layer))
     else:
         G = torch.cat([gradient for (gradient,) in reader.gradient_shards(layer)])
@@ -181,7 +193,7 @@ def assert_formula_counts(workspace: Workspace, gradients: str, tokens: int = PA
         for folders in (groups(workspace)[:1], groups(workspace)[1:])
     )
     params = PARAMS.model_copy(update={"gradients": gradients, "tokens_per_sequence": tokens})
-    assert capture.disk_bytes(Statistics(out).layers, params, SEQUENCES) == of_gradients + 4 * of_sums
+    assert capture.disk_bytes(Statistics(out).layers, params, SEQUENCES) == of_gradients + 2 * of_sums
 
 
 def test_without_gradients_and_tokens_nothing_is_kept_of_a_sequence(workspace):
@@ -251,14 +263,16 @@ def test_all_tokens_are_kept_if_that_many_are_asked_for(workspace):
 def test_disk_formula_counts_every_number(captured):
     assert_formula_counts(captured, "sketch")
     layers = Statistics(captured.out("capture")).layers
-    sliced = PARAMS.model_copy(update={"layers_per_pass": 4})
-    once = PARAMS.model_copy(update={"sequences_per_shard": 100})
-    joined_twice = 2 * capture.disk_bytes(layers, once, SEQUENCES)
-    assert capture.disk_bytes(layers, sliced, SEQUENCES) == joined_twice
+    sums, more = capture.sums_bytes(layers, PARAMS), capture.disk_bytes(layers, PARAMS, SEQUENCES)
+    of_leaves = {"leaves": 3}, {"leaves": 9}, {"layers_per_pass": 4}
+    found = [capture.disk_bytes(layers, PARAMS.model_copy(update=changes), SEQUENCES) - more for changes in of_leaves]
+    assert found[:2] == [3 * sums, 4 * sums]  # 4 shards
+    assert -sums < found[2] < 0  # savepoints of one slice at a time
+    assert capture.disk_bytes(layers, PARAMS, SEQUENCES, at_once=2) == more + sums
 
 
 def test_gradients_are_written_before_memory_fills(workspace, captured, monkeypatch):
-    monkeypatch.setattr(shard, "HELD_BYTES", 1)
+    monkeypatch.setattr(kept, "HELD_BYTES", 1)
     capture.run(workspace, PARAMS.model_copy(update={"sequences_per_shard": 100}))
     whole, parts = Statistics(workspace.out("capture")), Statistics(captured.out("capture"))
     for layer in whole.layers:
@@ -266,12 +280,24 @@ def test_gradients_are_written_before_memory_fills(workspace, captured, monkeypa
         assert torch.equal(left, torch.cat([left for left, _ in parts.gradient_shards(layer)]))
 
 
+@pytest.fixture(scope="module")
+def in_leaves(prepared, tmp_path_factory) -> Workspace:
+    """After an uninterrupted `capture` in leaves, one after the other."""
+    root = tmp_path_factory.mktemp("in-leaves") / "w"
+    shutil.copytree(prepared.root, root)
+    capture.run(Workspace(root), LEAVES)
+    return Workspace(root)
+
+
+LEAVES = PARAMS.model_copy(update={"leaves": 3, "layers_per_pass": 8})
+
+
 @pytest.mark.parametrize("slots", [2, 3])
-def test_capture_in_waves_gives_the_same_bits(workspace, captured, slots):
+def test_leaves_in_any_order_give_the_same_bits(workspace, in_leaves, slots):
     engine = Shuffled(slots, seed=slots)
     with use_engine(engine):
-        capture.run(workspace, PARAMS)
-    assert_same_bits(workspace, captured)
+        capture.run(workspace, LEAVES)
+    assert_same_bits(workspace, in_leaves)
     assert len(engine.given_out) == len(set(engine.given_out)) > 2
 
 
@@ -279,11 +305,12 @@ class Killed(BaseException):
     pass
 
 
-def test_killed_anywhere_it_resumes_with_the_same_bits(workspace, captured, monkeypatch):
-    """Ends the run at the 1st, 3rd, 5th … of its durable steps, each run going on from the one before."""
-    params = PARAMS.model_copy(update={"layers_per_pass": 8})
+@pytest.mark.parametrize("seconds", ["0", "1e9"])
+def test_killed_anywhere_it_resumes_with_the_same_bits(workspace, in_leaves, monkeypatch, seconds):
+    """Ends the run at the 1st, 4th, 7th … of its durable steps, each run going on from the one before."""
+    monkeypatch.setenv("FISHERFOLD_SAVE_SECONDS", seconds)
     sync = disk.sync_folder
-    for fatal in itertools.count(1, 2):
+    for fatal in itertools.count(1, 3):
         calls = itertools.count(1)
 
         def deadly(path, fatal=fatal, calls=calls):
@@ -292,42 +319,80 @@ def test_killed_anywhere_it_resumes_with_the_same_bits(workspace, captured, monk
             sync(path)
 
         with monkeypatch.context() as patch:
-            for module in (disk, scratch, unit_work):
+            for module in (disk, scratch, savepoints, unit_work):
                 patch.setattr(module, "sync_folder", deadly)
-            patch.setattr(unit_work, "sync_tree", lambda folder: None)
+            for module in (savepoints, unit_work):
+                patch.setattr(module, "sync_tree", lambda folder: None)
             patch.setattr(os, "fsync", lambda descriptor: None)  # dozens of runs should not wait for the disk
             try:
-                capture.run(workspace, params)
+                capture.run(workspace, LEAVES)
                 break
             except Killed:
                 continue
     assert fatal > 5
+    assert_same_bits(workspace, in_leaves)
+
+
+def test_a_savepoint_is_gone_on_from_and_changes_no_bit(workspace, captured, monkeypatch):
+    monkeypatch.setenv("FISHERFOLD_SAVE_SECONDS", "0")
+    add, added = leaf.add_shard, []
+
+    def killed_in_the_last(sums, folder, *arguments):
+        if len(added) == 3:
+            raise Killed
+        added.append(folder.name)
+        return add(sums, folder, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(leaf, "add_shard", killed_in_the_last)
+        with pytest.raises(Killed):
+            capture.run(workspace, PARAMS)
+    states = workspace.artifacts.glob("capture.partial/*/savepoints/*/*")
+    assert [state.name for state in states] == ["00000003"]  # the newest alone
+
+    def noted(sums, folder, *arguments):
+        added.append(folder.name)
+        return add(sums, folder, *arguments)
+
+    monkeypatch.setattr(leaf, "add_shard", noted)
+    capture.run(workspace, PARAMS)
+    assert added == [f"shard-{i:05d}" for i in range(4)]
     assert_same_bits(workspace, captured)
+    assert read_manifest(workspace.out("capture")) == read_manifest(captured.out("capture"))
+    assert not list(workspace.artifacts.glob("capture.partial/*/savepoints"))
+
+
+def test_seconds_between_savepoints_are_checked(workspace, monkeypatch):
+    monkeypatch.setenv("FISHERFOLD_SAVE_SECONDS", "soon")
+    with pytest.raises(ParameterError, match="FISHERFOLD_SAVE_SECONDS='soon'"):
+        capture.run(workspace, PARAMS)
 
 
 KILLED = """
 import itertools, os, signal, sys
 from pathlib import Path
 from stages import capture
-from fisherfold.run import store
+from fisherfold.run import group_writer
 from fisherfold.run.params import CaptureParams
 from fisherfold.run.workspace import Workspace
-calls, write = itertools.count(1), store.ChunkWriter._write
+calls, write = itertools.count(1), group_writer.ChunkWriter._write
 def deadly(*arguments):
     if next(calls) == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(*arguments)
-store.ChunkWriter._write = deadly
+group_writer.ChunkWriter._write = deadly
 capture.run(Workspace(Path(sys.argv[1])), CaptureParams.model_validate_json(sys.argv[2]))
 """
 
 
 def test_killed_by_a_signal_in_a_later_shard_it_resumes_with_the_same_bits(workspace, captured):
     arguments = [str(workspace.root), PARAMS.model_dump_json(), "400"]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True)
+    environment = {**os.environ, "FISHERFOLD_SAVE_SECONDS": "0"}
+    command = [sys.executable, "-c", KILLED, *arguments]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    units = workspace.artifacts.glob("capture.partial/*/units/*")
-    assert any(unit.suffix != ".partial" for unit in units) and not workspace.out("capture").exists()
+    states = workspace.artifacts.glob("capture.partial/*/savepoints/*/*")
+    assert [state.name for state in states if state.name.isdigit()] and not workspace.out("capture").exists()
     capture.run(workspace, PARAMS)
     assert_same_bits(workspace, captured)
     assert read_manifest(workspace.out("capture")) == read_manifest(captured.out("capture"))

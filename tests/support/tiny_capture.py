@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from fisherfold.network.layers import LinearLayer, write_layers
 from fisherfold.run.disk import empty_folder
 from fisherfold.run.files import MANIFEST, describe_files
-from fisherfold.run.store import write_arrays
+from fisherfold.run.group_writer import write_arrays
 from fisherfold.run.workspace import Workspace
+from fisherfold.statistics.stored_sums import stored
 
 LAYERS = (
     LinearLayer("block.q", 5, 6, False, False, "block.q"),
@@ -115,7 +116,7 @@ def _statistics(tiny: TinyCapture, layer: LinearLayer, form: str) -> dict[str, t
             f"{layer.name}/fisher_inputs": (G * G).sum((0, 1)),
             f"{layer.name}/fisher_outputs": (G * G).sum((0, 2)),
         }
-    return {name: array.float() for name, array in arrays.items()}
+    return {name: stored(name.rpartition("/")[2], array.float()) for name, array in arrays.items()}
 
 
 def input_gradients(tiny: TinyCapture, group: str) -> torch.Tensor:

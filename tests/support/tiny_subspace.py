@@ -13,9 +13,9 @@ from fisherfold.allocators.cost import choose_storage
 from fisherfold.network.layers import LinearLayer, find_layers, read_layers, write_layers
 from fisherfold.network.models import load_model, read_weight
 from fisherfold.network.sites import Site, find_sites, read_sites
+from fisherfold.run.group_writer import write_arrays
 from fisherfold.run.params import CaptureParams, PrepareParams, RanksParams, SubspaceParams
 from fisherfold.run.scratch import Scratch
-from fisherfold.run.store import write_arrays
 from fisherfold.run.tables import write_sequences
 from fisherfold.run.workspace import Workspace
 from stages.ranks import ranks_table

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fisherfold.linalg.gram import add_gram, exact_products, mirror
+from fisherfold.linalg.gram import add_gram, exact_products, fold, folded_shape, mirror, unfold
 
 
 def gram_of(batches: list[torch.Tensor]) -> torch.Tensor:
@@ -54,3 +54,14 @@ def test_float32_products_keep_their_precision():
     rows = torch.full((1, 1), 1 + 2**-12)
     with exact_products(rows):
         assert (rows.T @ rows).item() == pytest.approx((1 + 2**-12) ** 2, rel=1e-7)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 600, 601])
+def test_a_folded_gram_is_half_the_numbers_and_unfolds_to_the_bit(size):
+    total = torch.randn(size, size)
+    folded = fold(total)
+    assert tuple(folded.shape) == folded_shape(size) and folded.numel() == size * (size + 1) // 2
+    upper = total.triu()
+    assert torch.equal(unfold(folded, symmetric=False), upper)
+    assert torch.equal(unfold(folded), upper + total.triu(1).T)
+    assert torch.equal(fold(unfold(folded)), folded)

@@ -20,19 +20,11 @@ from tiny import tiny_workspace
 from fisherfold.run import objects, scratch, unit_work
 from fisherfold.run.errors import CorruptArtifact, FisherfoldError, StoreError
 from fisherfold.run.files import describe_files, read_manifest, verify_output
+from fisherfold.run.group_writer import GroupWriter, RowWriter, group_file, write_arrays
 from fisherfold.run.object_group import SMALL, ObjectGroup
 from fisherfold.run.params import CaptureParams
 from fisherfold.run.pointers import StoredObject, pointer_file, read_pointer, write_pointer
-from fisherfold.run.store import (
-    GroupWriter,
-    RowWriter,
-    array_names,
-    gather_groups,
-    group_file,
-    offload_group,
-    read_array,
-    write_arrays,
-)
+from fisherfold.run.store import array_names, gather_groups, offload_group, read_array
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics.layer_statistics import Statistics
 from flows.storage import check_store, clean_store, unnamed_objects
@@ -338,7 +330,7 @@ def test_fields_of_a_pointer_are_checked(tmp_path, field, value):
         read_pointer(pointer_file(tmp_path / "x"))
 
 
-PARAMS = CaptureParams(batch_size=2, sequences_per_shard=2, sketch_rank=4)
+PARAMS = CaptureParams(batch_size=2, sequences_per_shard=2, gradients="sketch", sketch_rank=4)
 
 
 @pytest.fixture(scope="module")

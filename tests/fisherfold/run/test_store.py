@@ -7,19 +7,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from zarr.storage import ZipStore
 
-from fisherfold.run import store
+from fisherfold.run import files, group_writer, store
 from fisherfold.run.errors import CorruptArtifact
-from fisherfold.run.store import (
+from fisherfold.run.files import describe_files, digest_file
+from fisherfold.run.group_writer import (
+    CHUNK_BYTES,
     GroupSize,
     GroupWriter,
     RowWriter,
-    array_names,
     chunk_shape,
-    gather_groups,
     group_file,
-    read_array,
     write_arrays,
 )
+from fisherfold.run.store import array_names, gather_groups, parts_folder, read_array
 
 DTYPES = [np.float32, np.float64, np.float16, np.int64, np.int32, np.uint8, np.bool_]
 
@@ -32,7 +32,7 @@ DTYPES = [np.float32, np.float64, np.float16, np.int64, np.int32, np.uint8, np.b
 def test_zarr_reads_what_is_written(tmp_path_factory, values, chunk_bytes):
     folder = tmp_path_factory.mktemp("group")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(group_writer, "CHUNK_BYTES", chunk_bytes)
         write_arrays(folder, {"a/b": torch.from_numpy(values)})
     array = zarr.open_group(store=ZipStore(group_file(folder), mode="r"), mode="r")["a/b"]
     np.testing.assert_array_equal(array[...], values)
@@ -68,6 +68,46 @@ def test_gathered_groups_hold_all_arrays_and_one_alone_is_linked(tmp_path):
     assert torch.equal(read_array(tmp_path / "both", "two/x"), torch.ones(3))
     gather_groups(tmp_path / "alone", [tmp_path / "one"])
     assert group_file(tmp_path / "alone").stat().st_nlink == 2
+
+
+def test_large_groups_are_gathered_by_links_and_small_ones_share_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "LINKED_BYTES", 2000)
+    values = {f"layer.{i}/x": torch.randn(600 if i % 2 else 6) for i in range(5)}
+    for name, tensor in values.items():
+        write_arrays(tmp_path / name.replace("/", "-"), {name: tensor})
+    gather_groups(tmp_path / "all", [tmp_path / name.replace("/", "-") for name in values])
+    parts = sorted(parts_folder(tmp_path / "all").iterdir())
+    assert [path.name for path in parts] == [f"{i:05d}.zarr.zip" for i in range(3)]
+    assert [path.stat().st_nlink for path in parts] == [2, 2, 1]
+    assert array_names(tmp_path / "all") == sorted(values)
+    for name, tensor in values.items():
+        assert torch.equal(read_array(tmp_path / "all", name), tensor)
+        assert torch.equal(read_array(tmp_path / "all", name, slice(2, 4)), tensor[2:4])
+    with pytest.raises(CorruptArtifact, match="no array"):
+        read_array(tmp_path / "all", "layer.9/x")
+
+
+def test_a_written_group_is_not_read_again_to_be_described(tmp_path, monkeypatch):
+    write_arrays(tmp_path / "a" / "x", {"y": torch.randn(100)})
+    expected = digest_file(group_file(tmp_path / "a" / "x"))
+    gather_groups(tmp_path / "b" / "x", [tmp_path / "a" / "x"])
+    monkeypatch.setattr(files, "digest_file", None)
+    assert [describe_files(tmp_path / side)["x.zarr.zip"]["sha256"] for side in "ab"] == [expected] * 2
+
+
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=3, max_side=9)),
+    st.sampled_from([1, 40, 10**6]),
+    st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_part_of_an_array_is_numpy_s(tmp_path_factory, values, chunk_bytes, data):
+    folder = tmp_path_factory.mktemp("group")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group_writer, "CHUNK_BYTES", chunk_bytes)
+        write_arrays(folder, {"x": torch.from_numpy(values)})
+    where = data.draw(st.one_of(st.slices(len(values)), st.integers(0, len(values) - 1)))
+    np.testing.assert_array_equal(read_array(folder, "x", where).numpy(), values[where])
 
 
 def test_same_arrays_are_the_same_bytes_and_a_rewritten_group_is_a_new_file(tmp_path):
@@ -128,7 +168,7 @@ def test_the_size_of_a_group_is_known_before_it_is_written(tmp_path_factory, sha
     folder = tmp_path_factory.mktemp("group")
     size = GroupSize()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(group_writer, "CHUNK_BYTES", chunk_bytes)
         write_arrays(folder, {f"layer.{i}/x": torch.zeros(shape) for i, shape in enumerate(shapes)})
         for i, shape in enumerate(shapes):
             size.array(f"layer.{i}/x", shape)
@@ -136,7 +176,7 @@ def test_the_size_of_a_group_is_known_before_it_is_written(tmp_path_factory, sha
 
 
 def test_the_size_of_a_large_group_counts_its_wide_offsets(tmp_path, monkeypatch):
-    monkeypatch.setattr(store.zipfile, "ZIP64_LIMIT", 4000)
+    monkeypatch.setattr(group_writer.zipfile, "ZIP64_LIMIT", 4000)
     size = GroupSize()
     write_arrays(tmp_path, {f"layer.{i}/x": torch.zeros(100) for i in range(20)})
     for i in range(20):
@@ -161,4 +201,4 @@ def test_chunks_waste_less_than_a_row_each_and_stay_small(rows, columns):
     height, width = chunk_shape((rows, columns), 4)
     parts = -(-rows // height)
     assert width == columns and parts * height - rows < max(parts, 2)
-    assert 4 * height * width <= store.CHUNK_BYTES + 4 * columns
+    assert 4 * height * width <= CHUNK_BYTES + 4 * columns

@@ -18,7 +18,7 @@ from fisherfold.statistics.knowledge import TABLE, encode_answer
 from fisherfold.statistics.layer_statistics import Statistics
 from stages import capture
 
-PARAMS = CaptureParams(sketch_rank=2, tokens_per_sequence=2, knowledge_questions=4)
+PARAMS = CaptureParams(gradients="sketch", sketch_rank=2, tokens_per_sequence=2, knowledge_questions=4)
 
 
 def test_mass_is_that_of_the_answers_weight_gradients(tmp_path):

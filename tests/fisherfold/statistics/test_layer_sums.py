@@ -8,7 +8,9 @@ from toy_model import VOCABULARY, ToyModel
 
 from fisherfold.network.layers import LinearLayer, find_layers
 from fisherfold.run.errors import InputError
-from fisherfold.statistics.layer_sums import GRADIENT_FORMS, ModelSums
+from fisherfold.statistics.gradient_forms import GRADIENT_FORMS
+from fisherfold.statistics.layer_sums import ModelSums
+from fisherfold.statistics.stored_sums import restored
 
 SEQUENCES, LENGTH = 5, 12
 
@@ -22,7 +24,8 @@ def sums_of(model: nn.Module, ids: torch.Tensor, form: str = "exact", batch: int
 
 
 def arrays_of(sums: ModelSums) -> dict[str, torch.Tensor]:
-    return dict(sums.arrays()) | dict(sums.take_gradients())
+    found = {name: restored(name.rpartition("/")[2], values) for name, values in sums.arrays()}
+    return found | dict(sums.take_gradients())
 
 
 def weight_gradients(model: nn.Module, ids: torch.Tensor, layers: list[LinearLayer]) -> dict[str, torch.Tensor]:

@@ -1,52 +1,40 @@
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from fisherfold.run.store import array_names, read_array, write_arrays
-from fisherfold.statistics.tree_sum import Part, Step, add_parts, parts_at_once, summation_tree
+from fisherfold.run.group_writer import write_arrays
+from fisherfold.run.store import array_names, read_array
+from fisherfold.statistics.tree_sum import ADDED_BYTES, add_leaves, cut_leaves, portions
 
 
-@given(st.integers(1, 300))
-def test_every_shard_is_summed_once_with_few_parts_waiting(shards):
-    waiting: set[Part] = set()
-    most = 0
-    for part, terms, after in summation_tree(shards):
-        assert set(after) <= waiting
-        most = max(most, len(waiting) + 1)
-        if terms:
-            left, right = terms
-            assert left in waiting and right in waiting
-            assert left.last + 1 == right.first and part == Part(left.first, right.last)
-        waiting = waiting - set(terms) | {part}
-    assert waiting == {Part(0, shards - 1)}
-    assert most == parts_at_once(shards)
+@given(st.integers(1, 300), st.integers(1, 40))
+def test_leaves_hold_every_shard_once_and_are_about_equal(shards, leaves):
+    cut = cut_leaves(shards, leaves)
+    assert [shard for leaf in cut for shard in range(leaf.first, leaf.last + 1)] == list(range(shards))
+    lengths = [leaf.shards for leaf in cut]
+    assert len(cut) == min(shards, leaves) and max(lengths) - min(lengths) <= 1 and min(lengths) > 0
 
 
-@settings(max_examples=200)
-@given(st.integers(1, 40), st.integers(1, 5), st.randoms(use_true_random=False))
-def test_waves_make_the_same_parts_with_a_bounded_number_waiting(shards, at_once, random):
-    """`at_once` workers take the first step that is possible; whichever ends next is drawn."""
-    pending = list(summation_tree(shards, at_once))
-    assert [step[:2] for step in pending] == [step[:2] for step in summation_tree(shards)]
-    made: set[Part] = set()
-    waiting: set[Part] = set()
-    working: list[Step] = []
-    while pending or working:
-        while (possible := [step for step in pending if made.issuperset(step.after)]) and len(working) < at_once:
-            pending.remove(possible[0])
-            working.append(possible[0])
-        assert len(waiting) + len(working) <= parts_at_once(shards, at_once)
-        part, terms, _ = working.pop(random.randrange(len(working)))
-        made.add(part)
-        waiting = waiting - set(terms) | {part}
-    assert waiting == {Part(0, shards - 1)}
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("of", [1, 2])
+def test_portions_add_up_every_array_in_a_fixed_tree(tmp_path, count, of):
+    arrays = [{f"{name}/x": torch.randn(7) for name in "abc"} for _ in range(count)]
+    for number, leaf in enumerate(arrays):
+        write_arrays(tmp_path / str(number) / "sums", leaf)
+    leaves = [tmp_path / str(number) for number in range(count)]
+    for portion in range(of):
+        add_leaves(tmp_path / f"whole-{portion}", "sums", leaves, portion, of)
+    groups = [tmp_path / f"whole-{portion}" / "sums" for portion in range(of)]
+    assert sorted(name for group in groups for name in array_names(group)) == sorted(arrays[0])
+    for group in groups:
+        for name in array_names(group):
+            terms = [leaf[name] for leaf in arrays]
+            torch.testing.assert_close(read_array(group, name), torch.stack(terms).sum(0))
+            if count == 5:  # two on the left, three on the right
+                expected = (terms[0] + terms[1]) + (terms[2] + (terms[3] + terms[4]))
+                assert torch.equal(read_array(group, name), expected)
 
 
-def test_parts_are_added_array_by_array(tmp_path):
-    arrays = {"a/x": torch.arange(6.0).view(2, 3), "b/y": torch.ones(4)}
-    for name, factor in (("left", 1.0), ("right", 10.0)):
-        write_arrays(tmp_path / name, {key: factor * values for key, values in arrays.items()})
-    add_parts(tmp_path / "sum", tmp_path / "left", tmp_path / "right")
-    assert array_names(tmp_path / "sum") == ["a/x", "b/y"]
-    for key, values in arrays.items():
-        assert torch.equal(read_array(tmp_path / "sum", key), 11 * values)
+def test_what_one_unit_adds_up_is_bounded():
+    assert [portions(size) for size in (1, ADDED_BYTES, ADDED_BYTES + 1, 59 * ADDED_BYTES)] == [1, 1, 2, 59]

@@ -219,7 +219,7 @@ def test_shared_projectors_become_a_model(tmp_path):
     workspace = tiny_workspace(tmp_path, sequences=4)
     (workspace.out("prepare") / "prepare.json").write_text(json.dumps({"model": FACTS}))
     republish(workspace.out("prepare"))
-    capture.run(workspace, CaptureParams(sketch_rank=2, knowledge_questions=0))
+    capture.run(workspace, CaptureParams(gradients="sums", sketch_rank=2, knowledge_questions=0))
     kronecker.run(workspace, KroneckerParams())
     subspace.run(workspace, SubspaceParams(metric="fasc", fasc=FascParams(threshold=0.2)))
     ranks.run(workspace, RanksParams(ratio=0.3))

@@ -103,7 +103,7 @@ def test_bytes_of_every_group_are_exact(tmp_path, changes):
     workspace = tiny.tiny_workspace(tmp_path)
     params = Params(
         prepare=PrepareParams(calibration_sequences=8, sequence_length=12),
-        capture=CaptureParams(**{"sequences_per_shard": 3, "sketch_rank": 4, "threads": 1, **changes}),
+        capture=CaptureParams(**{"sequences_per_shard": 3, "gradients": "sketch", "sketch_rank": 4, "threads": 1, **changes}),
         kronecker=KroneckerParams(estimator="kfac" if "none" in changes.values() else "sequence", threads=1),
         subspace=SubspaceParams(threads=1),
     )

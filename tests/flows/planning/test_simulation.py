@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fisherfold.statistics.tree_sum import summation_tree
 from flows.planning.simulation import Task, simulate
 
 
@@ -68,15 +67,12 @@ def test_equal_units_take_rounds(units, workers, seconds):
     assert simulate(tasks, workers, 1.0).makespan == pytest.approx(1 + -(-units // workers) * seconds)
 
 
-@pytest.mark.parametrize("levels", [0, 1, 3, 5])
-def test_the_tree_of_sums_takes_its_height(levels):
-    shards, capture, add = 2**levels, 7.0, 2.0
-    tasks = {
-        str(step.part): Task(add if step.terms else capture, tuple(map(str, step.terms)))
-        for step in summation_tree(shards)
-    }
-    assert simulate(tasks, shards).makespan == capture + levels * add
-    assert simulate(tasks, 1).makespan == shards * capture + (shards - 1) * add
+@pytest.mark.parametrize("leaves", [1, 3, 8])
+def test_what_waits_for_all_leaves_comes_after_the_last(leaves):
+    names = tuple(map(str, range(leaves)))
+    tasks = {name: Task(7.0) for name in names} | {f"sum-{i}": Task(2.0, names) for i in range(2)}
+    assert simulate(tasks, leaves).makespan == 7.0 + (2.0 if leaves > 1 else 4.0)
+    assert simulate(tasks, 1).makespan == leaves * 7.0 + 4.0
 
 
 def test_tasks_that_can_never_start():
