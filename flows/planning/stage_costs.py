@@ -19,12 +19,13 @@ from fisherfold.run.params import CaptureParams, Params
 from fisherfold.run.registry import Registry
 from fisherfold.run.unit_work import share
 from fisherfold.statistics.dependence import MOST_TOKENS
-from fisherfold.statistics.layer_sums import GRADIENT_FORMS
+from fisherfold.statistics.gradient_forms import GRADIENT_FORMS
 from fisherfold.statistics.shard import layer_slices
-from fisherfold.statistics.tree_sum import Part, summation_tree
-from flows.planning.group_shapes import basis_shapes, group_bytes, kept_bytes, sum_shapes
+from fisherfold.statistics.stored_sums import sum_shapes
+from fisherfold.statistics.tree_sum import cut_leaves, portions
+from flows.planning.group_shapes import basis_shapes, group_bytes, kept_bytes
 from flows.planning.shapes import ModelShapes
-from stages.capture import disk_bytes
+from stages.capture import disk_bytes, sums_bytes
 
 POWER_STEPS = 10  # of the nearest Kronecker pair; six for most layers of the demo
 PASSES_PER_DRAW = 14  # over tokens × tokens float64 numbers: a permutation of two kernels, a product with each, a mean
@@ -138,34 +139,45 @@ def prepare_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost
 
 @STAGE_COSTS.register("capture")
 def capture_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
-    """Shards of sequences times slices of layers, and the sums of their sums along the tree."""
+    """Leaves of sequences times slices of layers, and what adds up their sums."""
     own, length, sequences = params.capture, params.prepare.sequence_length, params.prepare.calibration_sequences
     shards, slices = -(-sequences // own.sequences_per_shard), layer_slices(shapes.layers, own.layers_per_pass)
-    gradients, units = own.gradients != "none", {}
-    sums = [group_bytes(sum_shapes(part, gradients)) for part in slices]
-    for index, part in enumerate(slices):
-        kept = kept_bytes(part, own, own.sequences_per_shard, length)
-        shard = shard_demand(shapes, part, own, length) + Demand(written=sums[index] + kept)
-        add = Demand(read=2 * sums[index], written=sums[index], traffic=3 * sums[index])
-        for step in summation_tree(shards, workers):
-            units[_unit(index, step.part)] = (add if step.terms else shard, tuple(_unit(index, t) for t in step.after))
+    leaves, units = cut_leaves(shards, own.leaves), {}
     last = sequences - (shards - 1) * own.sequences_per_shard
-    whole = [kept_bytes(shapes.layers, own, size, length) for size in (own.sequences_per_shard, last)]
-    published = group_bytes(sum_shapes(shapes.layers, gradients)) + (shards - 1) * whole[0] + whole[1]
+    files = [_sum_files(part, own, len(leaves)) for part in slices]
+    for index, part in enumerate(slices):
+        whole, rest = (kept_bytes(part, own, size, length) for size in (own.sequences_per_shard, last))
+        for leaf in leaves:
+            ends = leaf.last == shards - 1
+            kept = whole * (leaf.shards - ends) + rest * ends
+            demand = shard_demand(shapes, part, own, length) * (
+                leaf.shards - ends + ends * last / own.sequences_per_shard
+            )
+            units[f"{index}.{leaf.first}"] = (demand + Demand(written=sum(files[index]) + kept), ())
+        after = tuple(f"{index}.{leaf.first}" for leaf in leaves)
+        for number, size in enumerate(files[index] if len(leaves) > 1 else ()):
+            traffic = (len(leaves) + 1.0) * size
+            units[f"{index}.sum-{number}"] = (Demand(read=len(leaves) * size, written=size, traffic=traffic), after)
+    kept = [kept_bytes(shapes.layers, own, size, length) for size in (own.sequences_per_shard, last)]
+    published = sum(map(sum, files)) + (shards - 1) * kept[0] + kept[1]
     weights = shapes.parameters * DTYPES[own.dtype].itemsize
+    in_memory = 2 * max(sums_bytes(part, own) for part in slices)  # half of each symmetric sum is stored
     return StageCost(
         units,
-        serial=Demand(read=published, written=published) if len(slices) > 1 else Demand(),
         peak=disk_bytes(shapes.layers, own, sequences, workers),
         published=published,
-        memory=weights + max(sums) + activation_bytes(shapes, own.batch_size * length, own.dtype),
+        memory=weights + in_memory + activation_bytes(shapes, own.batch_size * length, own.dtype),
         loads=weights,
         dtype=own.dtype,
     )
 
 
-def _unit(index: int, part: Part) -> str:
-    return f"{index}.{part.first}-{part.last}"
+def _sum_files(layers: Sequence[LinearLayer], params: CaptureParams, leaves: int) -> list[int]:
+    """Bytes of the files that hold the sums of a slice of the layers."""
+    shapes = sum_shapes(layers, params.gradients != "none")
+    parts = portions(sums_bytes(layers, params)) if leaves > 1 else 1
+    names = sorted(shapes)
+    return [group_bytes({name: shapes[name] for name in names[number::parts]}) for number in range(parts)]
 
 
 def shard_demand(shapes: ModelShapes, layers: Sequence[LinearLayer], params: CaptureParams, length: int) -> Demand:
@@ -202,13 +214,11 @@ def activation_bytes(shapes: ModelShapes, tokens: int, dtype: str) -> float:
 def kronecker_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
     """Layer by layer: its gradients against the factors, or the power steps that find better ones. Input by input: ρ."""
     sequences, own = params.prepare.calibration_sequences, params.capture
-    if own.gradients == "none":
-        return StageCost({layer.name: (Demand(), ()) for layer in shapes.layers})
     makes_factors = params.kronecker.estimator != "kfac"
     layers, factors = {}, {}
     for layer in shapes.layers:
         n, m = layer.outputs, layer.inputs
-        columns = sequences * min(own.sketch_rank, n, m) if own.gradients == "sketch" else sequences * min(n, m)
+        columns = sequences * {"sketch": min(own.sketch_rank, n, m), "exact": min(n, m)}.get(own.gradients, 0)
         step = 2.0 * columns * (n * n + m * m)
         norm = min(float(columns) ** 2 * (n + m), 2.0 * n * m * (columns + sequences**2))
         products = norm + step * (1 + (POWER_STEPS if makes_factors else 0))

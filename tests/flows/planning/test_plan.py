@@ -24,6 +24,7 @@ from fisherfold.run.params import (
     load_params,
 )
 from fisherfold.run.workspace import Workspace
+from fisherfold.statistics.stored_sums import sum_shapes
 from flows.cli import main
 from flows.planning import group_shapes, stage_costs
 from flows.planning.plan import disk_needed, plan_run, plan_stage, read_hardware, total
@@ -96,7 +97,7 @@ def _groups(folder: Path) -> int:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gradients": "exact"}, {"gradients": "none"}, {"tokens_per_sequence": 0}, {"layers_per_pass": 3}],
+    [{}, {"gradients": "exact"}, {"gradients": "none"}, {"tokens_per_sequence": 0}, {"layers_per_pass": 3}, {"leaves": 2}, {"gradients": "sums"}],
     ids=str,
 )
 def test_bytes_of_every_group_are_exact(tmp_path, changes):
@@ -104,7 +105,7 @@ def test_bytes_of_every_group_are_exact(tmp_path, changes):
     params = Params(
         prepare=PrepareParams(calibration_sequences=8, sequence_length=12),
         capture=CaptureParams(**{"sequences_per_shard": 3, "gradients": "sketch", "sketch_rank": 4, "threads": 1, **changes}),
-        kronecker=KroneckerParams(estimator="kfac" if "none" in changes.values() else "sequence", threads=1),
+        kronecker=KroneckerParams(estimator="kfac" if changes.get("gradients") in ("none", "sums") else "sequence", threads=1),
         subspace=SubspaceParams(threads=1),
     )
     shapes = find_shapes(workspace, str(workspace.model))
@@ -115,22 +116,21 @@ def test_bytes_of_every_group_are_exact(tmp_path, changes):
 
 def test_the_recorded_demo_run_was_foreseen(demo_shapes):
     params = load_params(ROOT / "params.yaml")
+    params = params.model_copy(update={"capture": params.capture.model_copy(update=DEMO["capture"])})
     plans = {one.stage: one for one in plan_run(demo_shapes, params, read_hardware(HERE, "cpu"), 1)}
     assert tuple(plans) == STAGES
-    for stage, seconds in DEMO["seconds"].items():
+    for stage in DEMO["seconds"].keys() - DEMO["outdated"].keys():
+        seconds = DEMO["seconds"][stage]
         assert 0.5 < plans[stage].seconds / seconds < 2, (stage, plans[stage].seconds, seconds)
-    assert 0.8 < total(list(plans.values())) / DEMO["elapsed"] < 1.25
     files, capture = DEMO["files"], params.capture
     length, rows = params.prepare.sequence_length, capture.sequences_per_shard
     kept = group_shapes.kept_bytes(demo_shapes.layers, capture, rows, length)
     assert kept == files["capture/gradients/shard-00000.zarr.zip"]
-    sums = group_shapes.sum_shapes(demo_shapes.layers, True)
-    assert group_shapes.group_bytes(sums) == files["capture/statistics.zarr.zip"]
-    assert plans["capture"].published == 6 * kept + group_shapes.group_bytes(sums)
+    assert plans["capture"].published == 6 * kept + group_shapes.group_bytes(sum_shapes(demo_shapes.layers, True))
     assert plans["subspace"].published == files["subspace/bases.zarr.zip"]
     assert plans["prepare"].published == pytest.approx(files["prepare/model/model.safetensors"], rel=1e-4)
     assert plans["factorize"].published == pytest.approx(files["factorize/model/model.safetensors"], rel=2e-3)
-    assert disk_needed(list(plans.values())) == pytest.approx(DEMO["peak_artifacts"], rel=0.05)
+    assert disk_needed(list(plans.values())) < 0.8 * DEMO["peak_artifacts"]  # half of the sums is stored since, and parts of them never
 
 
 def test_more_devices_are_never_much_slower_and_the_limit_is_named(llama):
@@ -143,8 +143,9 @@ def test_more_devices_are_never_much_slower_and_the_limit_is_named(llama):
     assert times[32]["subspace"] < times[4]["subspace"] / 4
     # more workers share the store when they load the model, which tells in evaluate: eight short units
     assert all(times[32][stage] <= 2 * times[4][stage] for stage in STAGES)
-    few = plan_stage("capture", llama, params, hardware, 32)
-    assert few.units == 31 and "chain" in few.limit
+    alone = plan_stage("capture", llama, params, hardware, 32)
+    many = params.model_copy(update={"capture": CaptureParams(leaves=16)})
+    assert alone.units == 1 and plan_stage("capture", llama, many, hardware, 32).seconds < alone.seconds / 4
 
 
 def test_what_does_not_fit_is_said_and_slices_make_it_fit(llama):
