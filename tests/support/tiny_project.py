@@ -26,7 +26,7 @@ PARAMS = {
         "tuning_sequences": 2,
         "evaluation_sequences": 4,
     },
-    "capture": {"sequences_per_shard": 2, "batch_size": 2, "gradients": "sketch", "sketch_rank": 4},
+    "capture": {"sequences_per_shard": 2, "leaves": 2, "batch_size": 2, "gradients": "sketch", "sketch_rank": 4},
     "kronecker": {"estimator": "sequence"},
 }
 

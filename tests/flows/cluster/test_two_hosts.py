@@ -111,7 +111,9 @@ def prepared(tmp_path_factory) -> Path:
     tiny_workspace(folder, sequences=SHARDS, length=48)
     yaml = YAML()
     document = yaml.load(folder / "params.yaml")
-    document["capture"].update({"sequences_per_shard": 1, "batch_size": 1, "sketch_rank": 4})
+    document["capture"].update(
+        {"sequences_per_shard": 1, "leaves": SHARDS, "batch_size": 1, "gradients": "sketch", "sketch_rank": 4}
+    )
     yaml.dump(document, folder / "params.yaml")
     return folder
 
