@@ -1,8 +1,9 @@
-"""Names of methods in params.yaml, checked against their registries before anything runs."""
+"""Names of methods in params.yaml, and what they need of the capture, checked before anything runs."""
 
 import importlib
 from operator import attrgetter
 
+from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import Params
 
 REGISTRIES = {
@@ -13,16 +14,35 @@ REGISTRIES = {
     ("ranks", "allocator"): "stages.ranks:ALLOCATORS",
 }
 
-METRIC_NEEDS = {"gfwsvd": {"kronecker.estimator": "sequence"}}
+METRIC_NEEDS = {
+    "gfwsvd": {"kronecker.estimator": "sequence", "capture.gradients": "sketch"},
+    "fwsvd": {"capture.gradients": "sketch"},
+    "fasc": {"capture.gradients": "sketch"},
+}
 """Other parameters that a metric cannot do without, where params.yaml's defaults give something else."""
+
+SUMMED, KEPT = ("sums", "sketch", "exact"), ("sketch", "exact")
+GRADIENTS = {
+    ("kronecker", "estimator", "sequence"): KEPT,
+    ("subspace", "metric", "fwsvd"): SUMMED,
+    ("subspace", "metric", "fasc"): SUMMED,
+    ("ranks", "allocator", "zero_sum"): SUMMED,
+}
+"""What capture.gradients has to be for a method; by default nothing of gradients is kept, which is a third of the capture's time."""
 
 
 def check_methods(params: Params) -> None:
-    """Look every named method up in its registry.
+    """Look every named method up in its registry, and see that the capture keeps what it reads.
 
     Raises:
-        ParameterError: one is unknown; the message gives the nearest name and all of them.
+        ParameterError: one is unknown, and the message gives the nearest name and all of them; or capture.gradients is too little for it.
     """
     for (block, key), location in REGISTRIES.items():
         module, _, name = location.partition(":")
         getattr(importlib.import_module(module), name).lookup(attrgetter(key)(getattr(params, block)))
+    for (block, key, method), forms in GRADIENTS.items():
+        if attrgetter(key)(getattr(params, block)) == method and params.capture.gradients not in forms:
+            raise ParameterError(
+                f"{block}.{key} = {method!r} reads the gradients of sequences, and capture.gradients is {params.capture.gradients!r}. "
+                f"Set it to {' or '.join(map(repr, forms))}, for instance with --set capture.gradients={forms[0]}."
+            )
