@@ -330,7 +330,7 @@ def test_fields_of_a_pointer_are_checked(tmp_path, field, value):
         read_pointer(pointer_file(tmp_path / "x"))
 
 
-PARAMS = CaptureParams(batch_size=2, sequences_per_shard=2, gradients="sketch", sketch_rank=4)
+PARAMS = CaptureParams(batch_size=2, sequences_per_shard=2, leaves=3, gradients="sketch", sketch_rank=4)
 
 
 @pytest.fixture(scope="module")
