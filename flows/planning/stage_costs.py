@@ -19,11 +19,11 @@ from fisherfold.run.params import CaptureParams, Params
 from fisherfold.run.registry import Registry
 from fisherfold.run.unit_work import share
 from fisherfold.statistics.dependence import MOST_TOKENS
-from fisherfold.statistics.gradient_forms import GRADIENT_FORMS
+from fisherfold.statistics.gradient_forms import GRADIENT_FORMS, Shapes
 from fisherfold.statistics.shard import layer_slices
 from fisherfold.statistics.stored_sums import sum_shapes
 from fisherfold.statistics.tree_sum import cut_leaves, portions
-from flows.planning.group_shapes import basis_shapes, group_bytes, kept_bytes
+from flows.planning.group_shapes import basis_shapes, gathered_bytes, group_bytes, joined_bytes, kept_bytes
 from flows.planning.shapes import ModelShapes
 from stages.capture import disk_bytes, sums_bytes
 
@@ -144,9 +144,10 @@ def capture_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost
     shards, slices = -(-sequences // own.sequences_per_shard), layer_slices(shapes.layers, own.layers_per_pass)
     leaves, units = cut_leaves(shards, own.leaves), {}
     last = sequences - (shards - 1) * own.sequences_per_shard
-    files = [_sum_files(part, own, len(leaves)) for part in slices]
+    sums = [_sum_files(part, own, len(leaves)) for part in slices]
+    files = [[group_bytes(one) for one in part] for part in sums]
     for index, part in enumerate(slices):
-        whole, rest = (kept_bytes(part, own, size, length) for size in (own.sequences_per_shard, last))
+        whole, rest = (kept_bytes(part, own, size, length, index == 0) for size in (own.sequences_per_shard, last))
         for leaf in leaves:
             ends = leaf.last == shards - 1
             kept = whole * (leaf.shards - ends) + rest * ends
@@ -158,8 +159,8 @@ def capture_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost
         for number, size in enumerate(files[index] if len(leaves) > 1 else ()):
             traffic = (len(leaves) + 1.0) * size
             units[f"{index}.sum-{number}"] = (Demand(read=len(leaves) * size, written=size, traffic=traffic), after)
-    kept = [kept_bytes(shapes.layers, own, size, length) for size in (own.sequences_per_shard, last)]
-    published = sum(map(sum, files)) + (shards - 1) * kept[0] + kept[1]
+    kept = [_kept_files(slices, own, size, length) for size in (own.sequences_per_shard, last)]
+    published = gathered_bytes([one for part in sums for one in part], joined_bytes) + (shards - 1) * kept[0] + kept[1]
     weights = shapes.parameters * DTYPES[own.dtype].itemsize
     in_memory = 2 * max(sums_bytes(part, own) for part in slices)  # half of each symmetric sum is stored
     return StageCost(
@@ -172,12 +173,22 @@ def capture_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost
     )
 
 
-def _sum_files(layers: Sequence[LinearLayer], params: CaptureParams, leaves: int) -> list[int]:
-    """Bytes of the files that hold the sums of a slice of the layers."""
+def _kept_files(slices: Sequence[list[LinearLayer]], params: CaptureParams, sequences: int, length: int) -> int:
+    """Bytes of the files that hold what is kept of a shard."""
+
+    def size(parts: Sequence[tuple[int, list[LinearLayer]]]) -> int:
+        layers = [layer for _, part in parts for layer in part]
+        return kept_bytes(layers, params, sequences, length, with_positions=parts[0][0] == 0)
+
+    return gathered_bytes(list(enumerate(slices)), size)
+
+
+def _sum_files(layers: Sequence[LinearLayer], params: CaptureParams, leaves: int) -> list[Shapes]:
+    """Shapes of what the files of the sums of a slice of the layers hold."""
     shapes = sum_shapes(layers, params.gradients != "none")
     parts = portions(sums_bytes(layers, params)) if leaves > 1 else 1
     names = sorted(shapes)
-    return [group_bytes({name: shapes[name] for name in names[number::parts]}) for number in range(parts)]
+    return [{name: shapes[name] for name in names[number::parts]} for number in range(parts)]
 
 
 def shard_demand(shapes: ModelShapes, layers: Sequence[LinearLayer], params: CaptureParams, length: int) -> Demand:
@@ -215,7 +226,7 @@ def kronecker_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
     """Layer by layer: its gradients against the factors, or the power steps that find better ones. Input by input: ρ."""
     sequences, own = params.prepare.calibration_sequences, params.capture
     makes_factors = params.kronecker.estimator != "kfac"
-    layers, factors = {}, {}
+    layers, factors = {}, list[Shapes]()
     for layer in shapes.layers:
         n, m = layer.outputs, layer.inputs
         columns = sequences * {"sketch": min(own.sketch_rank, n, m), "exact": min(n, m)}.get(own.gradients, 0)
@@ -226,8 +237,8 @@ def kronecker_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
         written = 4 * (n * n + m * m) if makes_factors else 0
         layers[layer.name] = Demand(products=products, read=read, written=written, traffic=2 * read)
         if makes_factors:
-            factors |= {f"{layer.name}/A": (m, m), f"{layer.name}/B": (n, n)}
-    published = group_bytes(factors) if factors else 0
+            factors.append({f"{layer.name}/A": (m, m), f"{layer.name}/B": (n, n)})
+    published = gathered_bytes(factors, joined_bytes) if factors else 0
     largest = max(
         4 * (2 * (x.outputs**2 + x.inputs**2) + sequences * own.sketch_rank * (x.outputs + x.inputs))
         for x in shapes.layers
@@ -237,8 +248,7 @@ def kronecker_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
         groups = {f"dependence.{name}": members for name, members in by_group(shapes.layers).items()}
         scores = {name: dependence_demand(members, params) for name, members in groups.items()}
         units |= shared(scores, {name: sum(one.dense_numbers for one in members) for name, members in groups.items()})
-    join = Demand(read=published, written=published)
-    return StageCost(units, join, 2 * published, published, memory=largest)
+    return StageCost(units, peak=published, published=published, memory=largest)
 
 
 def shared(demands: Mapping[str, Demand], sizes: Mapping[str, int]) -> dict[str, tuple[Demand, tuple[str, ...]]]:
@@ -268,11 +278,11 @@ def subspace_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCos
         for layer in members:
             own = own + basis_demand(layer, outputs)
         units[name] = (own, ())
-    published = group_bytes(basis_shapes(shapes.layers))
+    bases = [basis_shapes(members) for members in by_group(shapes.layers).values()]
+    published = gathered_bytes(bases, joined_bytes)
     return StageCost(
         units,
-        serial=Demand(read=published, written=published),
-        peak=2 * published,
+        peak=published,
         published=published,
         memory=max(8.0 * (3 * x.outputs**2 + 3 * x.inputs**2 + 6 * x.outputs * x.inputs) for x in shapes.layers),
     )

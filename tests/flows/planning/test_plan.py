@@ -127,7 +127,7 @@ def test_the_recorded_demo_run_was_foreseen(demo_shapes):
     kept = group_shapes.kept_bytes(demo_shapes.layers, capture, rows, length)
     assert kept == files["capture/gradients/shard-00000.zarr.zip"]
     assert plans["capture"].published == 6 * kept + group_shapes.group_bytes(sum_shapes(demo_shapes.layers, True))
-    assert plans["subspace"].published == files["subspace/bases.zarr.zip"]
+    assert plans["subspace"].published == pytest.approx(files["subspace/bases.zarr.zip"], rel=1e-4)  # gathered in one file then
     assert plans["prepare"].published == pytest.approx(files["prepare/model/model.safetensors"], rel=1e-4)
     assert plans["factorize"].published == pytest.approx(files["factorize/model/model.safetensors"], rel=2e-3)
     assert disk_needed(list(plans.values())) < 0.8 * DEMO["peak_artifacts"]  # half of the sums is stored since, and parts of them never
