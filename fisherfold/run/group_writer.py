@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -178,7 +178,7 @@ class ChunkWriter:
         shape: tuple[int, ...],
         dtype: np.dtype,
         chunks: tuple[int, ...],
-        attributes: dict,
+        attributes: dict[str, Any],
     ) -> None:
         check_name(name)
         self.writer, self.name, self.chunks, self._next = writer, name, chunks, 0
@@ -261,7 +261,7 @@ class GroupSize(GroupWriter):
         return self._contents + self._directory + 22 + (76 if large else 0)
 
 
-def _to_numpy(tensor: torch.Tensor) -> tuple[np.ndarray, dict]:
+def _to_numpy(tensor: torch.Tensor) -> tuple[np.ndarray, dict[str, Any]]:
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy(), {"dtype": "bfloat16"}
