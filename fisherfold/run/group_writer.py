@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import google_crc32c
 import numpy as np
@@ -73,7 +73,7 @@ class GroupWriter:
         path.unlink(missing_ok=True)  # a new file: whoever has the old one open, or linked, keeps it
         self._path, self._raw = path, path.open("wb")
         self._file = DigestedFile(self._raw)
-        self._zip = zipfile.ZipFile(self._file, "w")
+        self._zip = zipfile.ZipFile(cast(BinaryIO, self._file), "w")
         self._groups: set[str] = set()
         self._add_group("")
 

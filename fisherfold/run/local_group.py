@@ -52,7 +52,7 @@ class LocalGroup:
             self._metadata[name] = json.loads(content)
         return self._metadata[name]
 
-    def read(self, name: str, where: object = ...) -> np.ndarray:
+    def read(self, name: str, where: Any = ...) -> np.ndarray:
         """An array, or the part that `where` selects; of a slice of the first axis, only its chunks are read.
 
         Raises:
@@ -86,7 +86,7 @@ class LocalGroup:
         if key not in self._entries:
             raise ValueError(f"{key} is missing")
         checksum = bytearray(CHECKSUM)
-        bits = memoryview(target.reshape(-1).view(np.uint8))
+        bits = target.reshape(-1).view(np.uint8).data
         self._read(self._entries[key], bits, checksum)
         if google_crc32c.value(bytes(bits)) != int.from_bytes(checksum, "little"):
             raise ValueError(f"{key} has another CRC-32C than when it was written")
