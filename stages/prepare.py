@@ -185,6 +185,7 @@ def draw_all(
     }
     wanted = {name: size - (len(own[name].articles) if name in own else 0) for name, size in sizes.items()}
     shares = {name: portions([entry.share for entry in params.corpora], size) for name, size in wanted.items()}
+    seen: set[bytes] = set()
     drawn = [
         draw_splits(
             read_articles(corpus),
@@ -194,6 +195,7 @@ def draw_all(
             params.seed,
             reserved,
             corpus.source.name,
+            seen,
         )
         for i, corpus in enumerate(corpora)
     ]

@@ -95,6 +95,7 @@ def draw_splits(
     seed: int,
     reserved: Collection[str],
     source: str = "corpus",
+    seen: set[bytes] | None = None,
 ) -> dict[str, Split]:
     """Fill the splits named in `sizes` one after the other with sequences of `length` tokens.
 
@@ -106,13 +107,14 @@ def draw_splits(
         seed: of the corpus's order and of the windows.
         reserved: names of documents that only the first split may use.
         source: the corpus's name.
+        seen: digests of the texts of other corpora, which this one's join: a text in two corpora is used once.
 
     Raises:
         InputError: the corpus is too small; the message says which limit it was.
     """
     converse = partial(encode_messages, tokenizer)
     drawing = Drawing(encoder(tokenizer), converse, length, start_token(tokenizer), seed, reserved)
-    read = Remembered(distinct(shuffled(articles, seed), drawing.tally))
+    read = Remembered(distinct(shuffled(articles, seed), drawing.tally, set() if seen is None else seen))
     rows = _one_window_each(read, sizes, drawing)
     if any(len(rows[name]) < size for name, size in sizes.items()):
         documents = read.kept
@@ -224,9 +226,13 @@ def shuffled(articles: Iterable[Article], seed: int) -> Iterator[Article]:
     yield from buffer
 
 
-def distinct(articles: Iterable[Article], tally: Tally) -> Iterator[Article]:
-    """Pass over an article whose name or text came before: it would carry one split's text into another."""
-    names, texts = set(), set()
+def distinct(articles: Iterable[Article], tally: Tally, texts: set[bytes]) -> Iterator[Article]:
+    """Pass over an article whose name or text came before: it would carry one split's text into another.
+
+    Args:
+        texts: digests of texts that came before; those of `articles` are added.
+    """
+    names: set[str] = set()
     for article in articles:
         text = hashlib.blake2b(article.text.encode("utf-8", "replace"), digest_size=16).digest()
         if article.name in names or text in texts:

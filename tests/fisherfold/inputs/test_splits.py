@@ -132,11 +132,20 @@ def test_buffered_shuffle_keeps_every_article(monkeypatch):
 
 def test_repeated_names_and_texts_are_passed_over():
     repeated = [Article("A", "x"), Article("A", "y"), Article("B", "x"), Article("C", "z")]
-    assert [article.name for article in distinct(repeated, Tally())] == ["A", "C"]
+    assert [article.name for article in distinct(repeated, Tally(), set())] == ["A", "C"]
 
 
 def pieces(tokenizer, *texts):
     return [(name, encoder(tokenizer)(text)) for name, text in zip("AB", texts)]
+
+
+def test_a_text_in_two_corpora_is_used_once():
+    seen = set()
+    first = draw_splits(corpus(), tiny_tokenizer(), SIZES, 12, 0, (), "one", seen)
+    again = [Article(f"copy of {article.name}", article.text) for article in corpus()]
+    with pytest.raises(InputError, match="passed over because their title or text came before"):
+        draw_splits(again, tiny_tokenizer(), {"evaluation": 40}, 12, 0, (), "two", seen)
+    assert first["calibration"].sources == ["one"] * 3
 
 
 def test_start_token_opens_documents_and_sequences():
