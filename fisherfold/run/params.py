@@ -164,6 +164,14 @@ class RanksParams(ComputeBlock):
     measured: MeasuredParams = MeasuredParams()
 
 
+class RefineParams(Block):
+    """Of stage factorize: the training of decoder blocks after truncation."""
+
+    passes: Annotated[int, Field(ge=0)] = 0
+    rate: Annotated[float, Field(gt=0)] = 3e-4
+    batch_size: Count = 2
+
+
 class FactorizeParams(ComputeBlock):
     """Of stage factorize: what is written, and in which dtype."""
 

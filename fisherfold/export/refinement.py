@@ -1,0 +1,117 @@
+"""Refinement of one decoder block (METHOD: AA-SVD 2026): its factors and norms are trained on the compressed network's own inputs
+to give what the dense block gives on the dense network's.
+
+    minimise  mean over tokens t > 0 of  ‖ŷ_t − y_t‖² / ‖y_t‖²
+
+y_t = f(x_t) of the dense block f on the dense input, ŷ_t = f̂(x̂_t). Divided by the norm token by token, since the loss depends on the
+residual stream through norms alone, and plain squares are ruled by a few huge tokens; the first token, such a one, is left out.
+What is trained is kept only if it lowers this on held-out sequences. The order of a pivoted factor is no parameter and stays.
+
+Shapes: S sequences of T tokens, h hidden dimensions.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fisherfold.run.params import RefineParams
+
+WARM = 0.05  # share of the steps in which the rate rises
+FLOOR = 0.05  # of the rate, at the end
+BETAS = (0.9, 0.95)
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""x̂ and y, both [B, T, h]."""
+Sequences = Callable[[list[int]], Batch]
+"""Gives the sequences of these numbers; so that no more than a batch is in memory."""
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What was gained: the loss on held-out sequences before and after, whether it was kept, optimiser steps done."""
+
+    held_out_before: float
+    held_out_after: float
+    accepted: bool
+    steps: int
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean over sequences and tokens but the first of ‖ŷ_t − y_t‖² / ‖y_t‖²."""
+    squares = (found - wanted)[:, 1:].square().sum(-1)
+    return (squares / wanted[:, 1:].square().sum(-1).clamp(min=torch.finfo(wanted.dtype).tiny)).mean()
+
+
+def refine_block(
+    block: nn.Module,
+    run: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+    training: tuple[Sequences, int],
+    held_out: tuple[Sequences, int],
+    params: RefineParams,
+) -> Refinement:
+    """Train `block` in place; where the held-out loss does not fall it is left as it was.
+
+    Args:
+        block: f̂; every floating-point parameter of it is trained.
+        run: (block, x̂) -> ŷ.
+        training: sequences and how many there are; so `held_out`.
+    """
+    before = _mean_loss(block, run, held_out, params)
+    kept = copy.deepcopy(block.state_dict())
+    steps = _train(block, run, training, params)
+    after = _mean_loss(block, run, held_out, params)
+    accepted = after < before
+    if not accepted:
+        block.load_state_dict(kept)
+    return Refinement(before, after, accepted, steps)
+
+
+@torch.no_grad()
+def _mean_loss(block: nn.Module, run: Callable, sequences: tuple[Sequences, int], params: RefineParams) -> float:
+    read, count = sequences
+    total = 0.0
+    for numbers in _batches(list(range(count)), params.batch_size):
+        x, y = read(numbers)
+        total += len(numbers) * float(relative_error(run(block, x), y))
+    return total / count
+
+
+def _train(block: nn.Module, run: Callable, sequences: tuple[Sequences, int], params: RefineParams) -> int:
+    read, count = sequences
+    trained = [p for p in block.parameters() if p.is_floating_point() and p.numel()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=params.rate, betas=BETAS, weight_decay=0.0)
+    steps, step = params.passes * -(-count // params.batch_size), 0
+    for numbers in _passes(count, params):
+        optimizer.param_groups[0]["lr"] = params.rate * schedule(step, steps)
+        x, y = read(numbers)
+        relative_error(run(block, x), y).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    return step
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the rate at a step: rising at first, then half a cosine."""
+    cosine = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / max(1.0, WARM * steps)) * cosine
+
+
+def _passes(count: int, params: RefineParams) -> Iterator[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(params.passes):
+        yield from _batches(torch.randperm(count, generator=generator).tolist(), params.batch_size)
+
+
+def _batches(numbers: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(numbers), size):
+        yield numbers[start : start + size]

@@ -1,0 +1,110 @@
+"""The decoder blocks of a model, found from its modules, and one of them run on hidden states from elsewhere.
+
+Shapes: B sequences of T tokens, h hidden dimensions.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fisherfold.run.errors import InputError
+
+PROBE = 8  # tokens of the pass that checks whether blocks can be run by themselves
+
+
+class _Reached(Exception):
+    """The block of interest has what it is called with."""
+
+
+def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The blocks by module name: the members of the longest nn.ModuleList under which most parameters lie.
+
+    Raises:
+        InputError: there is none, or a block run by itself does not give what it gives inside the model.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    if not lists:
+        raise InputError(f"{type(model).__name__} has no list of decoder blocks: set factorize.refine.passes = 0.")
+    name = max(lists, key=lambda key: sum(p.numel() for p in lists[key].parameters()))
+    blocks = {f"{name}.{index}": block for index, block in enumerate(lists[name])}
+    _require_separable(model, blocks)
+    return blocks
+
+
+@torch.no_grad()
+def _require_separable(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> None:
+    ids = torch.arange(PROBE)[None] % model.get_input_embeddings().weight.shape[0]
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    handles = [
+        block.register_forward_hook(
+            lambda module, args, kwargs, out, name=name: seen.update({name: (_hidden(args, kwargs), first(out))}),
+            with_kwargs=True,
+        )
+        for name, block in blocks.items()
+    ]
+    model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for name, block in blocks.items():
+        entered = seen.get(name)
+        if entered is None or not torch.allclose(BlockCall(model, block, ids)(block, entered[0]), entered[1], atol=1e-5):
+            raise InputError(
+                f"{type(model).__name__}: block {name!r} cannot be run by itself, so it cannot be refined: set factorize.refine.passes = 0."
+            )
+
+
+def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def first(output: Any) -> torch.Tensor:
+    """The hidden states of what a block returns, which may be a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class BlockCall:
+    """What a block is called with besides hidden states (masks, positions), taken from the model for the tokens `ids` [B, T].
+
+    Attributes:
+        entered: the hidden states [B, T, h] that reach the block if all blocks before it pass theirs on as they are.
+    """
+
+    def __init__(self, model: PreTrainedModel, block: nn.Module, ids: torch.Tensor) -> None:
+        def take(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.entered, self.args, self.kwargs = _hidden(args, kwargs), args[1:], dict(kwargs)
+            self.kwargs.pop("hidden_states", None)
+            raise _Reached
+
+        handle = block.register_forward_pre_hook(take, with_kwargs=True)
+        try:
+            with torch.no_grad(), _passing(model, block):
+                model(input_ids=ids, use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+
+    def __call__(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's output [B, T, h] for hidden states [B, T, h]."""
+        return first(block(hidden, *self.args, **self.kwargs))
+
+
+@contextmanager
+def _passing(model: PreTrainedModel, block: nn.Module) -> Iterator[None]:
+    """Inside, the blocks before `block` hand on what they get."""
+    siblings = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and any(b is block for b in m))
+    before = []
+    for other in siblings:
+        if other is block:
+            break
+        before.append(other)
+        other.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    try:
+        yield
+    finally:
+        for other in before:
+            del other.forward
