@@ -1,0 +1,141 @@
+"""The blocks of a compressed model refined in turn: units of stage `factorize`, each of which reads what the one before wrote.
+
+    <unit>/layers/<layer>/model.safetensors   the block's low-rank layers
+    <unit>/rest/model.safetensors             its other tensors (norms, biases, layers that stay dense), if it has any
+    <unit>/hidden                             x [S, T, h] of the dense and of the compressed network after the block, a sequence an array
+    <unit>/refinement.json                    the block, and what `refine_block` says of it
+"""
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fisherfold.export.refinement import refine_block
+from fisherfold.network.blocks import BlockCall, find_blocks
+from fisherfold.network.models import load_model
+from fisherfold.run.checkpoint import StoredTensor, read_tensors, write_tensors
+from fisherfold.run.engine import Unit
+from fisherfold.run.params import RefineParams
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.store import GroupWriter, read_array
+from fisherfold.run.tables import read_sequences
+from fisherfold.run.workspace import Workspace
+from fisherfold.runtime.modeling_fisherfold import replace_layers
+
+PARTS = ("calibration", "tuning")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A layer as it was factorized: where its tensors are, and its entry in the checkpoint's configuration."""
+
+    folder: Path
+    entry: dict
+    bias: str | None
+
+
+def refine(
+    scratch: Scratch, workspace: Workspace, layers: Mapping[str, LowRank], params: RefineParams
+) -> dict[str, Path]:
+    """Refine every block; return the folder of each block's unit, by the block's name.
+
+    Raises:
+        InputError: the model has no blocks that can be run by themselves.
+    """
+    names = list(find_blocks(load_model(workspace.model, torch.float32)))
+    units, before = {}, None
+    for name in names:
+        own = {layer: found for layer, found in layers.items() if layer.startswith(f"{name}.")}
+        unit = f"refined.{name}"
+        source = scratch.units / before if before else None
+        units[unit] = Unit(refine_unit, (workspace, name, own, source, params), (before,) if before else ())
+        before = unit
+    for _ in scratch.run("refining blocks", units):
+        pass
+    return {name: scratch.units / f"refined.{name}" for name in names}
+
+
+def refine_unit(
+    folder: Path, workspace: Workspace, name: str, layers: dict[str, LowRank], before: Path | None, params: RefineParams
+) -> None:
+    """Unit of work: one block."""
+    model = load_model(workspace.model, torch.float32)
+    dense = model.get_submodule(name)
+    compressed = compress_block(dense, name, layers)
+    ids = {part: read_sequences(workspace.table(part), model.get_input_embeddings().num_embeddings) for part in PARTS}
+    hidden = Hidden(model, dense, ids, before)
+    call = BlockCall(model, dense, ids["calibration"][:1])
+    reading = {part: (lambda numbers, part=part: hidden.pair(part, numbers, call), len(ids[part])) for part in PARTS}
+    found = refine_block(compressed, call, reading["calibration"], reading["tuning"], params)
+    with torch.no_grad(), GroupWriter(folder / "hidden") as writer:
+        for part in PARTS:
+            for number in range(len(ids[part])):
+                x, own = hidden.read(part, [number])
+                writer.write(f"{part}.{number}/dense", call(dense, x)[0])
+                writer.write(f"{part}.{number}/compressed", call(compressed, own)[0])
+    write_block(folder, compressed, name, layers)
+    (folder / "refinement.json").write_text(json.dumps({"block": name, **asdict(found)}, sort_keys=True) + "\n")
+
+
+def compress_block(dense: nn.Module, name: str, layers: Mapping[str, LowRank]) -> nn.Module:
+    """A copy of a dense block with its low-rank layers in place."""
+    block, prefix = copy.deepcopy(dense), f"{name}."
+    entries = {layer.removeprefix(prefix): dict(found.entry) for layer, found in layers.items()}
+    biases = {layer: dense.get_submodule(layer).bias for layer in entries}
+    for entry in entries.values():
+        if "source" in entry:
+            entry["source"] = entry["source"].removeprefix(prefix)
+    replace_layers(block, entries)
+    for layer, found in layers.items():
+        own = layer.removeprefix(prefix)
+        tensors = {key: tensor.read().float() if tensor.dtype.is_floating_point else tensor.read()
+                   for key, tensor in (read_tensors(found.folder).items() if found.entry["rank"] else ())}  # fmt: skip
+        if found.bias:
+            tensors[found.bias] = biases[own].data.float()
+        block.get_submodule(own).load_state_dict(tensors, strict=False)
+    return block.eval().requires_grad_(False)
+
+
+class Hidden:
+    """Hidden states before a block, of both networks: those of the unit before, or the embedding's."""
+
+    def __init__(self, model: nn.Module, block: nn.Module, ids: Mapping[str, torch.Tensor], before: Path | None) -> None:
+        self.model, self.block, self.ids, self.before = model, block, ids, before
+
+    def read(self, part: str, numbers: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """x of the dense and of the compressed network, [B, T, h]."""
+        if self.before is None:
+            x = BlockCall(self.model, self.block, self.ids[part][list(numbers)]).entered
+            return x, x
+        return tuple(
+            torch.stack([read_array(self.before / "hidden", f"{part}.{number}/{which}") for number in numbers])
+            for which in ("dense", "compressed")
+        )
+
+    def pair(self, part: str, numbers: list[int], call: BlockCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """x of the compressed network, y of the dense one."""
+        x, own = self.read(part, numbers)
+        with torch.no_grad():
+            return own, call(self.block, x)
+
+
+def write_block(folder: Path, block: nn.Module, name: str, layers: Mapping[str, LowRank]) -> None:
+    """The tensors of a block: each low-rank layer's by itself, then all others."""
+    state = block.state_dict()
+    for layer in layers:
+        own = f"{layer.removeprefix(f'{name}.')}."
+        tensors = {key.removeprefix(own): state.pop(key) for key in list(state) if key.startswith(own)}
+        tensors = {key: _stored(value) for key, value in tensors.items() if value.numel() and key != "weight"}
+        (folder / "layers" / layer).mkdir(parents=True)
+        write_tensors(folder / "layers" / layer, tensors)
+    (folder / "rest").mkdir()
+    write_tensors(folder / "rest", {f"{name}.{key}": _stored(value) for key, value in sorted(state.items())})
+
+
+def _stored(values: torch.Tensor) -> StoredTensor:
+    return StoredTensor(tuple(values.shape), values.dtype, lambda: values)
