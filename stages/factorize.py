@@ -8,11 +8,12 @@ tensors.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -27,17 +28,28 @@ from fisherfold.export.architecture import (
 from fisherfold.export.gauges import SHARED_MEMBER, gauge_site, product, right_factor
 from fisherfold.export.gguf_export import gguf_format, write_gguf
 from fisherfold.export.model_card import compressed_card, dense_card
+from fisherfold.export.refined_blocks import LowRank, refine
 from fisherfold.network.layers import LinearLayer
 from fisherfold.network.models import DTYPES, read_weight
 from fisherfold.network.sites import Site, read_sites
 from fisherfold.run.checkpoint import SHARD_BYTES, StoredTensor, count_bytes, count_numbers, read_tensors, write_tensors
 from fisherfold.run.errors import CorruptArtifact
-from fisherfold.run.files import verify_output
+from fisherfold.run.files import digest_file, verify_output
 from fisherfold.run.params import FactorizeParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
 
 OWN_BIAS = frozenset({"pivoted_outputs", "zero"})  # kinds whose bias is not that of `up`
+REFINEMENT = pa.schema(
+    [
+        ("block", pa.string()),
+        ("held_out_before", pa.float64()),
+        ("held_out_after", pa.float64()),
+        ("accepted", pa.bool_()),
+        ("steps", pa.int64()),
+    ]
+)
+"""Of each block what `refine_block` says; no row without refinement."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +70,14 @@ class StoredLayer:
         """The tensors of the layer in the checkpoint."""
         return read_tensors(self.folder)
 
+    @property
+    def factors(self) -> dict[str, StoredTensor]:
+        """Its tensors but for the bias, which a refined layer has among them."""
+        return {name: tensor for name, tensor in self.tensors.items() if name not in ("bias", "up.bias")}
+
     def product(self) -> np.ndarray:
         """Its weight multiplied out, float64 [n, m]."""
-        parameters = {name: _exact(tensor.read()) for name, tensor in self.tensors.items()}
+        parameters = {name: _exact(tensor.read()) for name, tensor in self.factors.items()}
         if self.source:
             shared = right_factor(self.source.tensors)
             parameters |= {name: _exact(tensor.read()) for name, tensor in shared.items()}
@@ -75,7 +92,7 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         CorruptArtifact: the output of an earlier stage is not whole, or the saved tensors are not what was planned.
         NotEnoughDisk: the checkpoint would not fit.
     """
-    with Scratch(workspace, "factorize", params, _inputs(workspace)) as scratch:
+    with Scratch(workspace, "factorize", params, _inputs(workspace, params)) as scratch:
         if scratch.republish():
             return
         architecture = dense_architecture(workspace.model)
@@ -105,7 +122,12 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         compressed = {
             name: layer for site in low_rank for name, layer in _stored_site(site, folders[site.name]).items()
         }
+        rows: list[dict] = []
+        if params.refine.passes:
+            refined = refine(scratch, workspace, _low_rank(compressed), params.refine)
+            compressed, dense, rows = _apply(refined, compressed, dense, dtype)
         with scratch.publish() as out:
+            pq.write_table(pa.Table.from_pylist(rows, REFINEMENT), out / "refinement.parquet")
             write_model(out / "model", workspace, architecture, dense, compressed, dtype)
             facts = _count(out / "model", stored, plan, compressed)
             (out / "model" / "README.md").write_text(
@@ -120,8 +142,9 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
                 write_gguf(out / "model.gguf", architecture.config, workspace.model, tensors, dtype)
 
 
-def _inputs(workspace: Workspace) -> dict[str, str]:
-    return {
+def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
+    tables = ("calibration", "tuning") if params.refine.passes else ()
+    return {table: digest_file(workspace.table(table)) for table in tables} | {
         "model": verify_output(workspace.out("prepare"), "model/"),
         "facts": verify_output(workspace.out("prepare"), "prepare.json"),
         "bases": verify_output(workspace.out("subspace"), "bases"),
@@ -178,6 +201,42 @@ def _stored_site(site: Site, folder: Path) -> dict[str, StoredLayer]:
     return found
 
 
+def _low_rank(compressed: Mapping[str, StoredLayer]) -> dict[str, LowRank]:
+    return {
+        name: LowRank(
+            stored.folder,
+            {key: stored.record[key] for key in ("kind", "rank", "source") if key in stored.record},
+            _bias_place(stored) if stored.layer.bias else None,
+        )
+        for name, stored in compressed.items()
+    }
+
+
+def _bias_place(stored: StoredLayer) -> str:
+    return "bias" if stored.record["kind"] in OWN_BIAS else "up.bias"
+
+
+def _apply(
+    refined: Mapping[str, Path], compressed: Mapping[str, StoredLayer], dense: dict[str, StoredTensor], dtype: torch.dtype
+) -> tuple[dict[str, StoredLayer], dict[str, StoredTensor], list[dict]]:
+    """Layers and other tensors with those of the refined blocks in place, and the rows of refinement.parquet."""
+    layers, tensors, rows = dict(compressed), dict(dense), []
+    for folder in refined.values():
+        rows.append(json.loads((folder / "refinement.json").read_text(encoding="utf-8")))
+        tensors |= {name: t.cast(dtype) for name, t in read_tensors(folder / "rest").items() if name in dense}
+        for own in sorted((folder / "layers").iterdir()) if (folder / "layers").exists() else ():
+            layers[own.name] = replace(compressed[own.name], folder=own)
+    for name, stored in layers.items():
+        if stored.layer.bias and stored.folder != compressed[name].folder:
+            place = _bias_place(stored)
+            found = stored.tensors
+            tensors[f"{name}.bias"] = found[place].cast(dtype)
+    for name, stored in layers.items():
+        if "source" in stored.record:
+            layers[name] = replace(stored, source=layers[stored.record["source"]])
+    return layers, tensors, rows
+
+
 def write_model(
     folder: Path,
     workspace: Workspace,
@@ -207,9 +266,8 @@ def compressed_tensors(
     for name, stored in compressed.items():
         del tensors[f"{name}.weight"]
         if stored.layer.bias:
-            place = "bias" if stored.record["kind"] in OWN_BIAS else "up.bias"
-            tensors[f"{name}.{place}"] = tensors.pop(f"{name}.bias")
-        tensors |= {f"{name}.{parameter}": tensor for parameter, tensor in stored.tensors.items()}
+            tensors[f"{name}.{_bias_place(stored)}"] = tensors.pop(f"{name}.bias")
+        tensors |= {f"{name}.{parameter}": tensor.cast(dtype) for parameter, tensor in stored.factors.items()}
     if compressed:  # see FisherfoldForCausalLM: makes the dense model's class refuse this checkpoint
         tensors[f"{min(compressed)}.weight"] = StoredTensor((0,), dtype, lambda: torch.empty(0, dtype=dtype))
     return dict(sorted(tensors.items()))

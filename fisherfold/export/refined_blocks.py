@@ -2,7 +2,7 @@
 
     <unit>/layers/<layer>/model.safetensors   the block's low-rank layers
     <unit>/rest/model.safetensors             its other tensors (norms, biases, layers that stay dense), if it has any
-    <unit>/hidden                             x [S, T, h] of the dense and of the compressed network after the block, a sequence an array
+    <unit>/hidden                             (until the next block is done) x [S, T, h] of the dense and of the compressed network after the block, a sequence an array
     <unit>/refinement.json                    the block, and what `refine_block` says of it
 """
 
@@ -22,12 +22,13 @@ from fisherfold.run.checkpoint import StoredTensor, read_tensors, write_tensors
 from fisherfold.run.engine import Unit
 from fisherfold.run.params import RefineParams
 from fisherfold.run.scratch import Scratch
-from fisherfold.run.store import GroupWriter, read_array
+from fisherfold.run.store import GroupWriter, group_file, read_array
 from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
 from fisherfold.runtime.modeling_fisherfold import replace_layers
 
 PARTS = ("calibration", "tuning")
+HIDDEN = group_file(Path("hidden")).name
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ def refine(
         source = scratch.units / before if before else None
         units[unit] = Unit(refine_unit, (workspace, name, own, source, params), (before,) if before else ())
         before = unit
-    for _ in scratch.run("refining blocks", units):
-        pass
+    done: list[str] = []
+    for unit in scratch.run("refining blocks", units):
+        for earlier in done[-1:]:
+            scratch.drop(earlier, HIDDEN)  # the next block alone has read it
+        done.append(unit)
     return {name: scratch.units / f"refined.{name}" for name in names}
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fisherfold.run.errors import InputError
 
-PROBE = 8  # tokens of the pass that checks whether blocks can be run by themselves
+PROBE = 8  # tokens of each of two sequences: a block called with what belongs to one must give the outputs of both
 
 
 class _Reached(Exception):
@@ -37,7 +37,7 @@ def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def _require_separable(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> None:
-    ids = torch.arange(PROBE)[None] % model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(2 * PROBE).view(2, PROBE) % model.get_input_embeddings().weight.shape[0]
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     handles = [
         block.register_forward_hook(
@@ -51,7 +51,7 @@ def _require_separable(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> 
         handle.remove()
     for name, block in blocks.items():
         entered = seen.get(name)
-        if entered is None or not torch.allclose(BlockCall(model, block, ids)(block, entered[0]), entered[1], atol=1e-5):
+        if entered is None or not torch.allclose(BlockCall(model, block, ids[:1])(block, entered[0]), entered[1], atol=1e-5):
             raise InputError(
                 f"{type(model).__name__}: block {name!r} cannot be run by itself, so it cannot be refined: set factorize.refine.passes = 0."
             )

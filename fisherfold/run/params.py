@@ -179,6 +179,7 @@ class FactorizeParams(ComputeBlock):
     dtype: Dtype | None = None
     dense_export: bool = False
     gguf_export: bool = False
+    refine: RefineParams = RefineParams()
 
 
 class EvaluateParams(ComputeBlock):

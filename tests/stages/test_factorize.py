@@ -3,15 +3,18 @@ import shutil
 from functools import partial
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FAMILIES, random_ids, tiny_workspace
+from tiny import FAMILIES, VOCABULARY, random_ids, tiny_workspace
 from tiny_subspace import mixed_ranks, publish_ranks, stacked_weight, subspace_workspace, truncated_weight
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fisherfold.allocators.cost import FORMATS
+from fisherfold.export import refined_blocks
 from fisherfold.export.architecture import dense_architecture
+from fisherfold.export.refinement import relative_error
 from fisherfold.network.layers import read_layers
 from fisherfold.network.sites import read_sites
 from fisherfold.run import unit_work
@@ -20,6 +23,7 @@ from fisherfold.run.errors import CorruptArtifact, InputError, NotEnoughDisk
 from fisherfold.run.files import digest_file
 from fisherfold.run.params import FactorizeParams
 from fisherfold.run.store import read_array
+from fisherfold.run.tables import read_sequences, write_sequences
 from fisherfold.run.workspace import Workspace
 from stages import factorize
 
@@ -264,3 +268,76 @@ def test_too_little_disk_is_noticed_before_the_start(unfinished, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(NotEnoughDisk, match="1000 are free"):
         factorized(unfinished)
+
+
+REFINE = {"passes": 3, "rate": 1e-3, "batch_size": 2}
+
+
+@pytest.fixture
+def calibrated(unfinished):
+    """The same with calibration and tuning sequences."""
+    for table, seed in (("calibration", 1), ("tuning", 2)):
+        ids = random_ids(6, 12, seed).numpy()
+        write_sequences(unfinished.table(table), ids, [["a"]] * 6, VOCABULARY)
+    return unfinished
+
+
+def hidden_errors(workspace):
+    """Relative error of the compressed network's hidden states after every block on the tuning sequences."""
+    ids = read_sequences(workspace.table("tuning"), VOCABULARY)
+    dense, compressed = (
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+        for folder in (workspace.model, workspace.out("factorize") / "model")
+    )
+    pairs = zip(compressed(ids, output_hidden_states=True).hidden_states[1:-1], dense(ids, output_hidden_states=True).hidden_states[1:-1], strict=True)  # fmt: skip
+    return [relative_error(found, wanted).item() for found, wanted in pairs]
+
+
+def test_refined_blocks_are_what_is_saved(calibrated):
+    """The last block but one of the saved checkpoint has the held-out error that refinement.parquet says; orders stay."""
+    plain, _ = factorized(calibrated)
+    before, orders = hidden_errors(plain), orders_of(plain)
+    refined, _ = factorized(calibrated, refine=REFINE)
+    rows = pq.read_table(refined.out("factorize") / "refinement.parquet").to_pylist()
+    assert [row["block"] for row in rows] == ["model.layers.0", "model.layers.1"]
+    assert rows[0]["accepted"] and rows[0]["held_out_after"] < rows[0]["held_out_before"]
+    assert rows[0]["held_out_before"] == pytest.approx(before[0], rel=1e-3)
+    assert hidden_errors(refined)[0] == pytest.approx(rows[0]["held_out_after"], rel=1e-3)
+    assert {name: order.tolist() for name, order in orders_of(refined).items()} == {n: o.tolist() for n, o in orders.items()}
+
+
+def orders_of(workspace):
+    saved = load_file(workspace.out("factorize") / "model" / "model.safetensors")
+    return {name: tensor for name, tensor in saved.items() if name.endswith("order")}
+
+
+def test_a_kill_between_blocks_changes_no_bit(calibrated, monkeypatch):
+    whole, _ = factorized(calibrated, refine=REFINE)
+    expected = digests(whole.out("factorize"))
+    shutil.rmtree(whole.out("factorize"))
+    shutil.rmtree(whole.artifacts / "factorize.partial")
+    real, calls = refined_blocks.refine_block, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(refined_blocks, "refine_block", killed)
+    with pytest.raises(KeyboardInterrupt):
+        factorized(calibrated, refine=REFINE)
+    monkeypatch.setattr(refined_blocks, "refine_block", real)
+    again, _ = factorized(calibrated, refine=REFINE)
+    assert digests(again.out("factorize")) == expected
+
+
+def test_refined_blocks_of_layers_with_biases(tmp_path):
+    workspace = subspace_workspace(tmp_path, "gpt2")
+    publish_ranks(workspace, mixed_ranks(workspace))
+    for table, seed in (("calibration", 1), ("tuning", 2)):
+        write_sequences(workspace.table(table), random_ids(6, 12, seed).numpy(), [["a"]] * 6, VOCABULARY)
+    refined, _ = factorized(workspace, refine=REFINE)
+    rows = pq.read_table(refined.out("factorize") / "refinement.parquet").to_pylist()
+    assert rows[0]["accepted"]
+    assert hidden_errors(refined)[0] == pytest.approx(rows[0]["held_out_after"], rel=1e-3)
