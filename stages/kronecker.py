@@ -18,11 +18,12 @@ import torch
 
 from fisherfold.fisher.estimators import ESTIMATORS, Evidence
 from fisherfold.fisher.fisher_diagnostics import LEVELS, describe_estimate, describe_layer
+from fisherfold.fisher.token_pass import TokenPass, part_bounds, pass_part, slices
 from fisherfold.linalg.leading_pairs import SOLVERS
 from fisherfold.network.layers import LinearLayer
 from fisherfold.network.weight_check import zero_weights
 from fisherfold.run.errors import NumericalError, ParameterError
-from fisherfold.run.files import verify_output
+from fisherfold.run.files import digest_file, verify_output
 from fisherfold.run.group_writer import write_arrays
 from fisherfold.run.params import KroneckerParams
 from fisherfold.run.progress import announce
@@ -31,6 +32,7 @@ from fisherfold.run.store import gather_groups
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics.dependence import DEPENDENCE, TABLE, dependence_rows
 from fisherfold.statistics.layer_statistics import Statistics
+from fisherfold.statistics.shard import loaded_model
 
 NOT_FINITE = (
     "Find the sequence with `dvc repro --force --single-item capture`, which names it, or set capture.skip_nonfinite."
@@ -98,6 +100,8 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
     SOLVERS.lookup(params.method)
     capture = workspace.out("capture")
     inputs = {"capture": verify_output(capture), "model": verify_output(workspace.out("prepare"), "model/")}
+    if estimator.passes:
+        inputs["calibration"] = digest_file(workspace.table("calibration"))
     with Scratch(workspace, "kronecker", params, inputs) as scratch:
         if scratch.republish():
             return
@@ -107,7 +111,8 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
         if estimator.makes_factors:
             numbers = sum(layer.outputs**2 + layer.inputs**2 for layer in layers)
             scratch.require_disk(4 * numbers)
-        units = {layer.name: (capture, layer, params) for layer in layers}
+        passed = _pass_tokens(scratch, workspace, statistics, params) if estimator.passes else {}
+        units = {layer.name: (capture, layer, params, passed.get(layer.name, ())) for layer in layers}
         sizes = {layer.name: layer.dense_numbers for layer in layers}
         folders = scratch.map("estimating Kronecker factors", estimate_layer, units, sizes)
         found = [json.loads((folders[layer.name] / "estimate.json").read_text(encoding="utf-8")) for layer in layers]
@@ -128,16 +133,43 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
                 gather_groups(out / "factors", [folders[layer.name] / "factors" for layer in layers])
 
 
+def _pass_tokens(
+    scratch: Scratch, workspace: Workspace, statistics: Statistics, params: KroneckerParams
+) -> dict[str, tuple[Path, ...]]:
+    """The folders of the last pass's sums by layer; see `token_pass`."""
+    sequences = statistics.sequences + len(statistics.facts["skipped"])
+    bounds = part_bounds(sequences, params.token_pass.batch_size)
+    numbers = sum(layer.outputs**2 + layer.inputs**2 for layer in statistics.layers)
+    scratch.require_disk(4 * numbers * (1 + params.token_pass.passes * len(bounds)))
+    found: dict[str, tuple[Path, ...]] = {}
+    for index, layers in enumerate(slices(statistics, params)):
+        before: tuple[Path, ...] = ()
+        for number in range(params.token_pass.passes):
+            source = TokenPass(workspace.model, workspace.table("calibration"), statistics.folder, params, before)
+            units = {
+                f"pass-{number}.slice-{index:03d}.part-{part}": (source, layers, *ends)
+                for part, ends in enumerate(bounds)
+            }
+            before = tuple(scratch.map(f"token pass {number + 1}", pass_part, units).values())
+        found |= {layer.name: before for layer in layers}
+    loaded_model.cache_clear()
+    return found
+
+
 def _require(statistics: Statistics, params: KroneckerParams) -> None:
     """Refuse an estimator that the capture holds no data for."""
     reads = ESTIMATORS.lookup(params.estimator).reads
+    if params.clip is not None and ESTIMATORS.lookup(params.estimator).passes:
+        reads = "has_tokens"  # whose median norm is what it clips at
     if reads is not None and not getattr(statistics, reads):
         raise ParameterError(f"kronecker.estimator = {params.estimator!r} needs {NEEDED[reads]}, or choose 'kfac'.")
 
 
-def estimate_layer(folder: Path, capture: Path, layer: LinearLayer, params: KroneckerParams) -> None:
+def estimate_layer(
+    folder: Path, capture: Path, layer: LinearLayer, params: KroneckerParams, token_sums: tuple[Path, ...] = ()
+) -> None:
     """Unit of work: the factors and the diagnostics of one layer."""
-    evidence = Evidence(Statistics(capture), layer, params)
+    evidence = Evidence(Statistics(capture), layer, params, token_sums=token_sums)
     rows = []
     try:
         for name in LEVELS.lookup(params.diagnostics).compared(evidence):

@@ -6,6 +6,7 @@ Shapes: n outputs, m inputs, S sequences, N tokens, k sketch rank; F the per-seq
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from fisherfold.fisher.nearest_kronecker import (
     nearest_kronecker,
 )
 from fisherfold.fisher.sampling import gram_variance
+from fisherfold.fisher.token_pass import step_sums
 from fisherfold.network.layers import LinearLayer
 from fisherfold.run.params import KroneckerParams
 from fisherfold.run.registry import Registry
@@ -53,12 +55,14 @@ class Evidence:
 
     Attributes:
         half: 0 or 1 to see every second sequence only; None for all.
+        token_sums: folders of the last token pass, of the parts that hold this layer; see `token_pass`.
     """
 
     statistics: Statistics
     layer: LinearLayer
     params: KroneckerParams
     half: int | None = None
+    token_sums: tuple[Path, ...] = ()
 
     @property
     def samples(self) -> GradientSamples:
@@ -100,17 +104,19 @@ class Estimator:
     Attributes:
         estimate: the function that does it, for one layer.
         reads: what it needs of the capture, a property of `Statistics` (has_sequence_gradients, has_tokens); None for sums alone.
-        fisher: the Fisher that it is the nearest pair of; None if it is not defined so.
+        fisher: the Fisher that it is the nearest pair of; None if it is not defined so, or not kept.
+        passes: whether it needs passes over the calibration text (`Evidence.token_sums`).
     """
 
     estimate: Callable[[Evidence], Estimate]
     reads: str | None = None
     fisher: Callable[[Evidence], StreamedFisher | SpannedFisher] | None = None
+    passes: bool = False
 
     @property
     def makes_factors(self) -> bool:
         """Whether its estimates hold factors of their own."""
-        return self.fisher is not None
+        return self.fisher is not None or self.passes
 
 
 ESTIMATORS: Registry[Estimator] = Registry("kronecker.estimator")
@@ -153,6 +159,22 @@ def token(evidence: Evidence) -> Estimate:
     return _of_pair(evidence, pair, evidence.token_fisher.count)
 
 
+def every_token(evidence: Evidence) -> Estimate:
+    """The nearest Kronecker pair of the Fisher of single tokens, of all calibration tokens: power steps by `fisherfold.fisher.token_pass`.
+
+    Both factors get the norm √σ, σ = √(‖R Â‖ ‖Rᵀ B̂‖) with the unit factors that the last pass started from; σ₁ once the steps converge.
+    """
+    statistics, trimmed = evidence.statistics, evidence.params.trim_tokens
+    tokens = statistics.tokens - statistics.sequences * min(trimmed, statistics.facts["sequence_length"])
+    A, B = (M / max(1, tokens) for M in step_sums(evidence.token_sums, evidence.layer))
+    sizes = [torch.linalg.vector_norm(M).item() for M in (A, B)]
+    sigma = (sizes[0] * sizes[1]) ** 0.5
+    if sigma > 0:
+        A, B = (M * (sigma**0.5 / size) for M, size in zip((A, B), sizes, strict=True))
+    pair = KroneckerPair(A, B, sigma, None, evidence.params.token_pass.passes, True)
+    return _of_pair(evidence, pair, tokens)
+
+
 def _of_pair(evidence: Evidence, pair: KroneckerPair, samples: int) -> Estimate:
     A, B, variances, prior = pair.A, pair.B, pair.variances, evidence.params.prior
     if prior:
@@ -180,4 +202,5 @@ def shrink(factor: torch.Tensor, target: torch.Tensor, share: float) -> tuple[to
 
 ESTIMATORS.register("kfac")(Estimator(kfac))
 ESTIMATORS.register("sequence")(Estimator(sequence, "has_sequence_gradients", lambda evidence: evidence.fisher))
+ESTIMATORS.register("every_token")(Estimator(every_token, passes=True))
 ESTIMATORS.register("token")(Estimator(token, "has_tokens", lambda evidence: evidence.token_fisher))

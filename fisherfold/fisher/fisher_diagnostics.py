@@ -43,9 +43,10 @@ LEVELS.register("full")(Level(lambda evidence: available(evidence), True, True))
 
 
 def available(evidence: Evidence) -> list[str]:
-    """The estimators that the capture has the data for."""
-    reads = {name: ESTIMATORS.lookup(name).reads for name in ESTIMATORS}
-    return [name for name, needed in reads.items() if needed is None or getattr(evidence.statistics, needed)]
+    """The estimators that the capture, and the passes that were made, have the data for."""
+    known = {name: ESTIMATORS.lookup(name) for name in ESTIMATORS}
+    there = {name: entry for name, entry in known.items() if evidence.token_sums or not entry.passes}
+    return [name for name, entry in there.items() if entry.reads is None or getattr(evidence.statistics, entry.reads)]
 
 
 def describe_layer(evidence: Evidence) -> dict[str, Any]:

@@ -87,6 +87,15 @@ class CaptureParams(ComputeBlock):
     seed: int = 0
 
 
+class TokenPassParams(Block):
+    """Estimator `every_token`: passes over the calibration text after that of stage `capture`."""
+
+    passes: Count = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: Count = 2
+    layers_per_pass: Count | None = None
+
+
 class KroneckerParams(ComputeBlock):
     """Of stage kronecker: how the Kronecker factors are estimated."""
 
@@ -99,6 +108,7 @@ class KroneckerParams(ComputeBlock):
     prior: Damping = 0.0
     clip: Annotated[float, Field(gt=0)] | None = None
     trim_tokens: Annotated[int, Field(ge=0)] = 0
+    token_pass: TokenPassParams = TokenPassParams()
     diagnostics: Literal["none", "basic", "full"] = "basic"
     dependence_draws: Annotated[int, Field(ge=0)] = 60
     seed: int = 0
