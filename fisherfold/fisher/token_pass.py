@@ -12,6 +12,7 @@ Shapes: N tokens, x [N, m] and d [N, n] of one layer; A [m, m], B [n, n] of unit
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -154,7 +155,7 @@ def part_bounds(sequences: int, batch_size: int) -> list[tuple[int, int]]:
     batches = -(-sequences // batch_size)
     parts = min(PARTS, batches)
     edges = [batch_size * (batches * part // parts) for part in range(parts)] + [sequences]
-    return list(zip(edges, edges[1:]))
+    return list(pairwise(edges))
 
 
 def slices(statistics: Statistics, params: KroneckerParams) -> list[list[LinearLayer]]:
