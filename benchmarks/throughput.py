@@ -9,7 +9,8 @@
 
 The model has the shapes of SmolLM2-135M (or of another file in data/shapes, or the project's) and random weights, for time depends on shapes alone. Prefill is a pass
 over 512 tokens that returns the last logits; decoding adds tokens one by one to a cache of 128. Dense, pivoted and plain factors of
-the same ranks take turns; medians.
+the same ranks take turns, the pivoted ones twice: as `import fisherfold.runtime` runs them (`fast_cpu`), and by the layers of the
+checkpoint's own file; medians.
 
 speedup = dense time / compressed time. bound = 1 / (1 − f + f s), Amdahl's law with f the targeted layers' share of the dense time
 and s the share of their numbers that is stored. `products` is the bound with the measured time of the bare matrix products
@@ -38,7 +39,8 @@ from fisherfold.network.layers import LinearLayer, find_layers
 from fisherfold.network.sites import find_sites
 from fisherfold.run.params import RanksParams
 from fisherfold.run.workspace import Workspace
-from fisherfold.runtime import modeling_fisherfold as runtime
+from fisherfold.runtime import fast_cpu
+from fisherfold.runtime import modeling_fisherfold as own_file
 from flows.planning.shapes import find_config
 from stages.ranks import read_spectra
 
@@ -73,7 +75,7 @@ def main() -> None:
     torch.set_num_threads(options.threads or torch.get_num_threads())
     cells = []
     print(f"{'dtype':9} {'ratio':>5} {'use':10} {'dense':>9} {'share':>6} {'stored':>6} {'bound':>6}", end="")
-    print(f" {'pivoted':>8} {'plain':>6} {'of bound':>8} {'products':>8} {'of these':>8}")
+    print(f" {'pivoted':>8} {'own file':>8} {'plain':>6} {'of bound':>8} {'products':>8} {'of these':>8}")
     for dtype in options.dtypes.split(","):
         dense = dense_model(read_config(options), getattr(torch, dtype))
         layers = find_layers(dense)
@@ -82,6 +84,7 @@ def main() -> None:
             models = {
                 "dense": dense,
                 "pivoted": compressed_model(dense, plan, options.storage),
+                "own file": compressed_model(dense, plan, options.storage, own_file.replace_layers),
                 "plain": compressed_model(dense, plan, "factors"),
             }
             for use in options.uses.split(","):
@@ -119,19 +122,23 @@ def plan_layers(
     return {layer.name: (layer, choice.rank, sum(choice.numbers)) for layer, choice in zip(layers, choices)}
 
 
-def compressed_model(dense: PreTrainedModel, plan: Mapping[str, tuple], storage: str) -> PreTrainedModel:
+def compressed_model(
+    dense: PreTrainedModel, plan: Mapping[str, tuple], storage: str, replace_layers: Callable = fast_cpu.replace_layers
+) -> PreTrainedModel:
     """A copy of the dense model (untouched weights shared) with random layers of the planned ranks."""
     torch.manual_seed(0)
     model = copy.deepcopy(dense, {id(weight): weight for weight in dense.parameters()})
-    for name, (layer, rank, numbers) in plan.items():
-        n, m = layer.outputs, layer.inputs
-        if numbers >= n * m:
-            continue
-        new = runtime.replace(model.get_submodule(name), kind_of(n, m, rank, storage), rank).to(dense.dtype).eval()
+    layers = {
+        name: {"kind": kind_of(layer.outputs, layer.inputs, rank, storage), "rank": rank}
+        for name, (layer, rank, numbers) in plan.items()
+        if numbers < layer.dense_numbers
+    }
+    replace_layers(model, layers)
+    for name in layers:
+        new = model.get_submodule(name)
         if hasattr(new, "order"):
             new.order = torch.randperm(len(new.order))
-        model.set_submodule(name, new)
-    return model
+    return model.to(dense.dtype).eval()
 
 
 def kind_of(n: int, m: int, rank: int, storage: str) -> str:
@@ -200,6 +207,7 @@ def measure(models: Mapping[str, PreTrainedModel], plan: Mapping[str, tuple], us
         "bound": 1 / (1 - share + share * stored),
         "products": 1 / (1 - share + share * products),
         "pivoted": speedup["pivoted"],
+        "own file": speedup["own file"],
         "plain": speedup["plain"],
     }
 
@@ -244,10 +252,10 @@ def bare_products(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """The two products of a pivoted layer on inputs that lie ready; their result is not used, the output is not the layer's."""
     if isinstance(module, nn.Linear):
         return dense_product(module)
-    if isinstance(module, runtime.ZeroLinear):
+    if isinstance(module, own_file.ZeroLinear):
         return type(module).forward.__get__(module)
     up, down = module.up.weight, module.down.weight
-    n = len(module.order) if isinstance(module, runtime.PivotedOutputLinear) else len(up)
+    n = len(module.order) if isinstance(module, own_file.PivotedOutputLinear) else len(up)
     outputs: dict[tuple, torch.Tensor] = {}  # of the right shape, whose making is not to be timed
 
     def compute(x: torch.Tensor) -> torch.Tensor:
@@ -261,39 +269,27 @@ def bare_products(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 def print_cell(cell: dict) -> None:
     print(
         f"{cell['dtype']:9} {cell['ratio']:5} {cell['use']:10} {cell['tokens']:7.0f}/s {cell['share']:6.2f} {cell['stored']:6.2f} "
-        f"{cell['bound']:6.2f} {cell['pivoted']:8.2f} {cell['plain']:6.2f} {cell['pivoted'] / cell['bound']:8.2f} "
+        f"{cell['bound']:6.2f} {cell['pivoted']:8.2f} {cell['own file']:8.2f} {cell['plain']:6.2f} {cell['pivoted'] / cell['bound']:8.2f} "
         f"{cell['products']:8.2f} {cell['pivoted'] / cell['products']:8.2f}",
         flush=True,
     )
 
 
 def report(cells: list[dict]) -> None:
-    """The two figures; of those cells that have a target."""
-    targeted = [cell for cell in cells if cell["ratio"] >= 0.4]
-    slower = min(cell["pivoted"] / cell["plain"] for cell in cells)
-    print(
-        json.dumps(
-            {
-                "figure": "pivoted over plain factors, least",
-                "value": round(slower, 3),
-                "unit": "",
-                "target": 1.0,
-                "holds": slower >= 0.98,
-            }
-        )
+    """The three figures; the bound's of those cells that have a target."""
+    targeted = [cell for cell in cells if cell["ratio"] >= 0.4] or cells
+    print_figure(
+        "fast_cpu over the checkpoint's own file, least", min(c["pivoted"] / c["own file"] for c in cells), 1.0, 0.02
     )
-    least = min(cell["pivoted"] / cell["bound"] for cell in targeted or cells)
-    print(
-        json.dumps(
-            {
-                "figure": "speedup over Amdahl's bound, least",
-                "value": round(least, 3),
-                "unit": "",
-                "target": TARGET,
-                "holds": least >= TARGET,
-            }
-        )
-    )
+    print_figure("pivoted over plain factors, least", min(cell["pivoted"] / cell["plain"] for cell in cells), 1.0, 0.02)
+    least = min(cell["pivoted"] / cell["bound"] for cell in targeted)
+    print_figure("speedup over Amdahl's bound, least", least, TARGET)
+
+
+def print_figure(name: str, value: float, target: float, noise: float = 0.0) -> None:
+    """One line of JSON; it holds if it is at least the target, less what a repetition moves."""
+    figure = {"figure": name, "value": round(value, 3), "unit": "", "target": target, "holds": value >= target - noise}
+    print(json.dumps(figure))
 
 
 if __name__ == "__main__":

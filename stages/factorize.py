@@ -25,9 +25,11 @@ from fisherfold.export.architecture import (
     write_code,
     write_config,
 )
+from fisherfold.export.buffers import check_buffers
 from fisherfold.export.gauges import SHARED_MEMBER, gauge_site, product, right_factor
 from fisherfold.export.gguf_export import gguf_format, write_gguf
 from fisherfold.export.model_card import compressed_card, dense_card
+from fisherfold.export.original_names import original_tensors
 from fisherfold.export.refined_blocks import LowRank, refine
 from fisherfold.network.layers import LinearLayer
 from fisherfold.network.models import DTYPES, read_weight
@@ -129,17 +131,19 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         with scratch.publish() as out:
             pq.write_table(pa.Table.from_pylist(rows, REFINEMENT), out / "refinement.parquet")
             write_model(out / "model", workspace, architecture, dense, compressed, dtype)
+            check_buffers(out / "model", dense, architecture)
             facts = _count(out / "model", stored, plan, compressed)
             (out / "model" / "README.md").write_text(
                 compressed_card(workspace, architecture, facts, params), encoding="utf-8"
             )
             (out / "factorize.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            if params.dense_export or params.gguf_export:
+                whole = original_tensors(architecture.empty_model(), dense_tensors(dense, compressed, dtype))
             if params.dense_export:
-                write_dense(out / "dense", workspace, dense, compressed, dtype)
+                write_dense(out / "dense", workspace, whole, dtype)
                 (out / "dense" / "README.md").write_text(dense_card(workspace, architecture, facts), encoding="utf-8")
             if params.gguf_export:
-                tensors = dense_tensors(dense, compressed, dtype)
-                write_gguf(out / "model.gguf", architecture.config, workspace.model, tensors, dtype)
+                write_gguf(out / "model.gguf", architecture.config, workspace.model, whole, dtype)
 
 
 def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
@@ -273,16 +277,10 @@ def compressed_tensors(
     return dict(sorted(tensors.items()))
 
 
-def write_dense(
-    folder: Path,
-    workspace: Workspace,
-    dense: Mapping[str, StoredTensor],
-    compressed: Mapping[str, StoredLayer],
-    dtype: torch.dtype,
-) -> None:
-    """The same model with every product multiplied out, in the dense architecture, for tools that know no low-rank layer."""
+def write_dense(folder: Path, workspace: Workspace, whole: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:
+    """The same model with every product multiplied out, in the dense architecture and its own tensors' names, for other tools."""
     folder.mkdir(parents=True)
-    write_tensors(folder, dense_tensors(dense, compressed, dtype))
+    write_tensors(folder, whole)
     config = json.loads((workspace.model / "config.json").read_text(encoding="utf-8")) | {
         "dtype": str(dtype).removeprefix("torch.")
     }

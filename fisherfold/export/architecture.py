@@ -9,16 +9,23 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from fisherfold import runtime
+from fisherfold.export.tensor_parallel import split_plan
 from fisherfold.run.errors import InputError
 
 TEMPLATE = Path(runtime.__file__).with_name("modeling_fisherfold.py")
-TEMPLATE_CLASSES = ("LlamaConfig", "LlamaForCausalLM")  # named once each in the template, replaced by the model's own
+BASE_CLASS = "FisherfoldModel"
+AUTO_CLASSES = {
+    "AutoConfig": "FisherfoldConfig",
+    "AutoModel": BASE_CLASS,
+    "AutoModelForCausalLM": "FisherfoldForCausalLM",
+}
 OWN_FILES = {"config.json", "README.md"}  # of a checkpoint folder, never copied from another
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
+CHAT_TEMPLATES = "additional_chat_templates"  # the folder in which transformers saves all but the first
 
 
 @dataclass(frozen=True)
@@ -26,16 +33,27 @@ class DenseArchitecture:
     """Attributes:
     config_class, model_class: names of the classes in transformers.
     config: the text of config.json, parsed.
+    folder: where the model is.
     """
 
     config_class: str
     model_class: str
     config: dict[str, Any]
+    folder: Path
 
     @property
     def dtype(self) -> str:
-        """The dtype that config.json names; float32 where it names none."""
+        """The dtype of the stored weights, by name."""
         return self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+
+    def empty_model(self) -> PreTrainedModel:
+        """The dense model on the meta device: its modules and shapes, no numbers."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.read_config())
+
+    def read_config(self) -> PreTrainedConfig:
+        """The configuration as transformers has it."""
+        return AutoConfig.from_pretrained(self.folder, local_files_only=True)
 
 
 def dense_architecture(folder: Path) -> DenseArchitecture:
@@ -51,46 +69,60 @@ def dense_architecture(folder: Path) -> DenseArchitecture:
             f"Stage 'factorize': {folder} is a {config.get('model_type')!r} model with code of its own. The compressed checkpoint extends "
             "a class of transformers, so only architectures that transformers itself knows can be factorized."
         )
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-    names = config_class.__name__, model_class.__name__
+    names = config_class.__name__, MODEL_FOR_CAUSAL_LM_MAPPING[config_class].__name__
     for name in names:
         if not hasattr(transformers, name):
             raise InputError(
                 f"Stage 'factorize': transformers does not export {name!r}, which the compressed checkpoint would extend."
             )
-    return DenseArchitecture(*names, config)
+    return DenseArchitecture(*names, config, folder)
+
+
+def base_class(model: PreTrainedModel) -> str | None:
+    """The class of the model without its head, if it is the one that AutoModel has for the configuration."""
+    base = type(model.base_model)
+    known = MODEL_MAPPING.get(type(model.config), ())
+    return base.__name__ if base in (known if isinstance(known, tuple) else (known,)) else None
 
 
 def write_code(folder: Path, architecture: DenseArchitecture) -> None:
-    """Write the template with the model's own classes in place of the example's."""
+    """Write the template with the model's own classes in place of the example's, which it names once each."""
     text = TEMPLATE.read_text(encoding="utf-8")
-    for example, own in zip(TEMPLATE_CLASSES, (architecture.config_class, architecture.model_class)):
-        text = text.replace(example, own)
+    names = {
+        "LlamaConfig": architecture.config_class,
+        "LlamaForCausalLM": architecture.model_class,
+        "LlamaModel": base_class(architecture.empty_model()) or architecture.model_class,
+    }
+    for example, own in names.items():
+        text = text.replace(f"import {example} as", f"import {own} as")
     (folder / TEMPLATE.name).write_text(text, encoding="utf-8")
 
 
 def write_config(
     folder: Path, architecture: DenseArchitecture, dtype: torch.dtype, layers: Mapping[str, dict[str, Any]]
 ) -> None:
-    """Write config.json: the dense model's, a model type that no program takes for the dense one, and the low-rank layers."""
-    module = TEMPLATE.stem
+    """Write config.json: the dense model's, the low-rank layers, the classes in the folder's own code, and a method of quantization
+    that keeps programs which know the dense model alone from taking this for one.
+    """
+    classes = {auto: f"{TEMPLATE.stem}.{own}" for auto, own in AUTO_CLASSES.items()}
+    model = architecture.empty_model()
+    if base_class(model) is None:
+        del classes["AutoModel"]
     own = {
-        "model_type": f"fisherfold_{architecture.config['model_type']}",
-        "architectures": ["FisherfoldForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{module}.FisherfoldConfig",
-            "AutoModelForCausalLM": f"{module}.FisherfoldForCausalLM",
-        },
+        "architectures": [AUTO_CLASSES["AutoModelForCausalLM"]],
+        "auto_map": classes,
         "dtype": str(dtype).removeprefix("torch."),
-        "fisherfold": {"layers": dict(layers)},
+        "fisherfold": {"layers": dict(layers), "tensor_parallel": split_plan(model, layers)},
+        "quantization_config": {"quant_method": runtime.METHOD},
     }
-    (folder / "config.json").write_text(
-        json.dumps(architecture.config | own, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(architecture.config | own, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what belongs to a model besides weights and configuration: tokenizer, chat template, generation settings."""
+    """Copy what belongs to a model besides weights and configuration: tokenizer, chat templates, generation settings."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in OWN_FILES and not path.name.endswith(WEIGHTS):
             shutil.copyfile(path, target / path.name)
+    if (source / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATES, target / CHAT_TEMPLATES)

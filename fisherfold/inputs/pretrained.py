@@ -212,7 +212,7 @@ def write_model(folder: Path, model: ModelSource, dtype: str) -> None:
         )
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     announce("prepare", f"writing {parameters / 1e6:.1f} M parameters in {dtype}")
-    loaded.save_pretrained(folder / "model")
+    loaded.save_pretrained(folder / "model", save_original_format=False)  # named as its modules, as stages name layers
     _save_tokenizer(tokenizer, folder / "model")
     facts = {"architecture": type(loaded).__name__, "dtype": dtype, "parameters": parameters}
     (folder / "facts.json").write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")

@@ -2,10 +2,10 @@
 
     model = AutoModelForCausalLM.from_pretrained(folder)
 
-The import registers a quantizer named "fisherfold" with transformers, and every checkpoint's model type. Such a checkpoint then is
-an ordinary model of the dense architecture whose listed layers the quantizer replaces before weights are loaded, by the very
-classes that the checkpoint's own file holds. Without the import transformers refuses the folder, unless it may run that file
-(`trust_remote_code=True`).
+The import registers a quantizer named "fisherfold" with transformers. A checkpoint then is an ordinary model of the dense architecture
+whose listed layers the quantizer replaces before weights are loaded. Without the import transformers refuses the folder's weights,
+unless it may run the file that lies in it (`trust_remote_code=True`). `modeling_fisherfold` is that
+file, layers as plain as they can be; `fast_cpu` has the same layers for inference on a CPU, which models loaded in this way get.
 """
 
 from collections.abc import Sequence
@@ -20,18 +20,19 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fisherfold.run.errors import CorruptArtifact
-from fisherfold.runtime.modeling_fisherfold import replace_layers
+from fisherfold.runtime.fast_cpu import replace_layers
+from fisherfold.runtime.modeling_fisherfold import low_rank_layers
 
 METHOD = "fisherfold"
 
 
 @register_quantization_config(METHOD)
 class LowRankConfig(QuantizationConfigMixin):
-    """Which layers are low-rank, as in a checkpoint's config.json: {module name: {"kind": …, "rank": …}}."""
+    """Says that a checkpoint is one of ours. Its low-rank layers are in `config.fisherfold`; older ones may have them in here."""
 
-    def __init__(self, layers: dict[str, dict[str, Any]], **_) -> None:
+    def __init__(self, layers: dict[str, dict[str, Any]] | None = None, **_) -> None:
         self.quant_method = METHOD
-        self.layers = layers
+        self.layers = layers or {}
 
 
 @register_quantizer(METHOD)
@@ -59,14 +60,12 @@ class LowRankQuantizer(HfQuantizer):
         Raises:
             CorruptArtifact: a tensor of a low-rank layer is in none of the files.
         """
-        layers = self.quantization_config.layers
+        config = model.config
+        config.fisherfold = getattr(config, METHOD, None) or {"layers": self.quantization_config.layers}
+        layers = low_rank_layers(model)
         replace_layers(model, layers)
-        for (
-            name
-        ) in layers:  # their initial weights are set by some classes (GPT-2) through the dense layers that are gone
-            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
         wanted = {f"{name}.{key}" for name in layers for key in model.get_submodule(name).state_dict()}
-        missing = sorted(wanted - _tensor_names(checkpoint_files)) if checkpoint_files else []
+        missing = sorted(wanted - _tensor_names(checkpoint_files, model)) if checkpoint_files else []
         if missing:
             raise CorruptArtifact(
                 f"The checkpoint lacks {len(missing)} tensors of the model, such as {missing[0]!r}. Fetch or write it again."
@@ -76,27 +75,27 @@ class LowRankQuantizer(HfQuantizer):
         """The weights are ordinary numbers: casting and training need not be refused, as they are for quantized models."""
         model.is_quantized = False
         model.config._is_quantized = False
+        vars(model.config).pop("auto_map", None)  # what `save_pretrained` writes holds no code
 
 
-def _tensor_names(files: Sequence[str]) -> set[str]:
+def _tensor_names(files: Sequence[str], model: PreTrainedModel) -> set[str]:
+    """The names in the files, and as the base model calls them, which may be loaded by itself."""
     names: set[str] = set()
     for path in files:
         with safe_open(Path(path), framework="pt") as file:
             names |= set(file.keys())
-    return names
+    return names | {name.removeprefix(f"{model.base_model_prefix}.") for name in names}
 
 
 class CheckpointConfig(PreTrainedConfig):
-    """Reads a checkpoint's config.json as the configuration of the dense architecture with a quantization."""
+    """Reads an older checkpoint, which has a model type of its own (`fisherfold_llama`), as the dense architecture with a quantization."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options):
-        """The dense architecture's configuration, with the low-rank layers as its quantization."""
+        """The dense architecture's configuration."""
         dense_type = cls.model_type.removeprefix(f"{METHOD}_")
-        dense = {key: value for key, value in config_dict.items() if key not in ("auto_map", METHOD)}
-        quantization = {"quant_method": METHOD, "layers": (config_dict.get(METHOD) or {}).get("layers", {})}
-        dense |= {"model_type": dense_type, "quantization_config": quantization}
-        return CONFIG_MAPPING[dense_type].from_dict(dense, **options)
+        own = {"model_type": dense_type, "quantization_config": {"quant_method": METHOD}}
+        return CONFIG_MAPPING[dense_type].from_dict(config_dict | own, **options)
 
 
 def _register() -> None:

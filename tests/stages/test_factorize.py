@@ -164,7 +164,8 @@ def test_companions_and_card(llama):
         assert "subspace.metric: svd" in card
         assert "/somewhere" not in card
     config = json.loads((workspace.out("factorize") / "model" / "config.json").read_text())
-    assert config["model_type"] == "fisherfold_llama"
+    assert config["model_type"] == "llama"
+    assert config["quantization_config"] == {"quant_method": "fisherfold"}
     code = (workspace.out("factorize") / "model" / "modeling_fisherfold.py").read_text()
     assert "from stages" not in code
 

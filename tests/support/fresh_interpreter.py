@@ -7,6 +7,7 @@ line of JSON: what every check found, or the error that it raised, by family.
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 
 class Forbidden:
@@ -21,7 +22,7 @@ sys.meta_path.insert(0, Forbidden())
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 CHECKS = {}
 COMPILED = ("llama", "gpt2")  # tracing takes seconds
@@ -63,6 +64,23 @@ def project_is_missing(folder):
 @check
 def refuses_without_trust(folder):
     return raised(AutoModelForCausalLM.from_pretrained, folder / "model", trust_remote_code=False)
+
+
+@check
+def tokenizer_without_question(folder):
+    """Whether the tokenizer loads, and whether anybody was asked whether code may run."""
+    asked = []
+    with patch("builtins.input", lambda text: asked.append(text) or "n"):
+        found, dense = (AutoTokenizer.from_pretrained(folder / part)("w5 w6")["input_ids"] for part in ("model", "dense"))
+    return [found == dense, bool(asked)]
+
+
+@check
+def base_model(folder):
+    model = AutoModel.from_pretrained(folder / "model", trust_remote_code=True).eval()
+    dense = AutoModel.from_pretrained(folder / "dense").eval()
+    with torch.no_grad():
+        return float((model(ids())[0] - dense(ids())[0]).abs().max())
 
 
 @check

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tiny import VOCABULARY, random_ids, save_tiny
+from tiny import FAMILIES, VOCABULARY, random_ids, tiny_model, tiny_tokenizer
+from tiny_families import tiny_family
 
 from fisherfold.allocators.cost import choose_storage
 from fisherfold.network.layers import LinearLayer, find_layers, read_layers, write_layers
@@ -34,7 +35,9 @@ def subspace_workspace(
     """`dense` names sites that the metric says nothing about, which have no basis; `shared`: layers of a group are one site."""
     workspace = Workspace(root)
     with Scratch(workspace, "prepare", PrepareParams(), {"seed": str(seed)}) as scratch, scratch.publish() as out:
-        save_tiny(out / "model", family, seed)
+        make = tiny_model if family in FAMILIES else tiny_family
+        make(family, seed).save_pretrained(out / "model", save_original_format=False)  # as stage prepare does
+        tiny_tokenizer().save_pretrained(out / "model")
         (out / "prepare.json").write_text(json.dumps({"model": FACTS}))
     write_sequences(workspace.table("tuning"), random_ids(2, 12).numpy(), [["a"], ["b"]], VOCABULARY)
     layers = find_layers(load_model(workspace.model, torch.float32))

@@ -1,0 +1,58 @@
+"""Buffers that no checkpoint holds (causal masks, rotary tables, multipliers), compared with the dense model's after loading.
+
+Transformers makes a model on the meta device, fills in what the files hold, and lets each module set its other buffers. Where a module
+does not, they are whatever the memory held, and the model is wrong in silence. Here the compressed model is loaded in each of the ways
+that the model card names, with tensors of the right shapes that hold nothing, so that models of any size are checked in little memory.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+import fisherfold.runtime  # noqa: F401  one of the ways of loading
+from fisherfold.export.architecture import AUTO_CLASSES, TEMPLATE, DenseArchitecture
+from fisherfold.run.checkpoint import StoredTensor, read_tensors
+from fisherfold.run.errors import InputError
+
+
+def check_buffers(folder: Path, dense: Mapping[str, StoredTensor], architecture: DenseArchitecture) -> None:
+    """Check the checkpoint in `folder` against the dense model, whose tensors have the shapes of `dense`.
+
+    Raises:
+        InputError: a buffer differs.
+    """
+    own = getattr(transformers, architecture.model_class)
+    expected = buffers(own, architecture.read_config(), dense)
+    classes = {name: get_class_from_dynamic_module(f"{TEMPLATE.stem}.{name}", folder) for name in AUTO_CLASSES.values()}
+    remote = classes[AUTO_CLASSES["AutoModelForCausalLM"]], classes[AUTO_CLASSES["AutoConfig"]].from_pretrained(folder)
+    registered = own, AutoConfig.from_pretrained(folder)
+    tensors = read_tensors(folder)
+    for way, (model, config) in {"trust_remote_code": remote, "import fisherfold.runtime": registered}.items():
+        _compare(way, buffers(model, config, tensors), expected)
+
+
+def buffers(
+    model: type[PreTrainedModel], config: object, tensors: Mapping[str, StoredTensor]
+) -> dict[str, torch.Tensor]:
+    """The buffers that are in no file, after loading."""
+    state = {name: torch.empty((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in tensors.items()}
+    loaded = model.from_pretrained(None, config=config, state_dict=state)
+    return dict(loaded.named_non_persistent_buffers())
+
+
+def _compare(way: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    wrong = sorted(name for name, values in expected.items() if name not in found or not _same(found[name], values))
+    if wrong:
+        raise InputError(
+            f"Stage 'factorize': loaded with {way}, the compressed model has {len(wrong)} buffers that differ from the dense model's, "
+            f"the first {wrong[0]!r}. Transformers does not set them for this architecture, so the model would compute something else. "
+            "Please report it with the model's name."
+        )
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.dtype == expected.dtype and found.shape == expected.shape and torch.equal(found, expected)
