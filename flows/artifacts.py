@@ -8,12 +8,14 @@ from datetime import timedelta
 
 from prefect.artifacts import (
     create_image_artifact,
+    create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
     update_progress_artifact,
 )
 from prefect.events import emit_event
 
+from fisherfold.evaluation.verdict import verdict
 from fisherfold.run.workspace import Workspace
 
 UPDATE_INTERVAL = 2.0  # seconds between updates of one progress artifact
@@ -44,9 +46,10 @@ class StageProgress:
         self._shown = now
 
 
-def metrics_table(workspace: Workspace) -> None:
-    """A table: quality and size of the dense and the compressed model."""
+def evaluation_views(workspace: Workspace) -> None:
+    """The verdict with its findings, and a table: quality and size of the dense and the compressed model."""
     metrics = json.loads((workspace.out("evaluate") / "metrics.json").read_text(encoding="utf-8"))
+    create_markdown_artifact("\n".join(verdict(metrics).lines), "verdict", f"Verdict on the model of {workspace.root}")
     rows = [
         {"measure": key, "dense": metrics["dense"].get(key), "compressed": value}
         for key, value in metrics["compressed"].items()
@@ -76,7 +79,7 @@ def address(kind: str, picture: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-RESULTS: dict[str, Callable[[Workspace], None]] = {"ranks": rank_picture, "evaluate": metrics_table}
+RESULTS: dict[str, Callable[[Workspace], None]] = {"ranks": rank_picture, "evaluate": evaluation_views}
 """What is shown once a stage is up to date."""
 
 

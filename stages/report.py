@@ -1,12 +1,14 @@
 """Stage `report`: what was compressed, how far, and at what cost, as one page that opens offline.
 
 artifacts/report/index.html      no scripts, nothing loaded from anywhere, the same bytes for the same run
+artifacts/report/README.md       the compressed model's card with what was measured, to take the place of the one in its folder
 """
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping
 
 from fisherfold.evaluation.verdict import verdict
+from fisherfold.export.card_results import with_results
 from fisherfold.page.answers_view import answers_view, sources_table
 from fisherfold.page.knowledge_view import knowledge_view
 from fisherfold.page.layer_views import (
@@ -40,6 +42,7 @@ from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
 
 MODELS = ("dense", "compressed")
+CARD = "model/README.md"
 COMPARED = (*MODELS, "difference")
 ACCURACIES = {"acc": "knowledge questions right", "acc_norm": "the same, by likelihood per character"}
 LONGEST_FACT = 300
@@ -64,6 +67,9 @@ def run(workspace: Workspace, params: ReportParams) -> None:
             return
         with scratch.publish() as out:
             (out / "index.html").write_text(write_page(record, params.title), encoding="utf-8")
+            if card := record.text("factorize", CARD):
+                answers = record.rows("evaluate", "answers.parquet")
+                (out / "README.md").write_text(with_results(card, record.metrics, answers), encoding="utf-8")
 
 
 def write_page(record: Record, title: str) -> str:

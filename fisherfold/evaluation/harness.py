@@ -54,7 +54,7 @@ Answer = tuple[float, bool]
 Row = TypeVar("Row")
 
 
-class SharedContextModel(HFLM):
+class SharedContextModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     """A causal language model for lm-eval that computes a long context once for all that continues it.
 
     Args:
@@ -143,8 +143,8 @@ class SharedContextModel(HFLM):
         if found is None:
             return False
         plain = self._score_pairs(requests, list(found))
-        values = (torch.tensor([answers[i][0] for i in sorted(plain)]) for answers in (found, plain))
-        return reproduces(*values, self.model.dtype)
+        shared, alone = (torch.tensor([answers[i][0] for i in sorted(plain)]) for answers in (found, plain))
+        return reproduces(shared, alone, self.model.dtype)
 
     @torch.inference_mode()
     def _score_sharing(self, requests: list[Pair], batch: list[Group]) -> dict[int, Answer]:
@@ -189,7 +189,7 @@ class SharedContextModel(HFLM):
         )
         needed = labels.shape[1] - int((labels != UNSCORED).any(0).nonzero()[0])
         last = self._last(needed, ids.shape[1])
-        prefix = {} if cache is None else {self.cache_name: cache}
+        prefix = {} if cache is None else {str(self.cache_name): cache}
         output = self.model(input_ids=ids, use_cache=cache is not None, **prefix, **last)
         logits, labels = output.logits[:, -needed:], labels[:, -needed:]  # [R, needed, V]
         chosen = logits.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1).float() - logits.float().logsumexp(-1)

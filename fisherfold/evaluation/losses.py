@@ -28,7 +28,7 @@ def compare_tokens(dense: PreTrainedModel, compressed: PreTrainedModel, ids: tor
     labels = ids[:, 1:].to(p_logits.device)
     parts = [
         _compare_rows(p_logits[where], q_logits[where], labels[where])
-        for where in _row_chunks(*labels.shape, p_logits.shape[-1])
+        for where in _row_chunks(labels.shape[0], labels.shape[1], p_logits.shape[-1])
     ]
     names = ("dense", "compressed", "divergence")
     return {

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 import fisherfold.runtime  # noqa: F401  checkpoints of ours are loaded by its classes, never by code from their folder
 from fisherfold.network.generation import GreedyDecoder
-from fisherfold.network.models import DTYPES, load_model
+from fisherfold.network.models import DTYPES, input_embedding, load_model
 from fisherfold.network.overflow import first_overflow
 from fisherfold.run.errors import InputError, NumericalError
 
@@ -49,7 +49,7 @@ class ModelRun:
 
     @property
     def vocabulary(self) -> int:
-        return self.model.get_input_embeddings().weight.shape[0]
+        return input_embedding(self.model).shape[0]
 
     @property
     def positions(self) -> int | None:

@@ -28,7 +28,7 @@ def summarise_losses(losses: dict[str, np.ndarray]) -> dict[str, Any]:
         "standard_error": error,
         "perplexity": perplexity,
         "perplexity_standard_error": {
-            model: None if error[model] is None else perplexity[model] * error[model] for model in MODELS
+            model: None if (spread := error[model]) is None else perplexity[model] * spread for model in MODELS
         },
     }
 

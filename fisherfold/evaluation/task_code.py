@@ -63,7 +63,7 @@ def _names(members: object) -> list[str]:
         return [members]
     if isinstance(members, Mapping):
         return [name for key in ("task", "group") for name in _names(members.get(key))]
-    return [name for member in members or () for name in _names(member)]
+    return [name for member in members for name in _names(member)] if isinstance(members, list) else []
 
 
 def _with_includes(path: Path, seen: set[Path]) -> set[Path]:

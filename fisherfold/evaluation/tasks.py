@@ -126,7 +126,7 @@ def _find_subjects(patterns: dict[str, Any], folder: Path) -> list[str]:
     return sorted({file.name[len(before) : len(file.name) - len(after)] for file in files})
 
 
-def _fill(value: object, subject: str) -> object:
+def _fill(value: Any, subject: str) -> Any:
     """`value` with the placeholder replaced in every string of it."""
     if isinstance(value, str):
         return value.replace(SUBJECT, subject)

@@ -1,136 +1,169 @@
-"""The README.md of a checkpoint: what it is, how to load it, what it was made of and how. No dates: the same run, the same card."""
+"""The README.md of a checkpoint: what it is, how to load it, what it was made of and how. No dates: the same run, the same card.
+
+Stage factorize writes it before anything is measured; `card_results` adds what stage evaluate found.
+"""
 
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from fisherfold.export.architecture import DenseArchitecture
+from fisherfold.export.card_templates import LOW_RANK, MULTIPLIED_OUT
+from fisherfold.page.references import REFERENCES
 from fisherfold.run.params import FactorizeParams
 from fisherfold.run.workspace import Workspace
 
 LICENCE_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.\-]*")
-LOW_RANK = """\
-# {name}, low-rank
-
-The language model {origin}
-with its linear layers replaced by low-rank products, compressed by Fisherfold. `config.json` lists the layers;
-`modeling_fisherfold.py`, in this folder, is all the code it needs besides torch and transformers.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=True)
-```
-
-`trust_remote_code=True` runs the file above; without it transformers refuses to load the folder. Adapters and quantizers
-find ordinary `nn.Linear` layers inside (PEFT: `target_modules="all-linear"`).{dense}
-
-| | dense | this model | kept |
-|---|---|---|---|
-{sizes}
-
-Counted from the saved tensors, index arrays included. Removed share of the targeted layers: {removed:.4f}.
-
-## How it was made
-{settings}
-"""
-BESIDE = "The same model, multiplied out to the dense architecture, as large and as slow as the dense one, lies beside this folder:"
+HUB = "huggingface.co/"
 HINTS = {
     "dense_export": "the folder `dense`: an ordinary checkpoint for tools that load, convert or quantize dense models",
     "gguf_export": "the file `model.gguf`: for llama.cpp and the tools built on it",
 }
 """What lies beside the checkpoint, by parameter of stage factorize, and what it is for."""
-MULTIPLIED_OUT = """\
-# {name}, low-rank, multiplied out
-
-The language model {origin}
-with its linear layers replaced by low-rank products (Fisherfold), multiplied out: an ordinary {architecture} checkpoint that any
-tool loads, converts or quantizes, as large and as slow as the dense model. The small form is the folder `model` beside this one.
-
-## How it was made
-{settings}
-"""
 SIZES = {
     "targeted layers, numbers": "targeted_parameters",
     "whole model, numbers": "model_parameters",
     "whole model, bytes": "model_bytes",
 }
+SETTINGS = {
+    "svd": (),
+    "asvd": ("asvd_alpha", "input_damping"),
+    "fwsvd": ("input_damping",),
+    "svd_llm": ("input_damping",),
+    "kfac": ("input_damping", "output_damping"),
+    "gfwsvd": ("input_damping", "output_damping"),
+    "fasc": ("fasc", "input_damping", "output_damping"),
+}
+"""Parameters of stage subspace that a metric reads; of one that is not named here, all."""
+NOT_SETTINGS = ("dense", "methods", "shared", "metric", "threads")
+USES = {"calibration": "calibration", "tuning": "choices by trial", "evaluation": "evaluation"}
+WRITTEN = "self-written"
 
 
 def compressed_card(
     workspace: Workspace, architecture: DenseArchitecture, counts: dict[str, Any], params: FactorizeParams
 ) -> str:
     """The card of the checkpoint with low-rank layers; `counts` is the content of factorize.json."""
-    beside = [f"- {hint}" for name, hint in HINTS.items() if getattr(params, name)]
-    sizes = [(label, counts[f"{key}_dense"], counts[f"{key}_compressed"]) for label, key in SIZES.items()]
-    rows = [f"| {label} | {dense:,} | {kept:,} | {kept / dense:.4f} |" for label, dense, kept in sizes]
-    _, dense, kept = sizes[0]
-    return _front_matter(workspace) + LOW_RANK.format(
-        **_origin(workspace),
-        dense="\n\n".join(["", BESIDE, "\n".join(beside)]) if beside else "",
-        sizes="\n".join(rows),
-        removed=1 - kept / dense,
-        settings=_settings(workspace, counts),
+    facts = _facts(workspace)
+    sizes = [
+        {"label": label, "dense": counts[f"{key}_dense"], "kept": counts[f"{key}_compressed"]}
+        for label, key in SIZES.items()
+    ]
+    return LOW_RANK.render(
+        **_shared_parts(workspace, facts, counts),
+        beside=[hint for name, hint in HINTS.items() if getattr(params, name)],
+        chat=_has_chat_template(workspace.model),
+        length=facts.get("data", {}).get("sequence_length", "a few hundred"),
+        sizes=sizes,
+        removed=1 - sizes[0]["kept"] / sizes[0]["dense"],
     )
 
 
 def dense_card(workspace: Workspace, architecture: DenseArchitecture, counts: dict[str, Any]) -> str:
     """The card of the dense export."""
-    text = MULTIPLIED_OUT.format(
-        **_origin(workspace), architecture=architecture.model_class, settings=_settings(workspace, counts)
-    )
-    return _front_matter(workspace) + text
-
-
-def _front_matter(workspace: Workspace) -> str:
-    """The YAML block that the hub reads."""
-    facts = _facts(workspace)
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [fisherfold, low-rank]"]
-    if "huggingface.co/" in facts["origin"]:
-        lines.append(f"base_model: {facts['origin'].partition('huggingface.co/')[2].rstrip(')')}")
-    elif facts["origin"] == "hub":
-        lines.append(f"base_model: {facts['name']}")
-    licence = facts["licence"]
-    if licence and LICENCE_IDENTIFIER.fullmatch(licence.lower()):
-        lines.append(f"license: {licence.lower()}")
-    elif licence:
-        lines += ["license: other", f"license_name: {json.dumps(licence)}"]
-    return "\n".join(["---", *lines, "---", ""])
-
-
-def _origin(workspace: Workspace) -> dict[str, str]:
-    """`name` and `origin` of the dense model for a sentence; of a local model no more than the folder's own name."""
-    facts = _facts(workspace)
-    name = Path(facts["name"]).name
-    licence = f"licence: {facts['licence'] or 'not stated, see the dense model'}"
-    where = {"hub": f"https://huggingface.co/{facts['name']}", "local": "a local folder"}.get(
-        facts["origin"], facts["origin"]
-    )
-    return {"name": name, "origin": f"{name} from {where}; {licence}; digest `{facts['digest'][:16]}`,"}
+    parts = _shared_parts(workspace, _facts(workspace), counts)
+    return MULTIPLIED_OUT.render(**parts, architecture=architecture.model_class)
 
 
 def _facts(workspace: Workspace) -> dict[str, Any]:
-    return json.loads((workspace.out("prepare") / "prepare.json").read_text(encoding="utf-8"))["model"]
+    facts: dict[str, Any] = json.loads((workspace.out("prepare") / "prepare.json").read_text(encoding="utf-8"))
+    return facts
 
 
-def _settings(workspace: Workspace, counts: dict[str, Any]) -> str:
-    """The parameters that determine the result, one a line."""
+def _shared_parts(workspace: Workspace, facts: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
+    """What both cards say."""
+    ranks = pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()
+    settings = _settings(workspace, ranks, counts)
+    used = [settings["subspace.metric"], settings["ranks.allocator"], *sorted({row["storage"] for row in ranks})]
+    papers = dict.fromkeys(paper for method in used for paper in REFERENCES.get(method, ()))
+    return {"model": _model(facts["model"]), "settings": settings, "data": list(_data(facts)), "papers": list(papers)}
+
+
+def _model(facts: dict[str, Any]) -> dict[str, Any]:
+    """The dense model; of a local one no more than the folder's own name."""
+    origin, name = facts["origin"], Path(facts["name"]).name
+    place = {"hub": f"https://{HUB}{facts['name']}", "local": "a local folder"}.get(origin, origin)
+    return {
+        "name": name,
+        "place": place,
+        "base": facts["name"] if origin == "hub" else origin.partition(HUB)[2].rstrip(")"),
+        "licence": facts["licence"] or "not stated, see the dense model",
+        "licence_lines": _licence_lines(facts["licence"]),
+        "digest": facts["digest"][:16],
+    }
+
+
+def _licence_lines(licence: str | None) -> list[str]:
+    """As the hub's front matter wants it."""
+    if not licence:
+        return []
+    if LICENCE_IDENTIFIER.fullmatch(licence.lower()):
+        return [f"license: {licence.lower()}"]
+    return ["license: other", f"license_name: {json.dumps(licence)}"]
+
+
+def _has_chat_template(model: Path) -> bool:
+    settings = model / "tokenizer_config.json"
+    named = settings.exists() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    return named or (model / "chat_template.jinja").exists()
+
+
+def _data(facts: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """Rows of the table of data: every source of every split, then the questions."""
+    known = {source["name"]: source for key, source in facts.items() if key.startswith("corpus")}
+    prompts = facts.get("prompts")
+    for split, use in USES.items():
+        sources = facts.get("data", {}).get("splits", {}).get(split, {}).get("sources", {})
+        for name, sequences in sources.items():
+            yield {"use": use, "amount": f"{sequences} sequences", **_source(name, known, prompts)}
+    if questions := facts.get("questions"):
+        licence = questions["licence"] or "not stated"
+        amount = f"{facts['data']['question_count']} questions"
+        yield {"use": "questions", "source": _public_name(questions), "licence": licence, "amount": amount}
+
+
+def _source(name: str, known: dict[str, Any], prompts: dict[str, Any] | None) -> dict[str, str]:
+    if name == WRITTEN and prompts:
+        return {
+            "source": f"written by the dense model, in answer to the prompts {_public_name(prompts)}",
+            "licence": prompts["licence"] or "not stated",
+        }
+    found = known.get(name)
+    return (
+        {"source": _public_name(found), "licence": found["licence"] or "not stated"}
+        if found
+        else {"source": name, "licence": "not stated"}
+    )
+
+
+def _public_name(source: dict[str, Any]) -> str:
+    """Name and place; of a local file no more than its own name."""
+    if source["origin"] == "local":
+        return Path(source["name"]).name
+    return source["name"] if source["origin"] == "hub" else f"{source['name']}, {source['origin']}"
+
+
+def _settings(workspace: Workspace, ranks: list[dict[str, Any]], counts: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that were used, and what they gave."""
     subspace = json.loads((workspace.out("subspace") / "subspace.json").read_text(encoding="utf-8"))
     budget = json.loads((workspace.out("ranks") / "budget.json").read_text(encoding="utf-8"))
-    ranks = pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()
-    settings = {f"subspace.{key}": value for key, value in sorted(subspace.items()) if key != "dense"} | {
+    keys = SETTINGS.get(subspace["metric"], tuple(key for key in sorted(subspace) if key not in NOT_SETTINGS))
+    shared = {"subspace.share_inputs": True} if subspace.get("shared") else {}
+    kinds = Counter(record["kind"] for record in counts["layers"].values()) | Counter(
+        dense=len(ranks) - len(counts["layers"])
+    )
+    return {
+        "subspace.metric": subspace["metric"],
+        **{f"subspace.{key}": subspace[key] for key in keys if key in subspace},
+        **shared,
         "ranks.ratio": budget["ratio"],
         "ranks.budget": budget.get("unit", "parameters"),
         "ranks.allocator": ranks[0]["allocator"],
         "factorize.dtype": counts["dtype"],
+        "layers": ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()) if number),
     }
-    kinds = Counter(record["kind"] for record in counts["layers"].values()) | Counter(
-        dense=len(ranks) - len(counts["layers"])
-    )
-    layers = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()) if number)
-    return "\n".join([*(f"- {key}: {value}" for key, value in settings.items()), f"- layers: {layers}"])

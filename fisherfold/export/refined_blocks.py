@@ -1,9 +1,9 @@
 """The blocks of a compressed model refined in turn: units of stage `factorize`, each of which reads what the one before wrote.
 
-    <unit>/layers/<layer>/model.safetensors   the block's low-rank layers
-    <unit>/rest/model.safetensors             its other tensors (norms, biases, layers that stay dense), if it has any
-    <unit>/hidden                             (until the next block is done) x [S, T, h] of the dense and of the compressed network after the block, a sequence an array
-    <unit>/refinement.json                    the block, and what `refine_block` says of it
+<unit>/layers/<layer>/model.safetensors   the block's low-rank layers
+<unit>/rest/model.safetensors             its other tensors (norms, biases, layers that stay dense), if it has any
+<unit>/hidden                             (until the next block is done) x [S, T, h] of the dense and of the compressed network after the block, a sequence an array
+<unit>/refinement.json                    the block, and what `refine_block` says of it
 """
 
 import copy
@@ -83,7 +83,9 @@ def refine_unit(
                 writer.write(f"{part}.{number}/dense", call(dense, x)[0])
                 writer.write(f"{part}.{number}/compressed", call(compressed, own)[0])
     write_block(folder, compressed, name, layers)
-    (folder / "refinement.json").write_text(json.dumps({"block": name, **asdict(found)}, sort_keys=True) + "\n")
+    (folder / "refinement.json").write_text(
+        json.dumps({"block": name, **asdict(found)}, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def compress_block(dense: nn.Module, name: str, layers: Mapping[str, LowRank]) -> nn.Module:
@@ -108,7 +110,9 @@ def compress_block(dense: nn.Module, name: str, layers: Mapping[str, LowRank]) -
 class Hidden:
     """Hidden states before a block, of both networks: those of the unit before, or the embedding's."""
 
-    def __init__(self, model: nn.Module, block: nn.Module, ids: Mapping[str, torch.Tensor], before: Path | None) -> None:
+    def __init__(
+        self, model: nn.Module, block: nn.Module, ids: Mapping[str, torch.Tensor], before: Path | None
+    ) -> None:
         self.model, self.block, self.ids, self.before = model, block, ids, before
 
     def read(self, part: str, numbers: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,14 +7,16 @@ model against plain passes, and where it differs every token costs a plain pass 
 R prompts in one pass, K tokens of their answers, V vocabulary entries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from fisherfold.network.models import input_embedding
 from fisherfold.network.shortcuts import attempt, reproduces
 
 Tokens = list[int]
@@ -35,8 +37,8 @@ class GreedyDecoder:
     def __init__(self, model: PreTrainedModel, ends: Sequence[int]) -> None:
         self.model = model
         self.ends = sorted(set(ends))
-        embeddings = model.get_input_embeddings().weight
-        self.device, self.vocabulary = embeddings.device, embeddings.shape[0]
+        embedding = input_embedding(model)
+        self.device, self.vocabulary = embedding.device, embedding.shape[0]
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[Tokens], longest: int) -> list[Tokens]:
@@ -51,10 +53,10 @@ class GreedyDecoder:
         """Whether padded batches with a cache give this model's plain log-probabilities."""
         prompts = [[(7 * i + 3 * length) % self.vocabulary for i in range(length)] for length in PROBE_LENGTHS]
         output = attempt(lambda: self._generate(prompts, PROBE_ANSWER, ends=[], keep_logits=True))
-        if output is None:
+        if output is None or output.logits is None:
             return False
         answers = output.sequences[:, max(PROBE_LENGTHS) :]  # [R, K]
-        found = torch.stack(output.logits, 1).float().log_softmax(-1).gather(-1, answers[..., None]).squeeze(-1)
+        found = torch.stack(list(output.logits), 1).float().log_softmax(-1).gather(-1, answers[..., None]).squeeze(-1)
         plain = [self._plain_likelihoods(*pair) for pair in zip(prompts, answers.tolist(), strict=True)]
         return reproduces(found, torch.stack(plain), self.model.dtype)
 
@@ -76,7 +78,8 @@ class GreedyDecoder:
         )
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()  # would fill what is open
         try:
-            return self.model.generate(ids, attention_mask=mask, generation_config=settings)
+            generate = cast(Callable[..., GenerateDecoderOnlyOutput], self.model.generate)
+            return generate(ids, attention_mask=mask, generation_config=settings)
         finally:
             self.model.generation_config = own
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fisherfold.network.models import input_embedding
+
 
 @dataclass(frozen=True)
 class Overflow:
@@ -46,7 +48,7 @@ def first_overflow(model: PreTrainedModel, ids: torch.Tensor) -> Overflow | None
         if not next(module.children(), None)
     ]
     try:
-        model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False)
+        model(input_ids=ids.to(input_embedding(model).device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

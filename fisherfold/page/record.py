@@ -27,6 +27,7 @@ TABLES = {
     "kronecker": ("diagnostics.parquet", "comparison.parquet", "dependence.parquet"),
     "subspace": ("diagnostics.parquet", "spectra.parquet"),
     "ranks": ("ranks.parquet", "trajectory.parquet"),
+    "factorize": ("model/README.md",),
     "evaluate": ("metrics.json", "tasks.json", "losses.csv", "questions.parquet", "answers.parquet"),
 }
 

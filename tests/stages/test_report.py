@@ -294,6 +294,18 @@ def test_sources_are_told_apart(tmp_path):
     assert "b" not in {tag for tag, _ in page.elements}
 
 
+def test_the_model_card_gets_its_results(tmp_path):
+    workspace = finished(tmp_path, LLAMA)
+    with Scratch(workspace, "factorize", Params().factorize, {"card": ""}) as scratch, scratch.publish() as out:
+        (out / "factorize.json").write_text("{}")
+        (out / "model").mkdir()
+        (out / "model" / "README.md").write_text("---\nlicense: mit\n---\n# tiny\n\n<!-- results -->\n## Use\n")
+    report.run(workspace, ReportParams())
+    card = (workspace.out("report") / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\nmodel-index: ")
+    assert "## Results\n\nVerdict: " in card and card.endswith("## Use\n")
+
+
 def test_further_tasks(tmp_path):
     result = {"metrics": {"acc": {"value": 0.25, "standard_error": None}}, "documents": 12}
     tasks = {"mmlu": {"dense": {"mmlu": result}, "compressed": {"mmlu": result}}}
