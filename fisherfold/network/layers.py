@@ -61,7 +61,17 @@ def find_layers(model: "PreTrainedModel") -> list[LinearLayer]:
         raise InputError(
             f"{type(model).__name__} has no linear layers besides its output embedding: nothing to compress."
         )
-    groups = _shared_inputs(model, modules)
+    return describe_layers(modules, _read_inputs(model, modules))
+
+
+def describe_layers(modules: Mapping[str, nn.Module], reads: Mapping[str, Sequence[torch.Tensor]]) -> list[LinearLayer]:
+    """Linear layers by name as `LinearLayer`s; those with the same tensors in the same order in `reads` are a group.
+
+    Raises:
+        InputError: a name cannot become a path.
+    """
+    first: dict[tuple[int, ...], str] = {}
+    groups = {name: first.setdefault(tuple(map(id, reads[name])), name) if reads[name] else name for name in modules}
     return [_describe(name, module, groups[name]) for name, module in modules.items()]
 
 
@@ -148,16 +158,13 @@ def by_group(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
 
 
 @torch.no_grad()
-def _shared_inputs(model: "PreTrainedModel", modules: dict[str, nn.Module]) -> dict[str, str]:
-    """For every layer, the first one (in the order of modules) that reads the same tensors in the same order."""
-    reads: dict[str, list[torch.Tensor]] = {name: [] for name in modules}  # held, so that no two share an address
+def _read_inputs(model: "PreTrainedModel", modules: dict[str, nn.Module]) -> dict[str, list[torch.Tensor]]:
+    """The tensors that each layer reads in one small pass, held, so that no two share an address."""
+    reads: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
     ids = torch.arange(PROBE_LENGTH, device=model.get_input_embeddings().weight.device)[None]
     with forward_hooks(modules, lambda name, x, output: reads[name].append(x)):
         model(input_ids=ids % model.get_input_embeddings().weight.shape[0], use_cache=False)
-    first: dict[tuple[int, ...], str] = {}
-    return {
-        name: first.setdefault(tuple(map(id, tensors)), name) if tensors else name for name, tensors in reads.items()
-    }
+    return reads
 
 
 def _describe(name: str, module: nn.Module, group: str) -> LinearLayer:
