@@ -54,7 +54,9 @@ def _by_reason(model: nn.Module, dense: Mapping[str, str]) -> Iterator[dict]:
         {
             "reason": reason,
             "layers": len(names),
-            "parameters": sum({id(w): w.numel() for w in (model.get_submodule(name).weight for name in names)}.values()),
+            "parameters": sum(
+                {id(w): w.numel() for w in (model.get_submodule(name).weight for name in names)}.values()
+            ),
             "names": sorted({INDEX.sub("*", name) for name in names}),
         }
         for reason, names in found.items()

@@ -6,8 +6,9 @@ chooses between others nor has so few outputs that a rank means nothing. This is
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -40,8 +41,11 @@ class Targets:
     dense: dict[str, str]
 
 
-def find_targets(model: PreTrainedModel, ids: torch.Tensor) -> Targets:
+def find_targets(model: PreTrainedModel, ids: torch.Tensor, gates: Collection[str] = ()) -> Targets:
     """Try every linear layer of a frozen model on text, token ids [B, T].
+
+    Args:
+        gates: patterns of routers and gates that are targets all the same.
 
     Raises:
         InputError: see `try_layers`; or there is no target.
@@ -49,6 +53,8 @@ def find_targets(model: PreTrainedModel, ids: torch.Tensor) -> Targets:
     modules = linear_modules(model)
     trial = try_layers(model, modules, ids)
     reasons = dict(_reasons(model, modules, trial))
+    wanted = {name for name, reason in reasons.items() if reason in GATES for gate in gates if fnmatchcase(name, gate)}
+    reasons = {name: reason for name, reason in reasons.items() if name not in wanted}
     targets = {name: module for name, module in modules.items() if name not in reasons}
     if not targets:
         raise InputError(f"{type(model).__name__} has no linear layer that can be compressed: {_summary(reasons)}.")

@@ -28,7 +28,15 @@ CHOICES = {
     for name in ("topk", "argmax", "sort", "argsort", "multinomial", "kthvalue")
     for owner in (torch, torch.Tensor)
 }
-PRODUCTS = ("MmBackward", "AddmmBackward", "BmmBackward", "BaddbmmBackward", "LinearBackward", "MvBackward", "EmbeddingBackward")
+PRODUCTS = (
+    "MmBackward",
+    "AddmmBackward",
+    "BmmBackward",
+    "BaddbmmBackward",
+    "LinearBackward",
+    "MvBackward",
+    "EmbeddingBackward",
+)
 
 
 @dataclass

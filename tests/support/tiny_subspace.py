@@ -10,7 +10,7 @@ import torch
 from tiny import VOCABULARY, random_ids, save_tiny
 
 from fisherfold.allocators.cost import choose_storage
-from fisherfold.network.layers import LinearLayer, find_layers, read_layers, write_layers
+from fisherfold.network.layers import LinearLayer, find_layers, read_layers, write_dense_layers, write_layers
 from fisherfold.network.models import load_model, read_weight
 from fisherfold.network.sites import Site, find_sites, read_sites
 from fisherfold.run.group_writer import write_arrays
@@ -35,6 +35,7 @@ def subspace_workspace(
     workspace = Workspace(root)
     with Scratch(workspace, "prepare", PrepareParams(), {"seed": str(seed)}) as scratch, scratch.publish() as out:
         save_tiny(out / "model", family, seed)
+        write_dense_layers(out, {})
         (out / "prepare.json").write_text(json.dumps({"model": FACTS}))
     write_sequences(workspace.table("tuning"), random_ids(2, 12).numpy(), [["a"], ["b"]], VOCABULARY)
     layers = find_layers(load_model(workspace.model, torch.float32))
