@@ -87,7 +87,7 @@ def _routed(model: nn.Module, modules: Mapping[str, nn.Module], trial: Trial) ->
     """Layers of experts that no token of the trial was sent to: inside an idle item of a list of which another item ran."""
     for name in modules.keys() - trial.called.keys():
         parts = name.split(".")
-        for end in range(len(parts) - 1, 0, -1):
+        for end in range(len(parts), 0, -1):
             owner = ".".join(parts[: end - 1]) if end > 1 else ""
             if ".".join(parts[:end]) in trial.running:
                 break
