@@ -16,7 +16,7 @@ from fisherfold.linalg.sketch import GradientBatch
 from fisherfold.network.gradient_pass import GradientPass, gradient_pass
 from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, input_gradient_hooks, layer_modules
 from fisherfold.run.errors import InputError
-from fisherfold.statistics.gradient_forms import Arrays, GradientForm
+from fisherfold.statistics.gradient_forms import Arrays, GradientForm, Shapes
 from fisherfold.statistics.stored_sums import restored, stored
 from fisherfold.statistics.token_sample import TokenSample
 
