@@ -24,7 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fisherfold.network.gradient_pass import gradient_pass
-from fisherfold.network.layers import find_layers
+from fisherfold.network.layers import find_layers, write_layers
 from fisherfold.network.models import DTYPES, load_model
 from fisherfold.run.params import CaptureParams, PrepareParams
 from fisherfold.run.scratch import Scratch
@@ -98,6 +98,7 @@ def run_stage(sequences: int, blocks: int, length: int) -> None:
         workspace = Workspace(Path(root))
         with Scratch(workspace, "prepare", PrepareParams(), {}) as scratch, scratch.publish() as out:
             random_model(blocks, 512).save_pretrained(out / "model")
+            write_layers(out, find_layers(random_model(blocks, 512)))
         ids = torch.randint(512, (sequences, length), generator=torch.Generator().manual_seed(0))
         write_sequences(workspace.table("calibration"), ids.numpy(), [[str(s)] for s in range(sequences)], 512)
         capture.run(workspace, CaptureParams(sequences_per_shard=16, gradients="sketch", sketch_rank=RANK))

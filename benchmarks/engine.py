@@ -34,6 +34,8 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from fisherfold.network.layers import find_layers, write_layers
+from fisherfold.network.models import load_model
 from fisherfold.run.params import CaptureParams, PrepareParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.tables import write_sequences
@@ -141,6 +143,7 @@ def capture_workspace(folder: Path, sequences: int) -> Workspace:
     workspace = Workspace(folder)
     with Scratch(workspace, "prepare", PrepareParams(), {}) as scratch, scratch.publish() as out:
         llama(out / "model", 576, 1536, 6, 9, 3)
+        write_layers(out, find_layers(load_model(out / "model", torch.float32)))
     ids = torch.randint(3, VOCABULARY, (sequences, LENGTH), generator=torch.Generator().manual_seed(0))
     write_sequences(workspace.table("calibration"), ids.numpy(), [[str(i)] for i in range(sequences)], VOCABULARY)
     return workspace

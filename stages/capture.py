@@ -29,7 +29,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fisherfold.network.layers import LinearLayer, write_layers
+from fisherfold.network.layers import LAYERS_FILE, LinearLayer, write_layers
 from fisherfold.network.models import DTYPES
 from fisherfold.run.engine import Unit, current_engine
 from fisherfold.run.errors import NumericalError
@@ -66,7 +66,11 @@ def run(workspace: Workspace, params: CaptureParams) -> None:
     table = workspace.table("calibration")
     questions = workspace.table("questions") if params.knowledge_questions else None
     questions = questions if questions and questions.exists() else None
-    inputs = {"model": verify_output(workspace.out("prepare"), "model/"), "calibration": digest_file(table)}
+    inputs = {
+        "model": verify_output(workspace.out("prepare"), "model/"),
+        "layers": verify_output(workspace.out("prepare"), LAYERS_FILE),
+        "calibration": digest_file(table),
+    }
     inputs |= {"questions": digest_file(questions)} if questions else {}
     with Scratch(workspace, "capture", params, inputs) as scratch:
         if scratch.republish():

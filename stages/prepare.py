@@ -6,6 +6,7 @@ calibration is what it writes itself, and its answers to held-out prompts are fo
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -34,9 +35,13 @@ from fisherfold.inputs.self_written import (
     write_answers,
 )
 from fisherfold.inputs.splits import Split, draw_splits, interleave, portions, start_token
+from fisherfold.inputs.targeting import write_targets
+from fisherfold.network.coverage import describe_coverage
+from fisherfold.network.layers import DENSE_FILE, LAYERS_FILE
 from fisherfold.network.models import DTYPES
 from fisherfold.run.disk import replace_folder
 from fisherfold.run.params import PrepareParams
+from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.tables import ANSWERS, read_table, write_sequences, write_table
 from fisherfold.run.workspace import Workspace
@@ -64,13 +69,24 @@ def run(workspace: Workspace, params: PrepareParams) -> None:
             check_model(model, params.sequence_length)
             scratch.require_disk(_bytes_needed(model, params))
             loaded = scratch.map("model", write_model, {"model": (model, params.dtype)})["model"]
+            layers = scratch.map("layers", write_targets, {"layers": _trial(loaded / "model", params)})["layers"]
+            coverage = json.loads((layers / "coverage.json").read_text(encoding="utf-8"))
+            for line in describe_coverage(coverage):
+                announce("prepare", line)
             written = self_written(scratch, loaded / "model", prompts.texts if prompts else (), params)
             units = {"tables": (loaded / "model", corpora, questions, params, written)}
             tokenised = scratch.map("tables", write_tables, units)["tables"]
             scratch.keep("tables", tokenised / "tables")
             with scratch.publish() as out:
                 replace_folder(loaded / "model", out / "model")
-                _write_facts(out / "prepare.json", sources, loaded / "facts.json", tokenised / "facts.json")
+                for name in (LAYERS_FILE, DENSE_FILE):
+                    shutil.copyfile(layers / name, out / name)
+                parts = {
+                    "model": loaded / "facts.json",
+                    "data": tokenised / "facts.json",
+                    "coverage": layers / "coverage.json",
+                }
+                _write_facts(out / "prepare.json", sources, parts)
         replace_folder(tables, workspace.table("calibration").parent)
 
 
@@ -223,11 +239,17 @@ def _table_facts(
     }
 
 
-def _write_facts(path: Path, sources: dict[str, Source], model_facts: Path, table_facts: Path) -> None:
-    facts = {name: vars(source) for name, source in sources.items()}
-    facts["model"] |= json.loads(model_facts.read_text(encoding="utf-8"))
-    facts["data"] = json.loads(table_facts.read_text(encoding="utf-8"))
+def _write_facts(path: Path, sources: dict[str, Source], parts: Mapping[str, Path]) -> None:
+    """prepare.json: where everything comes from, and the facts that units have written, by name."""
+    facts = {name: dict(vars(source)) for name, source in sources.items()}
+    for name, file in parts.items():
+        facts[name] = facts.get(name, {}) | json.loads(file.read_text(encoding="utf-8"))
     path.write_text(json.dumps(facts, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _trial(model: Path, params: PrepareParams) -> tuple:
+    """What `write_targets` is given."""
+    return model, params.dtype, params.sequence_length, params.gates, params.trust_remote_code
 
 
 def _bytes_needed(model: ModelSource, params: PrepareParams) -> int:

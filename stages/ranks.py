@@ -22,7 +22,7 @@ from fisherfold.allocators.allocation import ALLOCATORS, Allocation, allocate, p
 from fisherfold.allocators.budget import BUDGETS
 from fisherfold.allocators.cost import DENSE, Choice, choose_storage
 from fisherfold.allocators.limits import Limits, matches
-from fisherfold.network.layers import LinearLayer, read_layers
+from fisherfold.network.layers import DENSE_FILE, LinearLayer, read_dense_layers, read_layers
 from fisherfold.network.sites import Site, read_facts, read_sites
 from fisherfold.run.errors import CorruptArtifact, NumericalError
 from fisherfold.run.files import digest_file, verify_output
@@ -60,6 +60,7 @@ def run(workspace: Workspace, params: RanksParams) -> None:
     subspace = workspace.out("subspace")
     inputs = {
         "model": verify_output(workspace.out("prepare"), "model/"),
+        "dense_layers": verify_output(workspace.out("prepare"), DENSE_FILE),
         "tuning": digest_file(workspace.table("tuning")),
         "capture": verify_output(workspace.out("capture")),
         "subspace": verify_output(subspace),
@@ -68,7 +69,8 @@ def run(workspace: Workspace, params: RanksParams) -> None:
         if scratch.republish():
             return
         facts, sites = read_facts(subspace), read_sites(subspace)
-        limits = Limits.of(params, facts.get("dense", {}))  # modules that the metric says nothing about
+        untargeted = read_dense_layers(workspace.out("prepare"))
+        limits = Limits.of(params, facts.get("dense", {}), untargeted)  # the former: the metric says nothing about them
         blind = {site.name for site in sites if matches(site, facts.get("dense", {}))}
         spectra = read_spectra(subspace / "spectra.parquet", sites, blind)
         budget = BUDGETS.lookup(params.budget)(sites, workspace.model)

@@ -24,6 +24,7 @@ class Limits:
             ceiling below 1 also rules out staying dense.
         fixed: ranks by pattern, whatever `round_to`, `floor` and `ceiling` say.
         exclude: patterns of what stays dense; it counts, so the others give up more.
+        untargeted: linear layers that stay dense anyway and do not count, by name, and why.
     """
 
     round_to: int = 1
@@ -31,11 +32,15 @@ class Limits:
     ceiling: float | Mapping[str, float] = 1.0
     fixed: Mapping[str, int] = field(default_factory=dict)
     exclude: Sequence[str] = ()
+    untargeted: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, params: RanksParams, dense: Iterable[str] = ()) -> "Limits":
+    def of(
+        cls, params: RanksParams, dense: Iterable[str] = (), untargeted: Mapping[str, str] | None = None
+    ) -> "Limits":
         """Those of the stage's parameters; the modules `dense` are excluded as well."""
-        return cls(params.round_to, params.floor, params.ceiling, params.fixed, [*params.exclude, *dense])
+        excluded = [*params.exclude, *dense]
+        return cls(params.round_to, params.floor, params.ceiling, params.fixed, excluded, untargeted or {})
 
     def allowed(self, site: Site) -> np.ndarray:
         """Whether each rank 0 … k is allowed, bool [k + 1]. Rank k is the dense site."""
@@ -50,15 +55,20 @@ class Limits:
         return multiples & (ranks >= floor * full) & (ranks <= ceiling * full)
 
     def check_patterns(self, sites: Sequence[Site]) -> None:
-        """Raise ParameterError for a pattern that matches no module."""
+        """Raise ParameterError for a pattern that matches no module, or gives a rank to one that stays dense anyway."""
         names = [layer.name for site in sites for layer in site.layers]
         for key in ("exclude", "fixed", "floor", "ceiling"):
             value = getattr(self, key)
             for pattern in value if not isinstance(value, float | int) else ():
-                if not fnmatch.filter(names, pattern):
-                    raise ParameterError(
-                        f"ranks.{key}: {pattern!r} matches none of the {len(names)} targeted modules, such as {names[0]!r}."
-                    )
+                if fnmatch.filter(names, pattern):
+                    continue
+                untargeted = fnmatch.filter(self.untargeted, pattern)
+                if untargeted and key == "exclude":
+                    continue
+                known = f"; {untargeted[0]!r} stays dense: {self.untargeted[untargeted[0]]}" if untargeted else ""
+                raise ParameterError(
+                    f"ranks.{key}: {pattern!r} matches none of the {len(names)} targeted modules, such as {names[0]!r}{known}."
+                )
 
 
 def matches(site: Site, patterns: Iterable[str]) -> bool:

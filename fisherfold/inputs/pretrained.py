@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import logging as transformers_logging
 
 from fisherfold.inputs.hub import HubUnknown, resolve_model
+from fisherfold.inputs.model_folders import refuse_other_folders
 from fisherfold.inputs.packages import fetch_file
 from fisherfold.inputs.recipes import ModelRecipe, Source, find_path, find_recipe, recipe_names, unknown_input
 from fisherfold.network.models import DTYPES
@@ -107,6 +108,7 @@ def find_model(workspace: Workspace, params: PrepareParams) -> ModelSource:
         raise unknown_input(workspace, "prepare.model", "models", name, str(why)) from None
     source = Source(name, "hub", entry.licence, entry.commit)
     if entry.snapshot:
+        refuse_other_folders(name, entry.snapshot)
         return ModelSource(source, str(entry.snapshot), trust_remote_code=params.trust_remote_code)
     return ModelSource(source, name, revision=entry.commit, trust_remote_code=params.trust_remote_code)
 
@@ -118,6 +120,7 @@ def _local_model(name: str, path: Path, trust_remote_code: bool) -> ModelSource:
                 f"prepare.model = {name!r} is a file, but not a .gguf file. Name a Hugging Face folder or a GGUF file."
             )
         return ModelSource(Source.from_files(name, [path]), str(path.parent), gguf_file=path.name)
+    refuse_other_folders(name, path)
     files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES and file.is_file())
     if not (path / "config.json").exists():
         raise InputError(
@@ -143,6 +146,11 @@ def check_model(model: ModelSource, sequence_length: int) -> PreTrainedConfig:
     if not _is_causal(config):
         kind = ", ".join(config.architectures or [config.model_type])
         raise InputError(f"Model {name!r} ({kind}) is not a causal language model. Choose a decoder-only text model.")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"Model {name!r} ({config.model_type}) comes with code of its own. The compressed checkpoint extends a class of transformers, "
+            "so only architectures that transformers itself knows can be compressed."
+        )
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method:
         raise InputError(

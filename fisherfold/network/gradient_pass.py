@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -49,11 +50,14 @@ def gradient_pass(model: PreTrainedModel, ids: torch.Tensor, first: int = 1) -> 
 
 @contextmanager
 def _leaves(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """Inside, the outputs of the input embedding ask for gradients and are collected."""
+    """Inside, the outputs of the input embedding ask for gradients and are collected; the model gets copies, as some scale them in place."""
     collected: list[torch.Tensor] = []
-    handle = model.get_input_embeddings().register_forward_hook(
-        lambda module, arguments, output: collected.append(output.requires_grad_())
-    )
+
+    def give_copy(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
+        collected.append(output.detach().requires_grad_())
+        return collected[-1].clone()
+
+    handle = model.get_input_embeddings().register_forward_hook(give_copy)
     try:
         yield collected
     finally:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # seconds, which a stage that loads no model need not spend
     from transformers import PreTrainedModel
 
 LAYERS_FILE = "layers.json"
+DENSE_FILE = "dense_layers.json"
 LAYER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*(\.[A-Za-z0-9_][A-Za-z0-9_\-]*)*")
 PROBE_LENGTH = 8  # tokens of the pass that shows which layers share an input
 
@@ -61,7 +62,17 @@ def find_layers(model: "PreTrainedModel") -> list[LinearLayer]:
         raise InputError(
             f"{type(model).__name__} has no linear layers besides its output embedding: nothing to compress."
         )
-    groups = _shared_inputs(model, modules)
+    return describe_layers(modules, _read_inputs(model, modules))
+
+
+def describe_layers(modules: Mapping[str, nn.Module], reads: Mapping[str, Sequence[torch.Tensor]]) -> list[LinearLayer]:
+    """Linear layers by name as `LinearLayer`s; those with the same tensors in the same order in `reads` are a group.
+
+    Raises:
+        InputError: a name cannot become a path.
+    """
+    first: dict[tuple[int, ...], str] = {}
+    groups = {name: first.setdefault(tuple(map(id, reads[name])), name) if reads[name] else name for name in modules}
     return [_describe(name, module, groups[name]) for name, module in modules.items()]
 
 
@@ -139,6 +150,20 @@ def input_gradient_hooks(
             handle.remove()
 
 
+def layer_modules(model: nn.Module, layers: Iterable[LinearLayer]) -> dict[str, nn.Module]:
+    """The modules behind layers, by name.
+
+    Raises:
+        CorruptArtifact: the model has no such module.
+    """
+    try:
+        return {layer.name: model.get_submodule(layer.name) for layer in layers}
+    except AttributeError as error:
+        raise CorruptArtifact(
+            f"{LAYERS_FILE} was written for another model ({error}). Write it with `dvc repro --force --single-item prepare`."
+        ) from None
+
+
 def by_group(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
     """Layers by the group that shares an input, in model order."""
     groups: dict[str, list[LinearLayer]] = {}
@@ -148,16 +173,13 @@ def by_group(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
 
 
 @torch.no_grad()
-def _shared_inputs(model: "PreTrainedModel", modules: dict[str, nn.Module]) -> dict[str, str]:
-    """For every layer, the first one (in the order of modules) that reads the same tensors in the same order."""
-    reads: dict[str, list[torch.Tensor]] = {name: [] for name in modules}  # held, so that no two share an address
+def _read_inputs(model: "PreTrainedModel", modules: dict[str, nn.Module]) -> dict[str, list[torch.Tensor]]:
+    """The tensors that each layer reads in one small pass, held, so that no two share an address."""
+    reads: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
     ids = torch.arange(PROBE_LENGTH, device=model.get_input_embeddings().weight.device)[None]
     with forward_hooks(modules, lambda name, x, output: reads[name].append(x)):
         model(input_ids=ids % model.get_input_embeddings().weight.shape[0], use_cache=False)
-    first: dict[tuple[int, ...], str] = {}
-    return {
-        name: first.setdefault(tuple(map(id, tensors)), name) if tensors else name for name, tensors in reads.items()
-    }
+    return reads
 
 
 def _describe(name: str, module: nn.Module, group: str) -> LinearLayer:
@@ -194,3 +216,21 @@ def read_layers(folder: Path) -> list[LinearLayer]:
     if bad:
         raise CorruptArtifact(f"{folder / LAYERS_FILE} holds {bad[0]!r}, which is not the name of a module.")
     return layers
+
+
+def write_dense_layers(folder: Path, reasons: Mapping[str, str]) -> None:
+    """Write dense_layers.json into `folder`: of every linear layer that is no target, why it stays dense."""
+    text = json.dumps(dict(reasons), indent=1, sort_keys=True)
+    (folder / DENSE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_dense_layers(folder: Path) -> dict[str, str]:
+    """Read dense_layers.json of stage `prepare`.
+
+    Raises:
+        CorruptArtifact: it is missing or not readable.
+    """
+    try:
+        return dict(json.loads((folder / DENSE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CorruptArtifact(f"{folder / DENSE_FILE} is not readable ({error}). Run stage 'prepare' again.") from None

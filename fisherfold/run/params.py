@@ -50,6 +50,7 @@ class PrepareParams(Block):
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Dtype = "float32"
+    gates: list[str] = []
     corpus: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] = "wikipedia-leads"
     self_written: Floor = 0.5
     prompts: str = "everyday"

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fisherfold.network.gradient_pass import gradient_pass
-from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, input_gradient_hooks, linear_modules
+from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, input_gradient_hooks, layer_modules
 from fisherfold.run.errors import InputError, NumericalError
 from fisherfold.run.params import CaptureParams
 from fisherfold.run.progress import track_lines
@@ -90,9 +90,9 @@ class QuestionSums:
     """Fisher mass of every layer and sampled x, g of every input, question by question."""
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[LinearLayer], tokens: int, seed: int) -> None:
-        modules = linear_modules(model)
+        modules = layer_modules(model, layers)
         self.model, self.tokens, self.seed, self.asked = model, tokens, seed, 0
-        self.modules = {layer.name: modules[layer.name] for layer in layers}
+        self.modules = modules
         self.groups = {name: [modules[layer.name] for layer in group] for name, group in by_group(layers).items()}
         self.mass: dict[str, float] = defaultdict(float)
         self.pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)

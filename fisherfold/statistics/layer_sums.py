@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from fisherfold.linalg.gram import add_gram, exact_products
 from fisherfold.linalg.sketch import GradientBatch
 from fisherfold.network.gradient_pass import GradientPass, gradient_pass
-from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, input_gradient_hooks, linear_modules
+from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, input_gradient_hooks, layer_modules
 from fisherfold.run.errors import InputError
-from fisherfold.statistics.gradient_forms import Arrays, GradientForm
+from fisherfold.statistics.gradient_forms import Arrays, GradientForm, Shapes
 from fisherfold.statistics.stored_sums import restored, stored
 from fisherfold.statistics.token_sample import TokenSample
 
@@ -60,8 +60,9 @@ class InputSums:
 class OutputSums:
     """Sum of d d^T over the tokens of one layer and, if gradients are kept, sums over its sequences of G and G*G."""
 
-    def __init__(self, layer: LinearLayer, device: torch.device, form: GradientForm | None) -> None:
+    def __init__(self, layer: LinearLayer, device: torch.device, form: GradientForm | None, shapes: Shapes) -> None:
         self.form = form
+        self.shapes = {**shapes, "norm": ()}
         self.tokens = 0
         self.gram = torch.zeros(layer.outputs, layer.outputs, device=device)
         self.kept: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -95,6 +96,11 @@ class OutputSums:
         arrays = self.form.arrays(GradientBatch(D, X, G if needed else None, norms, coarse=exact))
         for name, values in {**arrays, "norm": norms}.items():
             self.kept[name].append(values)
+
+    def keep_zeros(self, sequences: int) -> None:
+        """Keep gradients of zero for sequences none of whose tokens came to the layer, an expert say."""
+        for name, shape in self.shapes.items():
+            self.kept[name].append(self.gram.new_zeros(sequences, *shape))
 
     def _add_gradient(self, G: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         """Add one sequence's gradient [n, m]; its norm squared. `squares` [n, m] is overwritten."""
@@ -150,9 +156,9 @@ class ModelSums:
         seed: int,
         token_dtype: torch.dtype | None = None,
     ) -> None:
-        modules = linear_modules(model)
+        modules = layer_modules(model, layers)
         self.model = model
-        self.modules = {layer.name: modules[layer.name] for layer in layers}
+        self.modules = modules
         self.outputs: dict[str, OutputSums] = {}
         self.inputs: dict[str, InputSums] = {}
         self.samples: dict[str, TokenSample] = {}
@@ -164,7 +170,8 @@ class ModelSums:
         }
         for layer in layers:
             device = modules[layer.name].weight.device
-            self.outputs[layer.name] = OutputSums(layer, device, form and form(layer, rank, seed))
+            shapes = form.shapes(layer, rank) if form else {}
+            self.outputs[layer.name] = OutputSums(layer, device, form and form(layer, rank, seed), shapes)
             if token_dtype:
                 self.samples[f"{layer.name}/d"] = TokenSample(layer.outputs, token_dtype, device)
             if layer.group == layer.name:
@@ -184,6 +191,7 @@ class ModelSums:
         self._shape = ids.shape
         self._calls: dict[str, list[Call]] = {name: [] for name in self.modules}
         self._positions = positions
+        kept = {name: len(sums.kept["norm"]) for name, sums in self.outputs.items() if sums.form}
         with (
             input_gradient_hooks(self.shared, lambda group, g: self.inputs[group].add_gradient(g)),
             forward_hooks(self.modules, self._on_forward),
@@ -191,6 +199,9 @@ class ModelSums:
             result = gradient_pass(self.model, ids)
         for name in self.modules:  # layers with a use that no gradient came back to
             self._add_gradients(name)
+        for name, before in kept.items():
+            if len(self.outputs[name].kept["norm"]) == before:
+                self.outputs[name].keep_zeros(len(ids))
         if self.samples:
             self.positions.append(positions.int())
             for sample in self.samples.values():

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fisherfold.network.gradient_pass import gradient_pass
-from fisherfold.network.layers import LinearLayer, by_group, find_layers, forward_hooks, linear_modules
+from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, linear_modules, read_layers
 from fisherfold.network.models import DTYPES, load_model
 from fisherfold.network.weight_check import check_weights
 from fisherfold.run.errors import InputError, NumericalError
@@ -26,9 +26,10 @@ from fisherfold.statistics.token_sample import sample_positions
 
 @lru_cache(maxsize=1)
 def loaded_model(folder: Path, dtype: str) -> tuple[PreTrainedModel, tuple[LinearLayer, ...]]:
-    """The model and its layers, loaded once a process.
+    """The model and its targets, which stage `prepare` found, loaded once a process.
 
     Raises:
+        CorruptArtifact: layers.json is missing or names a layer that the model does not have.
         InputError: some weights did not fit the devices and were left on the disk.
         NumericalError: a weight is not finite or beyond all measure; see `check_weights`.
     """
@@ -39,7 +40,7 @@ def loaded_model(folder: Path, dtype: str) -> tuple[PreTrainedModel, tuple[Linea
             "weights that were left on the disk. Set capture.dtype: bfloat16, or give it more devices."
         )
     check_weights(model)
-    return model, tuple(find_layers(model))
+    return model, tuple(read_layers(folder.parent))
 
 
 def vocabulary(model: PreTrainedModel) -> int:
@@ -128,7 +129,9 @@ def first_nonfinite(model: PreTrainedModel, ids: torch.Tensor) -> str | None:
         if not values.isfinite().all():
             found.append(where)
 
-    def watch(name: str, x: torch.Tensor, output: torch.Tensor) -> None:
+    def watch(name: str, x: object, output: object) -> None:
+        if not (isinstance(x, torch.Tensor) and isinstance(output, torch.Tensor)):  # a router may give several
+            return
         note(f"the input of {name}", x.detach())
         if output.requires_grad:
             output.register_hook(lambda d: note(f"the gradient of {name}", d))

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fisherfold.network.layers import find_layers, write_dense_layers, write_layers
 from fisherfold.run.params import PrepareParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.tables import ANSWERS, QUESTIONS, write_sequences, write_table
@@ -72,6 +73,8 @@ def tiny_workspace(root: Path, family: str = "llama", sequences: int = 8, length
     workspace = Workspace(root)
     with Scratch(workspace, "prepare", PrepareParams(), {}) as scratch, scratch.publish() as out:
         save_tiny(out / "model", family)
+        write_layers(out, find_layers(tiny_model(family)))
+        write_dense_layers(out, {})
     for seed, split in enumerate(("calibration", "tuning", "evaluation")):
         ids = random_ids(sequences, length, seed)
         write_sequences(workspace.table(split), ids.numpy(), [[f"{split}-{i}"] for i in range(sequences)], VOCABULARY)

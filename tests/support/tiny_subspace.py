@@ -11,7 +11,7 @@ from tiny import FAMILIES, VOCABULARY, random_ids, tiny_model, tiny_tokenizer
 from tiny_families import tiny_family
 
 from fisherfold.allocators.cost import choose_storage
-from fisherfold.network.layers import LinearLayer, find_layers, read_layers, write_layers
+from fisherfold.network.layers import LinearLayer, find_layers, read_layers, write_dense_layers, write_layers
 from fisherfold.network.models import load_model, read_weight
 from fisherfold.network.sites import Site, find_sites, read_sites
 from fisherfold.run.group_writer import write_arrays
@@ -38,6 +38,7 @@ def subspace_workspace(
         make = tiny_model if family in FAMILIES else tiny_family
         make(family, seed).save_pretrained(out / "model", save_original_format=False)  # as stage prepare does
         tiny_tokenizer().save_pretrained(out / "model")
+        write_dense_layers(out, {})
         (out / "prepare.json").write_text(json.dumps({"model": FACTS}))
     write_sequences(workspace.table("tuning"), random_ids(2, 12).numpy(), [["a"], ["b"]], VOCABULARY)
     layers = find_layers(load_model(workspace.model, torch.float32))

@@ -261,5 +261,20 @@ def test_code_in_the_checkpoint_runs_only_if_asked(tmp_path):
     edit_config(folder, model_type="own", architectures=["OwnForCausalLM"], auto_map=mapping)
     with pytest.raises(InputError, match=r"set prepare.trust_remote_code to true"):
         prepare(tmp_path)
-    out = prepare(tmp_path, trust_remote_code=True)
-    assert (out / "model" / "modeling_own.py").exists()
+    with pytest.raises(InputError, match=r"'model' \(own\) comes with code of its own.*only architectures"):
+        prepare(tmp_path, trust_remote_code=True)
+
+
+def test_an_adapter_is_called_an_adapter(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    (tmp_path / "model" / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"an adapter of 'owner/base'.*merge"):
+        prepare(tmp_path)
+
+
+def test_a_compressed_model_is_not_compressed_again(tmp_path):
+    save_tiny(tmp_path / "model")
+    edit_config(tmp_path / "model", model_type="fisherfold_llama", architectures=["FisherfoldForCausalLM"])
+    with pytest.raises(InputError, match=r"compressed by Fisherfold already \(fisherfold_llama\).*dense_export"):
+        prepare(tmp_path)

@@ -1,0 +1,47 @@
+"""The targeted layers of the prepared model, found by trying it on tokens of its own tokenizer: a unit of stage `prepare`.
+
+layers.json          the targets, which later stages read
+dense_layers.json    {name: why} of every other linear layer
+coverage.json        see `fisherfold.network.coverage`
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fisherfold.network.coverage import measure_coverage
+from fisherfold.network.layers import write_dense_layers, write_layers
+from fisherfold.network.models import load_model
+from fisherfold.network.targets import find_targets
+
+TOKENS = 32
+
+
+def write_targets(
+    folder: Path, model: Path, dtype: str, sequence_length: int, gates: Sequence[str], trust_remote_code: bool
+) -> None:
+    """Unit of work: write the three files into `folder`.
+
+    Raises:
+        InputError: the model cannot be measured, or has nothing to compress; see `find_targets`.
+    """
+    # float16 overflows where bfloat16 does not, and what is looked for here is no number
+    loaded = load_model(model, torch.float32 if dtype == "float32" else torch.bfloat16, trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=trust_remote_code)
+    weight = loaded.get_input_embeddings().weight
+    ids = text_tokens(tokenizer, weight.shape[0], min(TOKENS, sequence_length))
+    targets = find_targets(loaded, torch.tensor([ids], device=weight.device), gates)
+    write_layers(folder, targets.layers)
+    write_dense_layers(folder, targets.dense)
+    coverage = json.dumps(measure_coverage(loaded, targets), indent=1, sort_keys=True)
+    (folder / "coverage.json").write_text(coverage + "\n", encoding="utf-8")
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, embeddings: int, count: int) -> list[int]:
+    """`count` tokens that are text (neither special nor added later: images, tools) and embedded, spread over the vocabulary."""
+    others = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    words = sorted({index for index in tokenizer.get_vocab().values() if index < embeddings} - others) or [0]
+    return [words[place * len(words) // count % len(words)] for place in range(count)]

@@ -1,0 +1,262 @@
+"""What a few passes over text show of a model's linear layers: who is called, computes W x + b, gets a gradient, is read by others.
+
+Names and classes tell none of this: a subclass of nn.Linear may return a tuple, a tower for images may stand idle, a kernel may take
+a layer's weight and never call it. So each layer is watched while the model runs as it is measured (a loss and its gradients), as it
+is trained, and as it writes.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fisherfold.network.gradient_pass import gradient_pass
+from fisherfold.network.layers import forward_hooks
+from fisherfold.network.shortcuts import attempt
+from fisherfold.run.errors import InputError
+
+WRITTEN = 3  # tokens: the first without a cache, the others with one
+ROUNDINGS = 1024  # of the dtype, in the norm: another order of the sums moves y by a few, another function by far more
+CHOICES = {
+    getattr(owner, name)
+    for name in ("topk", "argmax", "sort", "argsort", "multinomial", "kthvalue")
+    for owner in (torch, torch.Tensor)
+}
+PRODUCTS = (
+    "MmBackward",
+    "AddmmBackward",
+    "BmmBackward",
+    "BaddbmmBackward",
+    "LinearBackward",
+    "MvBackward",
+    "EmbeddingBackward",
+)
+
+
+@dataclass
+class Trial:
+    """The linear layers of which something holds, by name; `reads` has every input of every call, held.
+
+    Attributes:
+        called: computed something, in the order of their last calls.
+        strange: gave something else than W x + b.
+        reached: got a gradient.
+        read_elsewhere: other code looked up `.weight`.
+        chosen_from: a choice (top k, arg max) was made among the outputs.
+        running: all modules that were called, linear or not.
+    """
+
+    reads: dict[str, list[torch.Tensor]]
+    called: dict[str, None] = field(default_factory=dict)
+    strange: set[str] = field(default_factory=set)
+    reached: set[str] = field(default_factory=set)
+    read_elsewhere: set[str] = field(default_factory=set)
+    chosen_from: set[str] = field(default_factory=set)
+    running: set[str] = field(default_factory=set)
+
+    @property
+    def last(self) -> str | None:
+        """The layer that was called last."""
+        return next(reversed(self.called), None)
+
+
+def try_layers(model: PreTrainedModel, modules: dict[str, nn.Module], ids: torch.Tensor) -> Trial:
+    """Watch `modules`, linear layers by name, while the frozen model runs over `ids` [B, T].
+
+    Raises:
+        InputError: the model gives no loss or no gradient of a plain pass over token ids, or its logits depend on later tokens.
+    """
+    trial = Trial({name: [] for name in modules})
+    maps = {name: LinearMap.of(module) for name, module in modules.items()}
+    with _weights_watched(modules, trial.read_elsewhere):
+        choices = ChoiceWatch(trial.chosen_from)
+        with _measured_calls(modules, maps, trial, choices), _running_modules(model, trial.running), choices:
+            _plain_pass(model, ids)
+        _require_causal(model, ids)
+        with _further_calls(modules, maps, trial), torch.no_grad():
+            with _training(model):
+                attempt(lambda: model(input_ids=ids, use_cache=False))
+            attempt(lambda: model.generate(ids[:1], max_new_tokens=WRITTEN, do_sample=False, pad_token_id=0))
+    return trial
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """What a layer should compute: y = W x + b with W [n, m]. Layers whose code is torch's or transformers' own are `believed`."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    believed: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "LinearMap":
+        weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
+        return cls(weight, module.bias, type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module))
+
+    @torch.no_grad()
+    def gives(self, x: object, y: object) -> bool:
+        """Whether y is the map of x."""
+        n, m = self.weight.shape
+        if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
+            return False
+        if self.believed or x.shape[-1:] != (m,) or y.shape != (*x.shape[:-1], n):
+            return self.believed
+        expected = nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).double()
+        return bool((y - expected).norm() <= ROUNDINGS * torch.finfo(y.dtype).eps * expected.norm())
+
+
+def _plain_pass(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    try:
+        gradient_pass(model, ids)
+    except Exception as error:
+        logging.getLogger(__name__).debug("the plain pass failed", exc_info=True)
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(
+            f"{type(model).__name__} cannot be measured: a pass over token ids alone, with the gradient of its loss, fails "
+            f"({type(error).__name__}: {reason}). Choose a model that reads text by itself."
+        ) from error
+
+
+@torch.no_grad()
+def _require_causal(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Refuse a model whose logits for a beginning are others when more text follows."""
+    half = ids.shape[1] // 2
+    whole, beginning = (model(input_ids=part, use_cache=False).logits.float() for part in (ids, ids[:, :half]))
+    moved, scale = (whole[:, :half] - beginning).abs().mean(), whole.std()
+    if moved > 0.1 * scale:
+        raise InputError(
+            f"{type(model).__name__} reads what comes after a token: its logits for {half} tokens move by {moved / scale:.2f} of their "
+            "deviation when more follow, so it predicts nothing. Choose a causal model (an encoder needs is_decoder in its config.json)."
+        )
+
+
+@contextmanager
+def _measured_calls(
+    modules: dict[str, nn.Module], maps: dict[str, LinearMap], trial: Trial, choices: "ChoiceWatch"
+) -> Iterator[None]:
+    """Fill the trial from a pass with gradients."""
+
+    def after(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        trial.called.pop(name, None)
+        trial.called[name] = None
+        if not maps[name].gives(x, y):
+            trial.strange.add(name)
+            return
+        trial.reads[name].append(x)
+        if y.requires_grad:
+            choices.outputs[y.grad_fn] = name, y.numel()
+            y.register_hook(lambda _: trial.reached.add(name))
+
+    with forward_hooks(modules, after):
+        yield
+
+
+@contextmanager
+def _further_calls(modules: dict[str, nn.Module], maps: dict[str, LinearMap], trial: Trial) -> Iterator[None]:
+    """Note which layers are strange in other passes."""
+
+    def after(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        if not maps[name].gives(x, y):
+            trial.strange.add(name)
+
+    with forward_hooks(modules, after):
+        yield
+
+
+@contextmanager
+def _running_modules(model: nn.Module, running: set[str]) -> Iterator[None]:
+    """Add the names of all modules that are called."""
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: running.add(name)
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """In training mode, with the random state and the buffers put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    with torch.random.fork_rng(devices=[]):
+        model.train()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+@contextmanager
+def _weights_watched(modules: dict[str, nn.Module], read: set[str]) -> Iterator[None]:
+    """Inside, names of modules whose `.weight` is looked up while they are not computing are added to `read`."""
+    computing: set[str] = set()
+    handles = []
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: computing.add(name), prepend=True))
+        handles.append(module.register_forward_hook(lambda *_, name=name: computing.discard(name)))
+        module.__class__ = _watched(type(module), name, computing, read)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in modules.values():
+            module.__class__ = type(module).__mro__[1]
+
+
+def _watched(kind: type[nn.Module], name: str, computing: set[str], read: set[str]) -> type[nn.Module]:
+    """A subclass that is `kind` in all but that it notes who looks up its weight."""
+
+    def look_up(self: nn.Module, attribute: str) -> object:
+        if attribute == "weight" and name not in computing:
+            read.add(name)
+        return kind.__getattr__(self, attribute)
+
+    return type(kind.__name__, (kind,), {"__getattr__": look_up, "__module__": kind.__module__})
+
+
+class ChoiceWatch(TorchFunctionMode):
+    """Notes linear layers among whose outputs, or what elementwise functions make of them, a choice is made.
+
+    Attributes:
+        outputs: by node of the autograd graph, the layer that made it and of how many numbers.
+        chosen_from: gets the layers.
+    """
+
+    def __init__(self, chosen_from: set[str]) -> None:
+        super().__init__()
+        self.outputs: dict[object, tuple[str, int]] = {}
+        self.chosen_from = chosen_from
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in CHOICES:
+            self._note(args[0] if args else kwargs["input"])
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, scores: torch.Tensor) -> None:
+        """Go back from the scores to the products that they are made of."""
+        pending, seen = [scores.grad_fn], set()
+        while pending:
+            node = pending.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            name, numbers = self.outputs.get(node, ("", 0))
+            if name and numbers == scores.numel():
+                self.chosen_from.add(name)
+            if not name and not node.name().startswith(PRODUCTS):
+                pending += [earlier for earlier, _ in node.next_functions]
