@@ -38,7 +38,10 @@ def examine(workspace: Workspace | None, settings: Settings) -> list[Finding]:
     """Every finding, of this machine, of the project if there is one and, for engine `ray`, of the cluster that it would use."""
     found = [Finding(name, *_outcome(MACHINE_CHECKS.lookup(name))) for name in MACHINE_CHECKS]
     if workspace is None:
-        return [*found, Finding("project", "warn", "this folder is in none, so only the machine was looked at", GET_ONE)]
+        return [
+            *found,
+            Finding("project", "warn", "this folder is in none, so only the machine was looked at", GET_ONE),
+        ]
     found += [Finding(name, *_outcome(partial(WORKSPACE_CHECKS.lookup(name), workspace))) for name in WORKSPACE_CHECKS]
     return found + (check_cluster(settings, workspace) if settings.engine == "ray" else [])
 

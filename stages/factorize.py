@@ -221,7 +221,10 @@ def _bias_place(stored: StoredLayer) -> str:
 
 
 def _apply(
-    refined: Mapping[str, Path], compressed: Mapping[str, StoredLayer], dense: dict[str, StoredTensor], dtype: torch.dtype
+    refined: Mapping[str, Path],
+    compressed: Mapping[str, StoredLayer],
+    dense: dict[str, StoredTensor],
+    dtype: torch.dtype,
 ) -> tuple[dict[str, StoredLayer], dict[str, StoredTensor], list[dict]]:
     """Layers and other tensors with those of the refined blocks in place, and the rows of refinement.parquet."""
     layers, tensors, rows = dict(compressed), dict(dense), []

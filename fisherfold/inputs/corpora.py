@@ -248,7 +248,9 @@ def _entry(row: Any, corpus: Corpus, where: str) -> Entry:
 
 def _content(row: dict[str, Any], corpus: Corpus, where: str) -> Any:
     """The text of a record or its list of messages, null being no text."""
-    names = (corpus.text_field, *conversations.FIELDS) if corpus.text_field == DEFAULT_TEXT_FIELD else (corpus.text_field,)
+    names = (
+        (corpus.text_field, *conversations.FIELDS) if corpus.text_field == DEFAULT_TEXT_FIELD else (corpus.text_field,)
+    )
     found = next((value for value in (field(row, name) for name in names) if value is not MISSING), MISSING)
     if found is MISSING:
         raise InputError(

@@ -26,7 +26,9 @@ def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     Raises:
         InputError: there is none, or a block run by itself does not give what it gives inside the model.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
     if not lists:
         raise InputError(f"{type(model).__name__} has no list of decoder blocks: set factorize.refine.passes = 0.")
     name = max(lists, key=lambda key: sum(p.numel() for p in lists[key].parameters()))
@@ -51,7 +53,9 @@ def _require_separable(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> 
         handle.remove()
     for name, block in blocks.items():
         entered = seen.get(name)
-        if entered is None or not torch.allclose(BlockCall(model, block, ids[:1])(block, entered[0]), entered[1], atol=1e-5):
+        if entered is None or not torch.allclose(
+            BlockCall(model, block, ids[:1])(block, entered[0]), entered[1], atol=1e-5
+        ):
             raise InputError(
                 f"{type(model).__name__}: block {name!r} cannot be run by itself, so it cannot be refined: set factorize.refine.passes = 0."
             )

@@ -304,7 +304,9 @@ def test_refined_blocks_are_what_is_saved(calibrated):
     assert rows[0]["accepted"] and rows[0]["held_out_after"] < rows[0]["held_out_before"]
     assert rows[0]["held_out_before"] == pytest.approx(before[0], rel=1e-3)
     assert hidden_errors(refined)[0] == pytest.approx(rows[0]["held_out_after"], rel=1e-3)
-    assert {name: order.tolist() for name, order in orders_of(refined).items()} == {n: o.tolist() for n, o in orders.items()}
+    assert {name: order.tolist() for name, order in orders_of(refined).items()} == {
+        n: o.tolist() for n, o in orders.items()
+    }
 
 
 def orders_of(workspace):

@@ -71,7 +71,9 @@ def tokenizer_without_question(folder):
     """Whether the tokenizer loads, and whether anybody was asked whether code may run."""
     asked = []
     with patch("builtins.input", lambda text: asked.append(text) or "n"):
-        found, dense = (AutoTokenizer.from_pretrained(folder / part)("w5 w6")["input_ids"] for part in ("model", "dense"))
+        found, dense = (
+            AutoTokenizer.from_pretrained(folder / part)("w5 w6")["input_ids"] for part in ("model", "dense")
+        )
     return [found == dense, bool(asked)]
 
 

@@ -121,7 +121,9 @@ def test_the_snippet_runs_as_printed(workspace, tmp_path, chat):
     assert ("apply_chat_template" in code) is chat
     result = subprocess.run([sys.executable, "-I", "-c", code], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip().startswith("w") or not chat  # without one, the tiny tokenizer knows no word of the prompt
+    assert (
+        result.stdout.strip().startswith("w") or not chat
+    )  # without one, the tiny tokenizer knows no word of the prompt
 
 
 def test_the_hub_reads_results_and_front_matter(workspace):

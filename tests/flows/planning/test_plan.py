@@ -97,15 +97,27 @@ def _groups(folder: Path) -> int:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gradients": "exact"}, {"gradients": "none"}, {"tokens_per_sequence": 0}, {"layers_per_pass": 3}, {"leaves": 2}, {"gradients": "sums"}],
+    [
+        {},
+        {"gradients": "exact"},
+        {"gradients": "none"},
+        {"tokens_per_sequence": 0},
+        {"layers_per_pass": 3},
+        {"leaves": 2},
+        {"gradients": "sums"},
+    ],
     ids=str,
 )
 def test_bytes_of_every_group_are_exact(tmp_path, changes):
     workspace = tiny.tiny_workspace(tmp_path)
     params = Params(
         prepare=PrepareParams(calibration_sequences=8, sequence_length=12),
-        capture=CaptureParams(**{"sequences_per_shard": 3, "gradients": "sketch", "sketch_rank": 4, "threads": 1, **changes}),
-        kronecker=KroneckerParams(estimator="kfac" if changes.get("gradients") in ("none", "sums") else "sequence", threads=1),
+        capture=CaptureParams(
+            **{"sequences_per_shard": 3, "gradients": "sketch", "sketch_rank": 4, "threads": 1, **changes}
+        ),
+        kronecker=KroneckerParams(
+            estimator="kfac" if changes.get("gradients") in ("none", "sums") else "sequence", threads=1
+        ),
         subspace=SubspaceParams(threads=1),
     )
     shapes = find_shapes(workspace, str(workspace.model))
@@ -127,10 +139,14 @@ def test_the_recorded_demo_run_was_foreseen(demo_shapes):
     kept = group_shapes.kept_bytes(demo_shapes.layers, capture, rows, length)
     assert kept == files["capture/gradients/shard-00000.zarr.zip"]
     assert plans["capture"].published == 6 * kept + group_shapes.group_bytes(sum_shapes(demo_shapes.layers, True))
-    assert plans["subspace"].published == pytest.approx(files["subspace/bases.zarr.zip"], rel=1e-4)  # gathered in one file then
+    assert plans["subspace"].published == pytest.approx(
+        files["subspace/bases.zarr.zip"], rel=1e-4
+    )  # gathered in one file then
     assert plans["prepare"].published == pytest.approx(files["prepare/model/model.safetensors"], rel=1e-4)
     assert plans["factorize"].published == pytest.approx(files["factorize/model/model.safetensors"], rel=2e-3)
-    assert disk_needed(list(plans.values())) < 0.8 * DEMO["peak_artifacts"]  # half of the sums is stored since, and parts of them never
+    assert (
+        disk_needed(list(plans.values())) < 0.8 * DEMO["peak_artifacts"]
+    )  # half of the sums is stored since, and parts of them never
 
 
 def test_more_devices_are_never_much_slower_and_the_limit_is_named(llama):
