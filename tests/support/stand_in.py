@@ -30,7 +30,7 @@ for dependency in sorted(stage["deps"]):
     path = pathlib.Path(dependency)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         digest.update(file.read_bytes() if file.is_file() else b"")
-names = ["manifest.json", "model/weights", "layers.json", "dense_layers.json", "prepare.json", "capture.json", "factorize.json"]
+names = ["manifest.json", "model/weights", "model/README.md", "layers.json", "dense_layers.json", "prepare.json", "capture.json", "factorize.json"]
 names += [f"{{table}}.parquet" for table in ("calibration", "tuning", "evaluation", "questions", "answers")]
 for out in stage.get("outs", []) + stage.get("metrics", []):
     path = pathlib.Path(out)
