@@ -105,3 +105,38 @@ def test_the_wheel_carries_all_of_our_code(installed):
         for name, file in code(ROOT / each, Path("_orchestration", each)).items()
     }
     assert code(installed / "fisherfold", Path()) == ours
+
+
+OUTSIDE = """
+import json, sys
+from pathlib import Path
+import fisherfold.cli
+statuses = {}
+for words in (["--version"], ["plan", "--model", "llama-7b", "--set", "ranks.ratio=0.4"], ["doctor"], ["run"]):
+    sys.argv = ["fisherfold", *words]
+    statuses[words[0]] = fisherfold.cli.main()
+
+import fisherfold.runtime, torch
+from transformers import AutoModelForCausalLM
+ids = torch.arange(3, 12)[None]
+model = AutoModelForCausalLM.from_pretrained(sys.argv[0] and Path("model"))
+model.save_pretrained("saved")
+again = AutoModelForCausalLM.from_pretrained("saved")
+import flows
+places = [fisherfold.__file__, flows.__file__]
+print(json.dumps([statuses, places, type(model).__module__, torch.equal(model(ids).logits, again(ids).logits)]))
+"""
+
+
+def test_from_the_wheel_alone_checkpoints_load_and_commands_without_a_project_work(installed, finished, tmp_path):
+    import json
+
+    (tmp_path / "model").symlink_to(finished / "artifacts" / "factorize" / "model")
+    environment = {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+    result = command(tmp_path, sys.executable, "-c", OUTSIDE, environment=environment)
+    assert result.returncode == 0, result.stderr
+    statuses, places, module, same = json.loads(result.stdout.splitlines()[-1])
+    assert statuses == {"--version": 0, "plan": 0, "doctor": 0, "run": 2}
+    assert all(Path(place).is_relative_to(installed) for place in places)
+    assert module.startswith("fisherfold.runtime") and same
+    assert "git clone" in result.stderr and "llama-7b" in result.stdout
