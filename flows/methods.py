@@ -12,14 +12,8 @@ REGISTRIES = {
     ("subspace", "metric"): "stages.subspace:METRICS",
     ("subspace", "fasc.objective"): "fisherfold.subspaces.fasc:OBJECTIVES",
     ("ranks", "allocator"): "stages.ranks:ALLOCATORS",
+    ("ranks", "budget"): "fisherfold.allocators.budget:BUDGETS",
 }
-
-METRIC_NEEDS = {
-    "gfwsvd": {"kronecker.estimator": "sequence", "capture.gradients": "sketch"},
-    "fwsvd": {"capture.gradients": "sketch"},
-    "fasc": {"capture.gradients": "sketch"},
-}
-"""Other parameters that a metric cannot do without, where params.yaml's defaults give something else."""
 
 SUMMED, KEPT = ("sums", "sketch", "exact"), ("sketch", "exact")
 GRADIENTS = {

@@ -38,6 +38,11 @@ def override_params(path: Path, assignments: Sequence[str]) -> list[str]:
     return list(_differences(_document(before), _document(text)))
 
 
+def changes(path: Path, assignments: Sequence[str]) -> list[str]:
+    """What assignments would change of params.yaml, one text a key; see `override_params`."""
+    return list(_differences(_document(_read(path)), _document(overridden(path, assignments)[0])))
+
+
 def overridden(path: Path, assignments: Sequence[str]) -> tuple[str, Params]:
     """The text of params.yaml with assignments, and the parameters that it gives; see `override_params`."""
     read_document(path)

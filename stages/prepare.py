@@ -21,7 +21,7 @@ from fisherfold.inputs.pretrained import (
     vocabulary_size,
     write_model,
 )
-from fisherfold.inputs.prompts import find_prompts
+from fisherfold.inputs.prompts import PromptList, find_prompts
 from fisherfold.inputs.questions import QuestionSet, draw_questions, find_questions, questions_table
 from fisherfold.inputs.recipes import Source
 from fisherfold.inputs.self_written import (
@@ -52,10 +52,7 @@ def run(workspace: Workspace, params: PrepareParams) -> None:
         InputError: the model, a corpus, the prompts or the question set cannot be used as asked.
         NotEnoughDisk: the model would not fit.
     """
-    model = find_model(workspace, params)
-    corpora = find_corpora(workspace, params)
-    questions = find_questions(workspace, params)
-    prompts = find_prompts(workspace, params.prompts) if params.self_written or params.held_out_prompts else None
+    model, corpora, questions, prompts = find_inputs(workspace, params)
     sources = {"model": model.source} | {_key("corpus", i): corpus.source for i, corpus in enumerate(corpora)}
     sources |= {name: found.source for name, found in (("questions", questions), ("prompts", prompts)) if found}
     with Scratch(workspace, "prepare", params, {name: source.digest for name, source in sources.items()}) as scratch:
@@ -128,6 +125,18 @@ def _self_written_sequences(params: PrepareParams) -> dict[str, int]:
 
 def _tokenizer(model: Path, params: PrepareParams) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=params.trust_remote_code)
+
+
+def find_inputs(
+    workspace: Workspace, params: PrepareParams
+) -> tuple[ModelSource, list[Corpus], QuestionSet | None, PromptList | None]:
+    """What the names in the parameters mean, before anything is written.
+
+    Raises:
+        InputError: the model, a corpus, the prompts or the question set cannot be had.
+    """
+    prompts = find_prompts(workspace, params.prompts) if params.self_written or params.held_out_prompts else None
+    return find_model(workspace, params), find_corpora(workspace, params), find_questions(workspace, params), prompts
 
 
 def write_tables(

@@ -1,5 +1,6 @@
 """The commands that tell: status, doctor, plan."""
 
+import json as json_text
 from typing import Annotated
 
 from typer import Option
@@ -17,21 +18,30 @@ from flows.commands.options import (
 )
 
 
-def status() -> int:
-    """Show which stages are up to date, interrupted or stale."""
-    from flows.status import print_status
+def status(json: Json = False) -> int:
+    """Show which stages are up to date, running, interrupted or stale, and why."""
+    from flows.status import print_status, seconds_left, stage_states
 
-    print_status(workspace_here())
+    workspace = workspace_here()
+    if json:
+        states = stage_states(workspace)
+        print(json_text.dumps({"stages": states, "seconds_left": seconds_left(workspace, states)}, indent=1))
+    else:
+        print_status(workspace)
     return 0
 
 
 @with_engine
-def doctor(engine_options: EngineOptions) -> int:
+def doctor(engine_options: EngineOptions, json: Json = False) -> int:
     """Find what would stop a run, here and on the cluster, with the cure."""
     from flows.doctor import examine
-    from flows.findings import print_findings
+    from flows.findings import print_findings, stops
 
-    return print_findings(examine(project_here(), engine_options.settings()))
+    findings = examine(project_here(), engine_options.settings())
+    if not json:
+        return print_findings(findings)
+    print(json_text.dumps([finding._asdict() for finding in findings], indent=1))
+    return int(stops(findings))
 
 
 def plan(
