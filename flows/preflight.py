@@ -30,9 +30,11 @@ def preflight(workspace: Workspace, params: Params) -> None:
     check_methods(params)
     check_pairs(params, workspace)
     if not _prepared_with(workspace, params):
+        from fisherfold.inputs.packages import promised_files
         from stages.prepare import find_inputs
 
-        find_inputs(workspace, params.prepare)
+        with promised_files():
+            find_inputs(workspace, params.prepare)
     else:
         check_budget(workspace, params)
 
