@@ -42,6 +42,7 @@ def subspace_workspace(
         (out / "prepare.json").write_text(json.dumps({"model": FACTS}))
     write_sequences(workspace.table("tuning"), random_ids(2, 12).numpy(), [["a"], ["b"]], VOCABULARY)
     layers = find_layers(load_model(workspace.model, torch.float32))
+    write_layers(workspace.out("prepare"), layers)
     publish_subspace(workspace, layers, dense or {}, shared, metric)
     return workspace
 
