@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from fisherfold.inputs.conversations import has_chat_format
 from fisherfold.inputs.corpora import Corpus, find_corpora, read_articles
 from fisherfold.inputs.pretrained import (
     ModelSource,
@@ -30,7 +31,6 @@ from fisherfold.inputs.self_written import (
     batches,
     conversation_split,
     conversations,
-    has_chat_format,
     split_prompts,
     write_answers,
 )

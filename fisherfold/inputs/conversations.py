@@ -53,24 +53,34 @@ def _message(entry: Any, where: str) -> Message:
     return {**others, "role": ROLES.get(role, role), "content": content}
 
 
-def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], name: str) -> list[int]:
+def has_chat_format(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model has a chat template, and so is made for conversations."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], name: str, answer_follows: bool = False
+) -> list[int]:
     """Token ids of a conversation as ``apply_chat_template`` gives them.
 
     Args:
         tokenizer: the model's.
         messages: see `read_messages`.
         name: of the conversation, for errors.
+        answer_follows: end where the model's answer begins.
 
     Raises:
         InputError: the model has no chat template, or its template refuses the conversation.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_chat_format(tokenizer):
         raise InputError(
             f"The corpus holds conversations ({name}), but the model has no chat template, so there is no format to read them in. "
             "Choose a chat model, put its chat_template.jinja beside the tokenizer, or name a field of text in prepare.text_field."
         )
     try:
-        text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False)
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=answer_follows
+        )
     except (TemplateError, TypeError, KeyError) as error:
         raise InputError(
             f"The model's chat template refuses a conversation of the corpus ({name}): {error}. Its roles are "

@@ -10,16 +10,19 @@ A batch of prompts is a unit: its bits depend on the seed, its number and its pr
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, islice, repeat
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fisherfold.inputs.conversations import encode_messages
 from fisherfold.inputs.splits import Split, as_split
 from fisherfold.inputs.windows import pack
+from fisherfold.network.generation import left_padded, until_end
 from fisherfold.network.models import DTYPES, load_model
 from fisherfold.run.errors import InputError
 from fisherfold.run.tables import ANSWERS
@@ -57,32 +60,26 @@ def split_prompts(prompts: Sequence[str], held_out: int, seed: int) -> Prompts:
     return Prompts(tuple(p for p in rest if p not in set(tuning)), tuple(tuning), tuple(order[:held_out]))
 
 
-def has_chat_format(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model has a chat template, and so is made for conversations."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of one message of a user in the chat format, up to where the answer begins."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return encode_messages(tokenizer, [{"role": "user", "content": prompt}], prompt, answer_follows=True)
+
+
+@lru_cache(maxsize=1)
+def writer(model: Path, dtype: str, own_code: bool) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer and the model that write, loaded once for all units of a process."""
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=own_code)
+    return tokenizer, load_model(model, DTYPES[dtype], trust_remote_code=own_code)
 
 
 def write_answers(
     folder: Path, model: Path, prompts: tuple[str, ...], seed: int, longest: int, dtype: str, own_code: bool
 ) -> None:
     """Unit: one sampled answer to each prompt, of at most `longest` tokens, as ``answers.parquet`` (see `tables.ANSWERS`)."""
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=own_code)
-    loaded = load_model(model, DTYPES[dtype], trust_remote_code=own_code)
+    tokenizer, loaded = writer(model, dtype, own_code)
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    width = max(map(len, asked))
+    ids, mask = left_padded(asked, loaded.device)
     end = tokenizer.eos_token_id
-    padding = end if end is not None else 0
-    ids = torch.tensor([[padding] * (width - len(row)) + row for row in asked], device=loaded.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in asked], device=loaded.device)
     settings = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -90,13 +87,13 @@ def write_answers(
         top_p=1.0,
         max_new_tokens=longest,
         eos_token_id=end,
-        pad_token_id=padding,
+        pad_token_id=0 if end is None else end,
     )
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         loaded.generation_config = settings  # the model's own would fill what is open: penalties, top-k
-        written = loaded.generate(ids, attention_mask=mask)[:, width:].tolist()
-    sampled = [row[: row.index(end) + 1] if end in row else row for row in written]
+        written = loaded.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
+    sampled = [until_end(row, [] if end is None else [end]) for row in written]
     rows = {"prompt": list(prompts), "prompt_ids": asked, "sampled_ids": sampled}
     pq.write_table(pa.table(rows, schema=ANSWERS), folder / "answers.parquet")
 

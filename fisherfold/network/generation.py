@@ -24,6 +24,21 @@ PROBE_LENGTHS = (9, 4)  # tokens of the prompts on which a model is tried
 PROBE_ANSWER = 4
 
 
+def left_padded(prompts: Sequence[Tokens], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts padded on the left, so that all end in one place, and the mask of what is no padding: [R, T] each."""
+    ids, mask = (
+        pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left").to(device)
+        for rows in (prompts, [[1] * len(prompt) for prompt in prompts])
+    )
+    return ids, mask
+
+
+def until_end(answer: Tokens, ends: Sequence[int]) -> Tokens:
+    """An answer up to the first token that ends it, which is part of it."""
+    end = next((i for i, token in enumerate(answer) if token in ends), len(answer))
+    return answer[: end + 1]
+
+
 class GreedyDecoder:
     """The most likely token after a prompt, then the most likely one after that, and so on.
 
@@ -46,7 +61,7 @@ class GreedyDecoder:
         if not self.caches or longest < 1:  # `generate` refuses to write nothing
             return self._decode_plainly(prompts, longest)
         sequences = self._generate(prompts, longest, self.ends).sequences
-        return [self._until_end(answer) for answer in sequences[:, max(map(len, prompts)) :].tolist()]
+        return [until_end(answer, self.ends) for answer in sequences[:, max(map(len, prompts)) :].tolist()]
 
     @cached_property
     def caches(self) -> bool:
@@ -63,11 +78,8 @@ class GreedyDecoder:
     def _generate(
         self, prompts: Sequence[Tokens], longest: int, ends: Tokens, keep_logits: bool = False
     ) -> GenerateDecoderOnlyOutput:
-        """`generate` with nothing but arg max; prompts are padded on the left, so that all end in one place."""
-        ids, mask = (
-            pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left").to(self.device)
-            for rows in (prompts, [[1] * len(prompt) for prompt in prompts])
-        )
+        """`generate` with nothing but arg max."""
+        ids, mask = left_padded(prompts, self.device)
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=longest,
@@ -82,10 +94,6 @@ class GreedyDecoder:
             return generate(ids, attention_mask=mask, generation_config=settings)
         finally:
             self.model.generation_config = own
-
-    def _until_end(self, answer: Tokens) -> Tokens:
-        end = next((i for i, token in enumerate(answer) if token in self.ends), len(answer))
-        return answer[: end + 1]
 
     def _plain_likelihoods(self, prompt: Tokens, answer: Tokens) -> torch.Tensor:
         """log p of each token of the answer [K], by one pass over the pair alone."""
