@@ -1,6 +1,7 @@
 """Names of methods in params.yaml, and what they need of the capture, checked before anything runs."""
 
 import importlib
+from collections.abc import Iterable
 from operator import attrgetter
 
 from fisherfold.run.errors import ParameterError
@@ -20,6 +21,13 @@ METRIC_NEEDS = {
     "fasc": {"capture.gradients": "sketch"},
 }
 """Other parameters that a metric cannot do without, where params.yaml's defaults give something else."""
+
+
+def capture_needs(metrics: Iterable[str]) -> list[str]:
+    """What one capture must keep for all of `metrics`, as ``--set`` takes it."""
+    needs = {key: value for metric in metrics for key, value in METRIC_NEEDS.get(metric, {}).items()}
+    return [f"{key}={value}" for key, value in needs.items() if key.startswith("capture.")]
+
 
 SUMMED, KEPT = ("sums", "sketch", "exact"), ("sketch", "exact")
 GRADIENTS = {

@@ -38,7 +38,7 @@ from flows.artifacts import address
 from flows.engine_choice import ending_engine
 from flows.exclusive import exclusive
 from flows.experiments import Project
-from flows.methods import METRIC_NEEDS
+from flows.methods import METRIC_NEEDS, capture_needs
 from flows.pipeline import run_stage
 from flows.settings import read_settings
 from flows.watch import ENDING
@@ -166,6 +166,7 @@ def sweep(workspace: Workspace, combinations: Sequence[Cell], others: Sequence[s
         FisherfoldError: a combination failed (those that are finished stay), or the workspace is not in git.
     """
     project = Project.of(workspace)
+    others = [*capture_needs(cell.metric for cell in combinations), *others]  # one capture serves all
     for cell in combinations:
         project.digest(cell.overrides(others))  # a mistake is found before a server starts, not after
     runner = ThreadPoolTaskRunner(max_workers=jobs)

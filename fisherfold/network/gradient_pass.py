@@ -8,11 +8,13 @@ Shapes: B sequences of T tokens over a vocabulary of V.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class GradientPass(NamedTuple):
@@ -23,7 +25,7 @@ class GradientPass(NamedTuple):
 
 
 @torch.enable_grad()
-def gradient_pass(model: PreTrainedModel, ids: torch.Tensor, first: int = 1) -> GradientPass:
+def gradient_pass(model: "PreTrainedModel", ids: torch.Tensor, first: int = 1) -> GradientPass:
     """Run `ids` [B, T] forward and backward; hooks on the model's layers see activations and their gradients.
 
     The loss is Σ_s (1/(T-1)) Σ_{t<T-1} -log p(id[s, t+1] | id[s, ..t]): means of sequences, summed over the batch, so a
@@ -49,7 +51,7 @@ def gradient_pass(model: PreTrainedModel, ids: torch.Tensor, first: int = 1) -> 
 
 
 @contextmanager
-def _leaves(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+def _leaves(model: "PreTrainedModel") -> Iterator[list[torch.Tensor]]:
     """Inside, the outputs of the input embedding ask for gradients and are collected; the model gets copies, as some scale them in place."""
     collected: list[torch.Tensor] = []
 

@@ -7,9 +7,9 @@ X [T, m] and D [T, n] those of one sequence, G = D^T X [n, m] the sequence's gra
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from fisherfold.linalg.gram import add_gram, exact_products
 from fisherfold.linalg.sketch import GradientBatch
@@ -19,6 +19,9 @@ from fisherfold.run.errors import InputError
 from fisherfold.statistics.gradient_forms import Arrays, GradientForm, Shapes
 from fisherfold.statistics.stored_sums import restored, stored
 from fisherfold.statistics.token_sample import TokenSample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROWS_IN_CACHE = 256
 
@@ -149,7 +152,7 @@ class ModelSums:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: "PreTrainedModel",
         layers: Sequence[LinearLayer],
         form: type[GradientForm] | None,
         rank: int,

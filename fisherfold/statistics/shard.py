@@ -6,9 +6,9 @@ Shapes: B sequences of T tokens in a batch.
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, linear_modules, read_layers
@@ -23,9 +23,12 @@ from fisherfold.statistics.kept import GradientWriter, kept_dtypes
 from fisherfold.statistics.layer_sums import ModelSums
 from fisherfold.statistics.token_sample import sample_positions
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @lru_cache(maxsize=1)
-def loaded_model(folder: Path, dtype: str) -> tuple[PreTrainedModel, tuple[LinearLayer, ...]]:
+def loaded_model(folder: Path, dtype: str) -> tuple["PreTrainedModel", tuple[LinearLayer, ...]]:
     """The model and its targets, which stage `prepare` found, loaded once a process.
 
     Raises:
@@ -43,7 +46,7 @@ def loaded_model(folder: Path, dtype: str) -> tuple[PreTrainedModel, tuple[Linea
     return model, tuple(read_layers(folder.parent))
 
 
-def vocabulary(model: PreTrainedModel) -> int:
+def vocabulary(model: "PreTrainedModel") -> int:
     """Rows of the input embedding."""
     return model.get_input_embeddings().weight.shape[0]
 
@@ -105,7 +108,7 @@ def add_shard(
     return losses
 
 
-def _culprits(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, str]:
+def _culprits(model: "PreTrainedModel", ids: torch.Tensor) -> dict[int, str]:
     """Which sequences of a batch [B, T] are not finite, and where that shows first; each is run alone.
 
     Raises:
@@ -121,7 +124,7 @@ def _culprits(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, str]:
     return culprits
 
 
-def first_nonfinite(model: PreTrainedModel, ids: torch.Tensor) -> str | None:
+def first_nonfinite(model: "PreTrainedModel", ids: torch.Tensor) -> str | None:
     """Where the pass over one sequence [1, T] first meets a value that is not finite; None if nowhere."""
     found: list[str] = []
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -80,7 +79,6 @@ def test_a_server_takes_every_deployment(server):
 def deployed(server, tmp_path) -> Iterator[Path]:
     """A tiny project whose stages are deployed, with a worker for each pool, none of which has a Ray."""
     folder = tiny_project(tmp_path / "project")
-    shutil.copytree(ROOT / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))
     text = (ROOT / "prefect.yaml").read_text()
     without = re.sub(r"(name: fisherfold-gpu\n *job_variables: ).*", r"\1{env: {FISHERFOLD_ENGINE: inline}}", text)
     assert without != text

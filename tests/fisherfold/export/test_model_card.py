@@ -112,7 +112,10 @@ def test_the_snippet_runs_as_printed(workspace, tmp_path, chat):
     try:
         facts = json.loads((workspace.out("factorize") / "factorize.json").read_text())
         card = compressed_card(
-            workspace, DenseArchitecture("LlamaConfig", "LlamaForCausalLM", {}, workspace.model), facts, FactorizeParams()
+            workspace,
+            DenseArchitecture("LlamaConfig", "LlamaForCausalLM", {}, workspace.model),
+            facts,
+            FactorizeParams(),
         )
     finally:
         if not chat:
