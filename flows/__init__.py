@@ -4,6 +4,8 @@ before any of them is imported; a value that the user has set stays.
 
 import os
 
+from flows import surroundings
+
 DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
@@ -17,3 +19,4 @@ DEFAULTS = {
 
 for variable, value in DEFAULTS.items():
     os.environ.setdefault(variable, value)
+surroundings.prepare()

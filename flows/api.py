@@ -22,6 +22,7 @@ from prefect.settings import (
 
 from fisherfold.run.errors import EngineError
 from fisherfold.run.progress import announce
+from flows.surroundings import reach_directly
 
 START_SECONDS = 300.0
 DIE_WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 15); from uvicorn import main; main()"  # PR_SET_PDEATHSIG
@@ -86,7 +87,7 @@ def _own_server(url: str) -> Iterator[None]:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health").is_success
+        return httpx.get(f"{url}/health", trust_env=False).is_success  # no proxy knows a server of ours
     except httpx.TransportError:
         return False
 
@@ -104,6 +105,7 @@ def _require_answer(url: str) -> None:
 @contextmanager
 def _temporary_server(host: str) -> Iterator[str]:
     port = _free_port(host)
+    reach_directly(os.environ, host)
     url = f"http://{host}:{port}/api"
     where = ["--host", host, "--port", str(port), "--log-level", "error", "--lifespan", "on"]
     process = subprocess.Popen(

@@ -22,6 +22,7 @@ from flows.cluster.node_report import is_excluded, locked_probe
 from flows.commands.options import GET_ONE
 from flows.findings import Finding, Outcome
 from flows.methods import check_methods
+from flows.repository import repository
 from flows.settings import Settings
 from flows.storage import probe_store
 
@@ -73,10 +74,9 @@ def check_dvc(workspace: Workspace) -> Outcome:
     if not (workspace.root / ".dvc").is_dir():
         return Outcome("fail", f"{workspace.root} is not a DVC repository", "dvc init (with --no-scm outside of git)")
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
 
     try:
-        with Repo(str(workspace.root)) as repo:
+        with repository(workspace) as repo:
             stages = len(repo.index.stages)
     except DvcException as error:
         return Outcome("fail", f"DVC cannot read the pipeline: {error}", "Correct dvc.yaml, or take it from git again")

@@ -20,7 +20,8 @@ from fisherfold.run.errors import FisherfoldError
 from fisherfold.run.files import digest_file, digest_json
 from fisherfold.run.workspace import Workspace
 from flows.overrides import overridden
-from flows.staleness import asking, tool_environment
+from flows.repository import repository
+from flows.staleness import tool_environment
 
 PARAMS = "params.yaml"
 LOCK = "dvc.lock"
@@ -104,12 +105,11 @@ class Project:
 
     def metrics(self, names: Collection[str]) -> dict[str, dict]:
         """metrics.json of those of these experiments that are finished, and whose results DVC still has."""
-        shown = json.loads(_dvc(self.workspace.root, "exp", "show", "--json", "--rev", self.commit))
         found = {}
-        for entry in (entry for baseline in shown for entry in baseline.get("experiments") or ()):
-            values = entry["revs"][0]["data"]["metrics"].get("artifacts/evaluate/metrics.json", {})
-            if entry["name"] in names and "data" in values:
-                found[entry["name"]] = values["data"]
+        for name, data in shown_experiments(self.workspace, "--rev", self.commit).items():
+            values = data["metrics"].get("artifacts/evaluate/metrics.json", {})
+            if name in names and "data" in values:
+                found[name] = values["data"]
         return found
 
     def _populate(self, root: Path) -> None:
@@ -135,12 +135,21 @@ class Project:
                 shutil.copy2(source / name, target / name)
 
 
-def _share_cache(project: Workspace, clone: Workspace) -> None:
-    from dvc.repo import Repo
+def shown_experiments(workspace: Workspace, *options: str) -> dict[str, dict]:
+    """What `dvc exp show` tells of every experiment, by its name: params and metrics.
 
-    with asking, Repo(str(project.root)) as repo:
+    Raises:
+        FisherfoldError: the workspace is not in git.
+    """
+    shown = json.loads(_dvc(workspace.root, "exp", "show", "--json", *options))
+    entries = (entry for baseline in shown for entry in baseline.get("experiments") or ())
+    return {entry["name"]: entry["revs"][0]["data"] for entry in entries if entry.get("name")}
+
+
+def _share_cache(project: Workspace, clone: Workspace) -> None:
+    with repository(project) as repo:
         cache = repo.cache.local_cache_dir
-    with asking, Repo(str(clone.root)) as repo, repo.config.edit("local") as config:
+    with repository(clone) as repo, repo.config.edit("local") as config:
         config["cache"]["dir"] = cache
 
 

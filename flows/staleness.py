@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import psutil
 
 from fisherfold.run.errors import FisherfoldError
 from fisherfold.run.workspace import Workspace
+from flows.repository import repository
 from flows.watch import Watcher, run_watched
-
-asking = threading.Lock()  # a sweep asks for several workspaces; DVC's own objects are not made for threads
 
 
 def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, list[str]]:
@@ -23,14 +21,12 @@ def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, l
         FisherfoldError: DVC cannot tell (another DVC process holds the repository's lock, or dvc.yaml is broken).
     """
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
 
     try:
-        with asking:
+        with repository(workspace) as repo:
             release_dead_locks(workspace)
-            with Repo(str(workspace.root)) as repo:
-                target = f"{workspace.root / 'dvc.yaml'}:{stage}"  # DVC looks a bare name up in the current folder
-                status = repo.status(targets=[target] if stage else None)
+            target = f"{workspace.root / 'dvc.yaml'}:{stage}"  # DVC looks a bare name up in the current folder
+            status = repo.status(targets=[target] if stage else None)
     except DvcException as error:
         raise FisherfoldError(f"DVC cannot read the state of {workspace.root}: {error}") from None
     return {

@@ -16,6 +16,7 @@ from fisherfold.run.errors import CorruptArtifact, StoreError
 from fisherfold.run.objects import SETTING, file_system, persist, read_range, require_object, store_url
 from fisherfold.run.pointers import SUFFIX, StoredObject, read_pointer
 from fisherfold.run.workspace import Workspace
+from flows.repository import repository
 
 OBJECT_NAME = re.compile(r"[0-9a-f]{64}\.zarr\.zip")
 
@@ -78,9 +79,7 @@ def cached_pointers(workspace: Workspace) -> Iterator[Path]:
     Raises:
         StoreError: the cache lists one and does not hold it, so what it names cannot be known.
     """
-    from dvc.repo import Repo
-
-    with Repo(str(workspace.root)) as repo:
+    with repository(workspace) as repo:
         cache = Path(repo.cache.local.path)
     for listing in cache.glob("*/*.dir"):
         for entry in json.loads(listing.read_text(encoding="utf-8")):

@@ -15,6 +15,7 @@ from fisherfold.run.errors import EngineError
 from fisherfold.run.progress import announce
 from flows import DEFAULTS
 from flows.settings import Settings
+from flows.surroundings import ray_folder
 
 HERE = {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
 """A new Ray, whatever runs on this host already; nothing of it can be reached from outside."""
@@ -68,7 +69,7 @@ def join(settings: Settings) -> None:
 
 
 def _join(settings: Settings) -> None:
-    where = {"address": settings.ray_address} if settings.ray_address else HERE
+    where = {"address": settings.ray_address} if settings.ray_address else {**HERE, "_temp_dir": ray_folder()}
     try:
         _knock(settings.ray_address)
         with _kept_signals():

@@ -22,6 +22,7 @@ from multiprocessing.connection import Client, Connection, Listener
 
 from fisherfold.run.engine import Engine, Files, Unit
 from fisherfold.run.errors import EngineError, FisherfoldError
+from flows.surroundings import socket_folder
 
 MORE = "more"
 MACHINE = "machine"
@@ -114,7 +115,7 @@ def taking_units(take: Callable[[Connection, int | None], None]) -> Iterator[str
         take: called with the connection to it and its `threads`, in a thread that has the context variables of this one; that
             thread has ended when the block has. What it raises, the stage raises.
     """
-    with Listener(family="AF_UNIX") as listener:
+    with socket_folder() as folder, Listener(str(folder / "units"), family="AF_UNIX") as listener:
         thread = threading.Thread(target=copy_context().run, args=(_await_stage, listener, take), daemon=True)
         thread.start()
         try:
