@@ -276,7 +276,8 @@ def compressed_tensors(
             tensors[f"{name}.{_bias_place(stored)}"] = tensors.pop(f"{name}.bias")
         tensors |= {f"{name}.{parameter}": tensor.cast(dtype) for parameter, tensor in stored.factors.items()}
     if compressed:  # see FisherfoldForCausalLM: makes the dense model's class refuse this checkpoint
-        tensors[f"{min(compressed)}.weight"] = StoredTensor((0,), dtype, lambda: torch.empty(0, dtype=dtype))
+        shape = 0, dense[f"{min(compressed)}.weight"].shape[1]
+        tensors[f"{min(compressed)}.weight"] = StoredTensor(shape, dtype, lambda: torch.empty(shape, dtype=dtype))
     return dict(sorted(tensors.items()))
 
 

@@ -54,7 +54,8 @@ class ModelRun:
     @property
     def positions(self) -> int | None:
         """The longest sequence that it can read, where its configuration says so."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return positions if positions and positions > 0 else None  # xlnet says -1
 
 
 @lru_cache(maxsize=2)

@@ -146,18 +146,14 @@ def check_model(model: ModelSource, sequence_length: int) -> PreTrainedConfig:
     if not _is_causal(config):
         kind = ", ".join(config.architectures or [config.model_type])
         raise InputError(f"Model {name!r} ({kind}) is not a causal language model. Choose a decoder-only text model.")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(
-            f"Model {name!r} ({config.model_type}) comes with code of its own. The compressed checkpoint extends a class of transformers, "
-            "so only architectures that transformers itself knows can be compressed."
-        )
+    _require_known_class(name, config)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method:
         raise InputError(
             f"The weights of model {name!r} are quantised ({method}). Compress the original model instead."
         )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and sequence_length > positions:
+    if positions and 0 < positions < sequence_length:  # xlnet says -1 where there is no end
         raise InputError(
             f"prepare.sequence_length = {sequence_length} is more than the {positions} positions of model {name!r}. "
             f"Set it to at most {positions}."
@@ -171,9 +167,28 @@ def read_config(model: ModelSource) -> PreTrainedConfig:
     transformers_logging.set_verbosity_error()
     with _explained(model, "its configuration"):
         config = AutoConfig.from_pretrained(model.location, **model.options)
-    for key in [key for key in vars(config) if key.endswith("model_name_or_path")]:
+    own_code = ["auto_map"] if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else []  # transformers' own class needs none
+    for key in [key for key in vars(config) if key.endswith("model_name_or_path") or key in own_code]:
         delattr(config, key)
     return config
+
+
+def _require_known_class(name: str, config: PreTrainedConfig) -> None:
+    """Refuse a model that `AutoModelForCausalLM` would not load, or would not load again once it is saved."""
+    loaded = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if loaded is None and getattr(config, "auto_map", None):
+        known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        raise InputError(
+            f"Model {name!r} ({config.model_type}) comes with code of its own. The compressed checkpoint extends a class of transformers, "
+            "so only architectures that transformers itself knows can be compressed."
+            + (f" It knows {config.model_type!r}: set prepare.trust_remote_code to false." if known else "")
+        )
+    saved = loaded.config_class if loaded else type(config)
+    if saved not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"Model {name!r} ({config.model_type}): transformers has no causal language model for the configuration {saved.model_type!r}, in "
+            "which its language model is saved, so it could not be loaded again. Choose another model."
+        )
 
 
 def _is_causal(config: PreTrainedConfig) -> bool:
@@ -294,7 +309,8 @@ def _explained(model: ModelSource, part: str) -> Iterator[None]:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         text = str(error) or type(error).__name__
-        reason = next(line for line in text.splitlines() if line.strip())
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        reason = " ".join(lines[: 2 if isinstance(error, ImportError) else 1])  # the second says how to install it
         cure = " If you trust its code, set prepare.trust_remote_code to true." if "trust_remote_code" in text else ""
         raise InputError(
             f"Model {model.source.name!r}: {part} cannot be read from {model.location} ({reason}).{cure}"

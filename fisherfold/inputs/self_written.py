@@ -10,7 +10,7 @@ A batch of prompts is a unit: its bits depend on the seed, its number and its pr
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from fisherfold.inputs.conversations import encode_messages
 from fisherfold.inputs.splits import Split, as_split
 from fisherfold.inputs.windows import pack
-from fisherfold.network.generation import left_padded, until_end
+from fisherfold.network.generation import GreedyDecoder, decode_plainly, left_padded, until_end
 from fisherfold.network.models import DTYPES, load_model
 from fisherfold.run.errors import InputError
 from fisherfold.run.tables import ANSWERS
@@ -66,36 +66,49 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 @lru_cache(maxsize=1)
-def writer(model: Path, dtype: str, own_code: bool) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The tokenizer and the model that write, loaded once for all units of a process."""
+def writer(model: Path, dtype: str, own_code: bool) -> tuple[PreTrainedTokenizerBase, GreedyDecoder]:
+    """The tokenizer and the model that write, loaded once for all units of a process; the decoder knows whether a cache serves."""
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=own_code)
-    return tokenizer, load_model(model, DTYPES[dtype], trust_remote_code=own_code)
+    return tokenizer, GreedyDecoder(load_model(model, DTYPES[dtype], trust_remote_code=own_code), ends=[])
 
 
 def write_answers(
     folder: Path, model: Path, prompts: tuple[str, ...], seed: int, longest: int, dtype: str, own_code: bool
 ) -> None:
     """Unit: one sampled answer to each prompt, of at most `longest` tokens, as ``answers.parquet`` (see `tables.ANSWERS`)."""
-    tokenizer, loaded = writer(model, dtype, own_code)
+    tokenizer, decoder = writer(model, dtype, own_code)
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    ids, mask = left_padded(asked, loaded.device)
     end = tokenizer.eos_token_id
-    settings = GenerationConfig(
+    ends = [] if end is None else [end]
+    sample = _sample_with_cache if decoder.caches else partial(decode_plainly, choose=_draw)
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        written = sample(decoder.model, asked, longest, ends)
+    sampled = [until_end(row, ends) for row in written]
+    rows = {"prompt": list(prompts), "prompt_ids": asked, "sampled_ids": sampled}
+    pq.write_table(pa.table(rows, schema=ANSWERS), folder / "answers.parquet")
+
+
+def _sample_with_cache(
+    model: PreTrainedModel, prompts: Sequence[list[int]], longest: int, ends: Sequence[int]
+) -> list[list[int]]:
+    """Sampled answers by `generate`."""
+    ids, mask = left_padded(prompts, model.device)
+    model.generation_config = GenerationConfig(  # the model's own would fill what is open: penalties, top-k
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
         max_new_tokens=longest,
-        eos_token_id=end,
-        pad_token_id=0 if end is None else end,
+        eos_token_id=ends[0] if ends else None,
+        pad_token_id=ends[0] if ends else 0,
     )
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        loaded.generation_config = settings  # the model's own would fill what is open: penalties, top-k
-        written = loaded.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
-    sampled = [until_end(row, [] if end is None else [end]) for row in written]
-    rows = {"prompt": list(prompts), "prompt_ids": asked, "sampled_ids": sampled}
-    pq.write_table(pa.table(rows, schema=ANSWERS), folder / "answers.parquet")
+    return model.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
+
+
+def _draw(logits: torch.Tensor) -> torch.Tensor:
+    """One token of each row's distribution [R]."""
+    return torch.multinomial(logits.float().softmax(-1), 1).squeeze(-1)
 
 
 def batches(prompts: Sequence[str], rounds: int) -> Iterator[tuple[int, tuple[str, ...]]]:

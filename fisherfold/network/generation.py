@@ -59,7 +59,8 @@ class GreedyDecoder:
     def answer(self, prompts: Sequence[Tokens], longest: int) -> list[Tokens]:
         """An answer of at most `longest` tokens to each prompt; a token that ends it is part of it."""
         if not self.caches or longest < 1:  # `generate` refuses to write nothing
-            return self._decode_plainly(prompts, longest)
+            most_likely = lambda logits: logits.argmax(-1)  # noqa: E731
+            return decode_plainly(self.model, prompts, longest, self.ends, most_likely)
         sequences = self._generate(prompts, longest, self.ends).sequences
         return [until_end(answer, self.ends) for answer in sequences[:, max(map(len, prompts)) :].tolist()]
 
@@ -101,14 +102,27 @@ class GreedyDecoder:
         log_p = self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
         return log_p.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
 
-    def _decode_plainly(self, prompts: Sequence[Tokens], longest: int) -> list[Tokens]:
-        """Each token from a pass over everything before it; rows are padded on the right, where no causal model looks."""
-        answers: list[Tokens] = [[] for _ in prompts]
-        going = list(range(len(prompts)))
-        while going and longest > len(answers[going[0]]):
-            rows = [torch.tensor([*prompts[row], *answers[row]]) for row in going]
-            logits = self.model(input_ids=pad_sequence(rows, batch_first=True).to(self.device), use_cache=False).logits
-            for i, row in enumerate(going):
-                answers[row].append(int(logits[i, len(rows[i]) - 1].argmax()))
-            going = [row for row in going if answers[row][-1] not in self.ends]
-        return answers
+
+def decode_plainly(
+    model: PreTrainedModel,
+    prompts: Sequence[Tokens],
+    longest: int,
+    ends: Sequence[int],
+    choose: Callable[[torch.Tensor], torch.Tensor],
+) -> list[Tokens]:
+    """Each token from a pass over everything before it; rows are padded on the right, where no causal model looks.
+
+    Args:
+        choose: the next tokens [R], of logits [R, V].
+    """
+    answers: list[Tokens] = [[] for _ in prompts]
+    going = list(range(len(prompts)))
+    device = input_embedding(model).device
+    while going and longest > len(answers[going[0]]):
+        rows = [torch.tensor([*prompts[row], *answers[row]]) for row in going]
+        logits = model(input_ids=pad_sequence(rows, batch_first=True).to(device), use_cache=False).logits
+        last = torch.stack([logits[i, len(row) - 1] for i, row in enumerate(rows)])
+        for row, token in zip(going, choose(last).tolist(), strict=True):
+            answers[row].append(token)
+        going = [row for row in going if answers[row][-1] not in ends]
+    return answers

@@ -14,6 +14,8 @@ from typing import Any
 
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -64,8 +66,10 @@ class LowRankQuantizer(HfQuantizer):
         config.fisherfold = getattr(config, METHOD, None) or {"layers": self.quantization_config.layers}
         layers = low_rank_layers(model)
         replace_layers(model, layers)
+        if layers and checkpoint_files:
+            _fit_marker(model, min(layers), checkpoint_files)
         wanted = {f"{name}.{key}" for name in layers for key in model.get_submodule(name).state_dict()}
-        missing = sorted(wanted - _tensor_names(checkpoint_files, model)) if checkpoint_files else []
+        missing = _missing(wanted, checkpoint_files, model) if checkpoint_files else []
         if missing:
             raise CorruptArtifact(
                 f"The checkpoint lacks {len(missing)} tensors of the model, such as {missing[0]!r}. Fetch or write it again."
@@ -78,13 +82,35 @@ class LowRankQuantizer(HfQuantizer):
         vars(model.config).pop("auto_map", None)  # what `save_pretrained` writes holds no code
 
 
-def _tensor_names(files: Sequence[str], model: PreTrainedModel) -> set[str]:
-    """The names in the files, and as the base model calls them, which may be loaded by itself."""
+def _fit_marker(model: PreTrainedModel, name: str, files: Sequence[str]) -> None:
+    """Give the empty tensor in the place of a dense weight the shape that it has in the files: [0] in older checkpoints."""
+    keys = {f"{name}.weight", f"{model.base_model_prefix}.{name}.weight"}
+    for path in files:
+        with safe_open(Path(path), framework="pt") as file:
+            for key in keys & set(file.keys()):
+                module = model.get_submodule(name)
+                module.weight = module.weight.new_empty(file.get_slice(key).get_shape())
+
+
+def _missing(wanted: set[str], files: Sequence[str], model: PreTrainedModel) -> list[str]:
+    """Which of the `wanted` tensors are in the files under no name that transformers would find them by."""
     names: set[str] = set()
     for path in files:
         with safe_open(Path(path), framework="pt") as file:
             names |= set(file.keys())
-    return names | {name.removeprefix(f"{model.base_model_prefix}.") for name in names}
+    if wanted - names:
+        names |= _module_names(names, model)
+    if wanted - names:  # as the base model calls them, which may be loaded by itself
+        names |= {name.removeprefix(f"{model.base_model_prefix}.") for name in names}
+    return sorted(wanted - names)
+
+
+def _module_names(names: set[str], model: PreTrainedModel) -> set[str]:
+    """Names in a file as the model's modules have them: `save_pretrained` writes those of the architecture's hub format."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    return {rename_source_key(name, renamings, converters)[0] for name in names}
 
 
 class CheckpointConfig(PreTrainedConfig):

@@ -149,17 +149,18 @@ def replace_layers(
         n, m = dense.weight.shape if isinstance(dense, nn.Linear) else dense.weight.shape[::-1]
         more = {key: value for key, value in layer.items() if key != "kind"}
         model.set_submodule(name, kind(n, m, bias=dense.bias is not None, **more))
+        # Some classes set a layer's weight when they initialize the module around it. They find one that is set already.
+        model.get_submodule(name).weight = torch.empty(0, dense.weight.shape[1])
+        model.get_submodule(name).weight._is_hf_initialized = True
     for name, layer in layers.items():
         if "source" in layer:
             model.get_submodule(name).join(model)
-        # Some classes set a layer's weight when they initialize the module around it. They find one that is set already.
-        model.get_submodule(name).weight = torch.empty(0)
-        model.get_submodule(name).weight._is_hf_initialized = True
     for name in sorted(layers)[:1]:
         # An empty tensor in the place of a dense weight: the dense model's class finds the wrong shape there and stops,
         # where it would otherwise fill the layers that it misses with random numbers.
+        weight = model.get_submodule(name).weight
         del model.get_submodule(name).weight
-        model.get_submodule(name).register_buffer("weight", torch.empty(0))
+        model.get_submodule(name).register_buffer("weight", torch.empty_like(weight))
 
 
 class FisherfoldConfig(DenseConfig):
@@ -218,6 +219,10 @@ class FisherfoldModel(LowRank, DenseModel):
 
 class FisherfoldForCausalLM(LowRank, DenseForCausalLM):
     """The model."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return DenseForCausalLM._supports_default_dynamic_cache()  # transformers tells it from the name of the class
 
 
 FisherfoldConfig.register_for_auto_class()

@@ -7,14 +7,25 @@ X [T, m] and D [T, n] those of one sequence, G = D^T X [n, m] the sequence's gra
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+<<<<<<< HEAD
 from typing import TYPE_CHECKING
+=======
+from functools import cached_property
+>>>>>>> 588443e (Families: a sweep over every causal model type, through eight stages and a fresh interpreter; what failed in it: caches told from a class's name, names that saving changes, patches and rows that are no tokens, initialisers that read a weight's shape, models saved with a configuration that nothing loads, self-written text without a cache)
 
 import torch
 
 from fisherfold.linalg.gram import add_gram, exact_products
 from fisherfold.linalg.sketch import GradientBatch
 from fisherfold.network.gradient_pass import GradientPass, gradient_pass
-from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, input_gradient_hooks, layer_modules
+from fisherfold.network.layers import (
+    PROBE_LENGTH,
+    LinearLayer,
+    by_group,
+    forward_hooks,
+    input_gradient_hooks,
+    layer_modules,
+)
 from fisherfold.run.errors import InputError
 from fisherfold.statistics.gradient_forms import Arrays, GradientForm, Shapes
 from fisherfold.statistics.stored_sums import restored, stored
@@ -24,6 +35,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS_IN_CACHE = 256
+
+
+def _told_apart(values: torch.Tensor, sequences: int, length: int) -> bool:
+    """Whether values [..., p] of a batch are those of one sequence after the other."""
+    axis = values.dim() > 2 and len(values) == sequences
+    return axis or sequences == 1 or values.shape[:-1].numel() == sequences * length
 
 
 class InputSums:
@@ -211,6 +228,20 @@ class ModelSums:
                 sample.end_pass(positions)
         return result
 
+    @cached_property
+    def by_sequence(self) -> bool:
+        """Whether every layer sees the tokens of a batch in their order, tried on two sequences: an expert sees those sent to it."""
+        width = self.model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(2 * PROBE_LENGTH, device=self.model.get_input_embeddings().weight.device).view(2, -1) % width
+        seen = dict.fromkeys(self.modules, False)
+
+        def look(name: str, x: torch.Tensor, output: torch.Tensor) -> None:
+            seen[name] = _told_apart(x, *ids.shape)
+
+        with forward_hooks(self.modules, look), torch.no_grad():
+            self.model(input_ids=ids, use_cache=False)
+        return all(seen.values())
+
     def finite(self) -> bool:
         """Whether all sums of squares are finite, and with them everything that was ever added."""
         sums = (*self.inputs.values(), *self.outputs.values())
@@ -283,10 +314,10 @@ class ModelSums:
             self.outputs[name].add_gradients(D, X)
 
     def _by_sequence(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """Values [..., p] of a batch's tokens as [B, T, p]; a batch of one sequence may have fewer tokens at a layer."""
+        """Values [..., p] of a batch's tokens as [B, T', p]; T' is T but where a layer sees fewer of one sequence's, or other things."""
         sequences, length = self._shape
         rows = values.flatten(0, -2)
-        if sequences > 1 and len(rows) != sequences * length:
+        if not _told_apart(values, sequences, length):
             raise InputError(
                 f"Stage 'capture': layer {name.partition('/')[0]} sees {len(rows)} of a batch's {sequences * length} tokens, "
                 "so they cannot be told apart by sequence. Set capture.batch_size: 1 (or capture.gradients: none and "

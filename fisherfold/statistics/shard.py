@@ -90,11 +90,12 @@ def add_shard(
         NonFiniteBatch: see there.
     """
     writer = None
+    size = params.batch_size if not shapes or sums.by_sequence else 1
     if shapes and sequences:
-        writer = GradientWriter(folder, shapes, len(sequences), params.batch_size, kept_dtypes(shapes, params))
+        writer = GradientWriter(folder, shapes, len(sequences), size, kept_dtypes(shapes, params))
     losses: list[float] = []
     numbers = list(sequences)
-    batches = [numbers[low : low + params.batch_size] for low in range(0, len(numbers), params.batch_size)]
+    batches = [numbers[low : low + size] for low in range(0, len(numbers), size)]
     for batch in track_lines("capture", doing, batches, len(batches)):
         ids = torch.stack([sequences[number] for number in batch])
         result = sums.add(ids, sample_positions(batch, ids.shape[1], params.tokens_per_sequence, params.seed))

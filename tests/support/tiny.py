@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +20,7 @@ from fisherfold.run.tables import ANSWERS, QUESTIONS, write_sequences, write_tab
 from fisherfold.run.workspace import Workspace
 
 VOCABULARY = 96
+CHAT = "{% for message in messages %}w{{ 1 if message.role == 'user' else 2 }} {{ message.content }} {% endfor %}w2"
 FAMILIES = {
     "llama": {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "qwen2": {"num_key_value_heads": 2},  # biases on q, k, v
@@ -54,6 +55,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+def tiny_bytes_tokenizer(template: str | None = CHAT) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of the same size, which knows w, digits and spaces: what model types with a class of their own load, too."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = ["<unk>", "<s>", "</s>", "w", "Ġ", *map(str, range(10)), "Ġw", *map(str, range(10, VOCABULARY - 6))]
+    pairs = [("Ġ", "w"), *(tuple(word) for word in words if word.isdigit() and len(word) == 2)]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, pairs))
+    tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template=template,
     )
 
 

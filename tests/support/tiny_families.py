@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 
 import torch
-from tiny import VOCABULARY, tiny_tokenizer
+from safetensors.torch import save_file
+from tiny import VOCABULARY, tiny_bytes_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -101,10 +102,20 @@ RELATED: dict[str, dict] = {
         "top_k_experts": 2,
         "moe_intermediate_size": 24,
     },
+    "gemma4_assistant": {
+        "text_config": {
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "num_hidden_layers": 2,
+            "num_kv_shared_layers": 2,
+        }
+    },
     "gemma4_unified": {"text_config": {"global_head_dim": 16, "num_kv_shared_layers": 2}},
     "gemma4_unified_text": {"global_head_dim": 16},
 }
 """What names do not tell, by model type: arguments beside those made small."""
+REFUSES_DEFAULTS = {"gemma4_assistant"}
+"""Configurations that refuse their own default values."""
 TWICE = {"zamba", "zamba2", "gemma3n_text", "gemma4_text", "gemma4", "gemma4_unified", "gemma4_unified_text"}
 """Families in which one layer uses what another made: two of each kind are kept."""
 DECODERS = {
@@ -122,7 +133,8 @@ def causal_families() -> list[str]:
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """A configuration with a width of 32 and a layer of every kind."""
     config_class = CONFIG_MAPPING[model_type]
-    arguments = _shrunk(config_class(), copies=2 if model_type in TWICE else 1)
+    default = config_class(**RELATED[model_type] if model_type in REFUSES_DEFAULTS else {})
+    arguments = _shrunk(default, copies=2 if model_type in TWICE else 1)
     for key, value in RELATED.get(model_type, {}).items():
         nested = isinstance(value, dict) and isinstance(arguments.get(key), dict)
         arguments[key] = {**arguments[key], **value} if nested else value
@@ -189,7 +201,14 @@ def tiny_family(model_type: str, seed: int = 0) -> PreTrainedModel:
 
 
 def save_family(folder: Path, model_type: str, seed: int = 0) -> Path:
-    """A Hugging Face folder with a tiny model and tokenizer."""
-    tiny_family(model_type, seed).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    """A Hugging Face folder with a tiny model and tokenizer. A family that transformers cannot build here has no weights in it."""
+    try:
+        model = tiny_family(model_type, seed)
+        model.save_pretrained(folder)
+        if model.config.model_type != model_type:  # that of its text part alone, where checkpoints have the whole
+            tiny_config(model_type).save_pretrained(folder)
+    except (ImportError, AttributeError):  # a package is missing; a model is not made of its configuration alone
+        CONFIG_MAPPING[model_type]().save_pretrained(folder)
+        save_file({}, folder / "model.safetensors")
+    tiny_bytes_tokenizer().save_pretrained(folder)
     return folder

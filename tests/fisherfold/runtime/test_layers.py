@@ -41,7 +41,7 @@ def low_rank(request):
         state = {name: torch.from_numpy(values.copy()) for name, values in stored.parameters.items()}
         if bias:
             state["bias" if stored.kind in OWN_BIAS else "up.bias"] = dense.bias.data
-        layer.load_state_dict({**state, "weight": torch.empty(0)})
+        layer.load_state_dict({**state, "weight": torch.empty(0, m)})
         return layer, torch.from_numpy(product(stored.kind, stored.parameters, n, m)), dense.bias
 
     return make
