@@ -7,11 +7,8 @@ X [T, m] and D [T, n] those of one sequence, G = D^T X [n, m] the sequence's gra
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-<<<<<<< HEAD
-from typing import TYPE_CHECKING
-=======
 from functools import cached_property
->>>>>>> 588443e (Families: a sweep over every causal model type, through eight stages and a fresh interpreter; what failed in it: caches told from a class's name, names that saving changes, patches and rows that are no tokens, initialisers that read a weight's shape, models saved with a configuration that nothing loads, self-written text without a cache)
+from typing import TYPE_CHECKING
 
 import torch
 
