@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from rich.text import Text
+
 from fisherfold.run.errors import EngineError
+from flows.tables import print_table
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -32,16 +35,14 @@ def require(findings: Sequence[Finding]) -> None:
         raise EngineError("; ".join(stops) + " `fisherfold doctor` checks again.")
 
 
+def any_stops(findings: Sequence[Finding]) -> bool:
+    """Whether one of the findings stops a run."""
+    return any(finding.level == "fail" for finding in findings)
+
+
 def print_findings(findings: Sequence[Finding]) -> int:
     """Print a table; return the exit status, 1 if something stops a run."""
-    from rich.console import Console
-    from rich.table import Table
-
     styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-    table = Table(box=None, pad_edge=False)
-    for heading in ("check", "", "what", "cure"):
-        table.add_column(heading, overflow="fold")
-    for check, level, says, cure in findings:
-        table.add_row(check, f"[{styles[level]}]{level}[/]", says, cure)
-    Console().print(table)
-    return int(any(finding.level == "fail" for finding in findings))
+    rows = [(check, Text(level, styles[level]), says, cure) for check, level, says, cure in findings]
+    print_table(("check", "", "what", "cure"), rows)
+    return int(any_stops(findings))

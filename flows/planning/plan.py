@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
-from rich.console import Console
-from rich.table import Table
 from ruamel.yaml import YAML
 
 from fisherfold.run.errors import ParameterError
@@ -19,6 +17,7 @@ from fisherfold.run.workspace import Workspace
 from flows.planning.shapes import ModelShapes
 from flows.planning.simulation import Schedule, Task, simulate
 from flows.planning.stage_costs import STAGE_COSTS, Demand, StageCost
+from flows.tables import print_table
 
 USABLE = 0.9  # of a device's memory; the rest is the library's own
 NEAR = 0.8  # share of a stage's time that makes something its limit
@@ -185,20 +184,16 @@ def total(stages: Sequence[StagePlan]) -> float | None:
 
 
 def print_plans(shapes: ModelShapes, plans: dict[int, list[StagePlan]], profile: str) -> None:
-    """One table for every number of devices."""
-    console = Console(width=max(Console().width, 150))
-    targeted = f"{shapes.targeted / 1e9:.3g} billion in {len(shapes.layers)} targeted layers"
-    console.print(f"{shapes.name}: {shapes.parameters / 1e9:.3g} billion parameters, {targeted}")
+    """For every number of devices a table of what each stage costs, and one of what limits it."""
+    targeted = f"{shapes.targeted / 1e9:.3g} B in {len(shapes.layers)} targeted layers"
+    print(f"{shapes.name}: {shapes.parameters / 1e9:.3g} B parameters, {targeted}")
+    numbers = ("time", "units", "workers", "disk", "published", "network", "memory")
     for devices, stages in plans.items():
-        table = Table(box=None, pad_edge=False, title=f"{devices} x {profile}", title_justify="left")
-        for heading in ("stage", "time", "units", "workers", "disk", "published", "network", "memory a unit", "limit"):
-            table.add_column(heading, justify="left" if heading in ("stage", "limit") else "right")
-        for one in stages:
-            table.add_row(*_cells(one))
-        table.add_row(
-            "all", _time(total(stages)), "", "", _bytes(disk_needed(stages)), "", _bytes(sum(s.network for s in stages))
-        )
-        console.print(table)
+        moved = _bytes(sum(stage.network for stage in stages))
+        whole = ("all", _time(total(stages)), "", "", _bytes(disk_needed(stages)), "", moved, "")
+        rows = [*map(_cells, stages), whole]
+        print_table(("stage", *numbers), rows, right=numbers, title=f"{devices} x {profile}, memory of one unit")
+        print_table(("stage", "limit"), [(stage.stage, stage.limit) for stage in stages])
 
 
 def disk_needed(stages: Sequence[StagePlan]) -> float:
@@ -213,7 +208,7 @@ def disk_needed(stages: Sequence[StagePlan]) -> float:
 def _cells(one: StagePlan) -> tuple[str, ...]:
     workers = f"{one.workers}" if one.devices == 1 else f"{one.workers} x {one.devices}"
     sizes = (_bytes(one.disk), _bytes(one.published), _bytes(one.network), _bytes(one.memory))
-    return (one.stage, _time(one.seconds), str(one.units), workers, *sizes, one.limit)
+    return (one.stage, _time(one.seconds), str(one.units), workers, *sizes)
 
 
 def _time(seconds: float | None) -> str:

@@ -28,6 +28,7 @@ from fisherfold.statistics.stored_sums import sum_shapes
 from flows.cli import main
 from flows.planning import group_shapes, stage_costs
 from flows.planning.plan import disk_needed, plan_run, plan_stage, read_hardware, total
+from flows.planning.proposal import command, propose
 from flows.planning.shapes import find_shapes, shapes_of
 from flows.planning.stage_costs import STAGE_COSTS
 from stages import capture, kronecker, subspace
@@ -174,6 +175,13 @@ def test_what_does_not_fit_is_said_and_slices_make_it_fit(llama):
     sliced = params.model_copy(update={"capture": CaptureParams(dtype="bfloat16", layers_per_pass=56)})
     fits = plan_stage("capture", llama, sliced, hardware, 1)
     assert fits.seconds > 0 and fits.devices == 1
+    (proposed,) = propose(llama, params, hardware, 1, [whole])
+    key, _, layers = proposed.partition("=")
+    assert key == "capture.layers_per_pass" and 1 <= int(layers) < len(llama.layers)
+    taken = params.model_copy(update={"capture": CaptureParams(dtype="bfloat16", layers_per_pass=int(layers))})
+    assert plan_stage("capture", llama, taken, hardware, 1).seconds > 0
+    assert propose(llama, params, hardware, 1, [fits]) == []
+    assert command([proposed], 4, on_gpus=True) == f"fisherfold run --engine ray --num-gpus 1 --set {proposed}"
 
 
 def test_on_the_command_line(monkeypatch, capsys):
@@ -186,6 +194,9 @@ def test_on_the_command_line(monkeypatch, capsys):
     assert main(asked) == 0
     shown = capsys.readouterr().out
     assert "limit" in shown and all(stage in shown for stage in STAGES)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "1 x cpu: fisherfold run --set capture.gradients=none\n" in shown
+    assert "2 x cpu: fisherfold run --engine ray --set capture.gradients=none\n" in shown
     assert (ROOT / "params.yaml").read_bytes() == before
     assert main(["plan", "--gpus", "0"]) == 2 and main(["plan", "--gpu", "abacus"]) == 2
     with pytest.raises(ParameterError, match="cpu, a100, h100"):
