@@ -11,7 +11,7 @@ from typer import Context, Exit, Option, Typer
 from typer.core import TyperGroup
 
 from fisherfold.run.errors import FisherfoldError, ParameterError
-from flows.commands import looking, running, store
+from flows.commands import looking, running, store, using
 
 INTERRUPTED = 130
 
@@ -103,7 +103,20 @@ def options(
     """Low-rank compression of language models, weighted by the Fisher information."""
 
 
-for command in (running.run, running.sweep, running.serve, running.stage, looking.status, looking.plan, looking.doctor):
+for command in (
+    running.run,
+    running.sweep,
+    running.serve,
+    running.stage,
+    running.check,
+    looking.status,
+    looking.plan,
+    looking.doctor,
+    using.compare,
+    using.verify,
+    using.chat,
+    using.report,
+):
     app.command()(command)
 app.add_typer(store.store, name="store")
 

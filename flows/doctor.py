@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 
-from fisherfold.run.errors import CorruptArtifact, FisherfoldError, ParameterError, StoreError
+from fisherfold.run.errors import CorruptArtifact, FisherfoldError, InputError, ParameterError, StoreError
 from fisherfold.run.objects import SETTING, store_url
 from fisherfold.run.params import load_params
 from fisherfold.run.registry import Registry
@@ -21,7 +21,7 @@ from flows.cluster.cluster_checks import GPU_CURE, check_cluster
 from flows.cluster.node_report import is_excluded, locked_probe
 from flows.commands.options import GET_ONE
 from flows.findings import Finding, Outcome
-from flows.methods import check_methods
+from flows.preflight import preflight
 from flows.repository import repository
 from flows.settings import Settings
 from flows.storage import probe_store
@@ -60,12 +60,12 @@ def _outcome(check: Callable[[], Outcome]) -> Outcome:
 
 @WORKSPACE_CHECKS.register("parameters")
 def check_parameters(workspace: Workspace) -> Outcome:
-    """params.yaml is valid, down to the names of methods."""
+    """params.yaml is valid: names of methods, pairs of parameters, the budget; model and texts can be had, if they are wanted anew."""
     try:
-        check_methods(load_params(workspace.root / "params.yaml"))
-    except ParameterError as error:
+        preflight(workspace, load_params(workspace.root / "params.yaml"))
+    except (ParameterError, InputError) as error:
         return Outcome("fail", str(error), "Correct params.yaml")
-    return Outcome("ok", "params.yaml is valid")
+    return Outcome("ok", "params.yaml is valid, and what it names is there")
 
 
 @WORKSPACE_CHECKS.register("dvc")

@@ -99,7 +99,7 @@ class Project:
 
     def save(self, name: str, clone: Workspace) -> None:
         """Make the state of a clone a DVC experiment of the project, and remove the clone."""
-        _dvc(clone.root, "exp", "save", "--quiet", "--force", "--name", name)
+        run_dvc(clone.root, "exp", "save", "--quiet", "--force", "--name", name)
         _git(clone.root, "push", "--quiet", "--force", "origin", f"{self.refs}/{name}:{self.refs}/{name}")
         shutil.rmtree(self._clones / name)
 
@@ -141,7 +141,7 @@ def shown_experiments(workspace: Workspace, *options: str) -> dict[str, dict]:
     Raises:
         FisherfoldError: the workspace is not in git.
     """
-    shown = json.loads(_dvc(workspace.root, "exp", "show", "--json", *options))
+    shown = json.loads(run_dvc(workspace.root, "exp", "show", "--json", *options))
     entries = (entry for baseline in shown for entry in baseline.get("experiments") or ())
     return {entry["name"]: entry["revs"][0]["data"] for entry in entries if entry.get("name")}
 
@@ -163,7 +163,12 @@ def _git(folder: Path, *words: str) -> str:
     return _output(["git", "-C", str(folder), *words], folder)
 
 
-def _dvc(folder: Path, *words: str) -> str:
+def run_dvc(folder: Path, *words: str) -> str:
+    """What a command of DVC prints.
+
+    Raises:
+        FisherfoldError: it failed; the message ends with what it said.
+    """
     return _output([sys.executable, "-m", "dvc", *words], folder)
 
 

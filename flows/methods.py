@@ -13,6 +13,7 @@ REGISTRIES = {
     ("subspace", "metric"): "stages.subspace:METRICS",
     ("subspace", "fasc.objective"): "fisherfold.subspaces.fasc:OBJECTIVES",
     ("ranks", "allocator"): "stages.ranks:ALLOCATORS",
+    ("ranks", "budget"): "fisherfold.allocators.budget:BUDGETS",
 }
 
 METRIC_NEEDS = {

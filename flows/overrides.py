@@ -38,8 +38,20 @@ def override_params(path: Path, assignments: Sequence[str]) -> list[str]:
     return list(_differences(_document(before), _document(text)))
 
 
+def changes(path: Path, assignments: Sequence[str]) -> list[str]:
+    """What assignments would change of params.yaml, one text a key; see `override_params`."""
+    return list(_differences(_document(_read(path)), _document(assigned(path, assignments)[0])))
+
+
 def overridden(path: Path, assignments: Sequence[str]) -> tuple[str, Params]:
-    """The text of params.yaml with assignments, and the parameters that it gives; see `override_params`."""
+    """The text of params.yaml with assignments, and the parameters that it gives, names of methods looked up; see `override_params`."""
+    text, params = assigned(path, assignments)
+    check_methods(params)
+    return text, params
+
+
+def assigned(path: Path, assignments: Sequence[str]) -> tuple[str, Params]:
+    """The same without a look at the methods, which costs seconds of imports."""
     read_document(path)
     text = _read(path)
     for assignment in assignments:
@@ -48,9 +60,7 @@ def overridden(path: Path, assignments: Sequence[str]) -> tuple[str, Params]:
                 text = set_value(text, keys, value)
             except ValueError as error:
                 raise ParameterError(f"--set {assignment}: {path}: {error}. Change it by hand.") from None
-    params = check_params(_document(text), f"--set {' '.join(assignments)}")
-    check_methods(params)
-    return text, params
+    return text, check_params(_document(text), f"--set {' '.join(assignments)}" if assignments else str(path))
 
 
 def given(assignments: Sequence[str]) -> Params:

@@ -3,7 +3,9 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
 
 from fisherfold.run.errors import FisherfoldError
 from fisherfold.run.progress import announce
@@ -50,3 +52,10 @@ def _do_without_git(workspace: Workspace) -> None:
         "no git here, so DVC does without (core.no_scm in .dvc/config.local); for `sweep`: git init, commit, "
         "dvc config --local --unset core.no_scm",
     )
+
+
+def recorded(workspace: Workspace) -> dict[str, dict[str, Any]]:
+    """What dvc.lock holds of each stage that has run: its command, dependencies, parameters and outputs."""
+    path = workspace.root / "dvc.lock"
+    document = YAML(typ="safe").load(path) if path.exists() else None
+    return (document or {}).get("stages") or {}

@@ -23,9 +23,13 @@ from pydantic import ValidationError
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.progress import announce
 from fisherfold.run.workspace import Workspace
-from flows.api import lasting_api
-from flows.pipeline import pipeline
+from flows.api import exported, lasting_api
+from flows.pipeline import PROJECT, pipeline
+from flows.preflight import restrict
 from flows.watch import GRACE
+
+ENTRYPOINT = "PREFECT__FLOW_ENTRYPOINT"
+"""Environment variable that Prefect prefers to what a deployment says, which whoever may write to the API can change."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ def serve(
 ) -> None:
     """Serve runs of `workspace` as deployment ``fisherfold/<name>`` until Ctrl-C or SIGTERM, which end a run at work.
 
+    Whoever may use the API starts runs of this project alone, with this very flow, and switches no code from elsewhere on.
+
     Args:
         workspace: the project folder.
         name: of the deployment; serving under the same name again replaces its schedule.
@@ -75,19 +81,22 @@ def serve(
         overrides: of parameters, for each run that is not given others.
 
     Raises:
-        ParameterError: the schedule is not valid.
+        ParameterError: the schedule is not valid, or an override would let code from elsewhere run.
         EngineError: Prefect's API does not answer and none could be started.
     """
-    schedule = timetable.schedule()
-    with lasting_api() as url:
-        announce("serve", f"fisherfold/{name} runs {timetable} in {workspace.root}; Prefect: {url}; Ctrl-C ends it")
+    schedule, root = timetable.schedule(), workspace.root.resolve()
+    restrict(workspace, overrides)
+    with lasting_api() as url, exported(PROJECT, str(root)), exported(ENTRYPOINT, "flows.pipeline.pipeline"):
+        announce("serve", f"fisherfold/{name} runs {timetable} in {root}; Prefect: {url}; Ctrl-C ends it")
         runner = Runner(name=name, limit=1)  # pauses its schedule when it ends
         runner.handle_sigterm = lambda *_: signal.raise_signal(signal.SIGINT)  # Prefect 3.8's own ends nothing properly
         runner.add_flow(
             pipeline,
             name=name,
             schedules=[schedule] if schedule else None,
-            parameters={"workspace": str(workspace.root), "stages": list(stages), "overrides": list(overrides)},
+            parameters={"stages": list(stages), "overrides": list(overrides)},
+            description=f"Compresses the model of {root} by {', '.join(stages)}; stages that are up to date are skipped.",
+            tags=["fisherfold"],
             concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
             entrypoint_type=EntrypointType.MODULE_PATH,
         )

@@ -10,12 +10,17 @@ import psutil
 
 from fisherfold.run.errors import FisherfoldError
 from fisherfold.run.workspace import Workspace
-from flows.repository import repository
+from flows.repository import recorded, repository
+from flows.verbosity import is_verbose
 from flows.watch import Watcher, run_watched
+
+NEVER = "never run"
 
 
 def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, list[str]]:
     """Why each stage that is not up to date would run again, by stage name; `stage` asks for one alone.
+
+    Stage `check` of dvc.yaml is among them: it computes nothing.
 
     Raises:
         FisherfoldError: DVC cannot tell (another DVC process holds the repository's lock, or dvc.yaml is broken).
@@ -29,9 +34,11 @@ def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, l
             status = repo.status(targets=[target] if stage else None)
     except DvcException as error:
         raise FisherfoldError(f"DVC cannot read the state of {workspace.root}: {error}") from None
+    known = recorded(workspace)
+    reasons = {name.rpartition(":")[2]: changes for name, changes in status.items()}
     return {
-        name.rpartition(":")[2]: [text for change in changes for text in _describe(change)]
-        for name, changes in status.items()
+        name: [text for change in changes for text in _describe(change)] if name in known else [NEVER]
+        for name, changes in reasons.items()
     }
 
 
@@ -96,7 +103,9 @@ def summary(reasons: list[str], shown: int = 3) -> str:
     return "; ".join(ordered[:shown]) + more
 
 
-def reproduce(workspace: Workspace, stage: str, watcher: Watcher, variables: Mapping[str, str]) -> int:
+def reproduce(
+    workspace: Workspace, stage: str, watcher: Watcher, variables: Mapping[str, str], echo: bool = True
+) -> int:
     """Run one stage through DVC, or restore it from DVC's run-cache; return the exit status of `dvc repro`.
 
     Args:
@@ -104,12 +113,14 @@ def reproduce(workspace: Workspace, stage: str, watcher: Watcher, variables: Map
         stage: its name.
         watcher: is told what happens.
         variables: of the environment, for the stage's process.
+        echo: whether what it says appears here.
 
     Raises:
         Stopped: the watcher asked for it.
     """
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--quiet", "--single-item", stage]
-    return run_watched(command, workspace.root, {**tool_environment(), **variables}, watcher)
+    loudness = [] if is_verbose() else ["--quiet"]
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *loudness, "--single-item", stage]
+    return run_watched(command, workspace.root, {**tool_environment(), **variables}, watcher, echo)
 
 
 def tool_environment() -> dict[str, str]:

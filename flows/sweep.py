@@ -25,8 +25,6 @@ from prefect.artifacts import create_image_artifact, create_table_artifact
 from prefect.futures import wait
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
-from rich.console import Console
-from rich.table import Table
 
 from fisherfold.run.errors import FisherfoldError
 from fisherfold.run.files import digest_json
@@ -35,26 +33,25 @@ from fisherfold.run.progress import announce
 from fisherfold.run.workspace import Workspace
 from flows.api import prefect_api
 from flows.artifacts import address
+from flows.checked import record_check
 from flows.engine_choice import ending_engine
 from flows.exclusive import exclusive
 from flows.experiments import Project
 from flows.methods import METRIC_NEEDS, capture_needs
-from flows.pipeline import run_stage
 from flows.settings import read_settings
+from flows.stage_run import run_stage
+from flows.tables import print_table
 from flows.watch import ENDING
 
 DIGITS = 7  # of an experiment's name, from the digest of all that determines it
-SHOWN = (
-    "metric",
-    "allocator",
-    "ratio",
-    "seed",
-    "kept",
-    "perplexity",
-    "kl_to_dense",
-    "knowledge_accuracy",
-    "experiment",
-)
+SHOWN = {
+    "experiment": "experiment",
+    "kept": "kept",
+    "perplexity": "perplexity",
+    "kl_to_dense": "KL to dense",
+    "knowledge_accuracy": "knowledge",
+}
+"""Columns in the terminal and their headings: the experiment's name begins with metric, allocator and ratio."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,8 @@ def cells(metrics: Sequence[str], allocators: Sequence[str], ratios: Sequence[fl
     return [Cell(*values) for values in itertools.product(metrics, allocators, ratios, seeds)]
 
 
-class Claims:
-    """Who computes what: one combination at a time computes a stage that several have in common."""
+class StageLocks:
+    """Locks of stages by what determines them: one combination at a time computes a stage that several have in common."""
 
     def __init__(self) -> None:
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -95,7 +92,7 @@ class Claims:
         return self._locks[digest_json(before)]
 
 
-_claims = Claims()
+_stage_locks = StageLocks()
 
 
 @task(task_run_name="{name}")
@@ -103,8 +100,9 @@ def run_cell(project: Project, name: str, overrides: list[str]) -> State:
     """Run one combination in a clone of the project, and make it a DVC experiment."""
     announce("sweep", f"{name} begins")
     clone = project.clone(name, overrides)
+    record_check(clone)
     for stage in STAGES:
-        with _claims.of(clone, stage):
+        with _stage_locks.of(clone, stage):
             state = run_stage(clone, stage, return_state=True)
         if not state.is_completed():
             return (Cancelled if state.is_cancelled() else Failed)(message=f"{name}: {state.message}")
@@ -228,12 +226,8 @@ def draw(rows: Sequence[dict]) -> bytes:
 
 def print_results(rows: Sequence[dict]) -> None:
     """The table in the terminal."""
-    table = Table(box=None, pad_edge=False)
-    for heading in SHOWN:
-        table.add_column(heading, justify="left" if heading in SHOWN[:2] else "right")
-    for each in rows:
-        table.add_row(*("–" if each[key] is None else _text(each[key]) for key in SHOWN))
-    Console().print(table)
+    shown = [["–" if each[key] is None else _text(each[key]) for key in SHOWN] for each in rows]
+    print_table([*SHOWN.values()], shown, right=[*SHOWN.values()][1:])
 
 
 def _text(value: object) -> str:

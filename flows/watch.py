@@ -50,8 +50,10 @@ class Stopped(Exception):
     """The command was stopped because its watcher said so."""
 
 
-def run_watched(command: Sequence[str], folder: Path, environment: dict[str, str], watcher: Watcher) -> int:
-    """Run `command` in `folder` and return its exit status.
+def run_watched(
+    command: Sequence[str], folder: Path, environment: dict[str, str], watcher: Watcher, echo: bool = True
+) -> int:
+    """Run `command` in `folder` and return its exit status; with `echo` what it says appears here as well.
 
     Whatever interrupts this function (Ctrl-C, a signal that raises, a cancelled run) ends the command and all that it
     started before it goes on.
@@ -75,7 +77,7 @@ def run_watched(command: Sequence[str], folder: Path, environment: dict[str, str
         )
         os.close(writer)
         lines: SimpleQueue[str] = SimpleQueue()
-        pump = threading.Thread(target=_pump, args=(reader, lines), daemon=True)
+        pump = threading.Thread(target=_pump, args=(reader, lines, echo), daemon=True)
         pump.start()
         try:
             return _attend(process, lines, counts, watcher, pump)
@@ -131,13 +133,14 @@ def _channel() -> tuple[int, int]:
     return reader, writer
 
 
-def _pump(reader: int, lines: SimpleQueue) -> None:
-    """Copy everything to our own standard error, and every finished line to `lines`."""
+def _pump(reader: int, lines: SimpleQueue, echo: bool) -> None:
+    """Copy everything to our own standard error, if wanted, and every finished line to `lines`."""
     rest = b""
     with os.fdopen(reader, "rb", buffering=0) as source:
         while chunk := _read(source):
-            sys.stderr.buffer.write(chunk)
-            sys.stderr.flush()
+            if echo:
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.flush()
             *finished, rest = (rest + chunk).split(b"\n")
             for line in finished:
                 if text := plain(line):

@@ -28,6 +28,7 @@ from fisherfold.export.architecture import (
 from fisherfold.export.buffers import check_buffers
 from fisherfold.export.gauges import SHARED_MEMBER, gauge_site, product, right_factor
 from fisherfold.export.gguf_export import gguf_format, write_gguf
+from fisherfold.export.lineage import write_lineage
 from fisherfold.export.model_card import compressed_card, dense_card
 from fisherfold.export.original_names import original_tensors
 from fisherfold.export.refined_blocks import LowRank, refine
@@ -94,7 +95,8 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         CorruptArtifact: the output of an earlier stage is not whole, or the saved tensors are not what was planned.
         NotEnoughDisk: the checkpoint would not fit.
     """
-    with Scratch(workspace, "factorize", params, _inputs(workspace, params)) as scratch:
+    inputs = _inputs(workspace, params)
+    with Scratch(workspace, "factorize", params, inputs) as scratch:
         if scratch.republish():
             return
         architecture = dense_architecture(workspace.model)
@@ -136,12 +138,14 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
             (out / "model" / "README.md").write_text(
                 compressed_card(workspace, architecture, facts, params), encoding="utf-8"
             )
+            write_lineage(out / "model", workspace, inputs)
             (out / "factorize.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             if params.dense_export or params.gguf_export:
                 whole = original_tensors(architecture.empty_model(), dense_tensors(dense, compressed, dtype))
             if params.dense_export:
                 write_dense(out / "dense", workspace, whole, dtype)
                 (out / "dense" / "README.md").write_text(dense_card(workspace, architecture, facts), encoding="utf-8")
+                write_lineage(out / "dense", workspace, inputs)
             if params.gguf_export:
                 write_gguf(out / "model.gguf", architecture.config, workspace.model, whole, dtype)
 

@@ -23,7 +23,7 @@ from fisherfold.inputs.pretrained import (
     vocabulary_size,
     write_model,
 )
-from fisherfold.inputs.prompts import find_prompts
+from fisherfold.inputs.prompts import PromptList, find_prompts
 from fisherfold.inputs.questions import QuestionSet, draw_questions, find_questions, questions_table
 from fisherfold.inputs.recipes import Source
 from fisherfold.inputs.self_written import (
@@ -57,10 +57,7 @@ def run(workspace: Workspace, params: PrepareParams) -> None:
         InputError: the model, a corpus, the prompts or the question set cannot be used as asked.
         NotEnoughDisk: the model would not fit.
     """
-    model = find_model(workspace, params)
-    corpora = find_corpora(workspace, params)
-    questions = find_questions(workspace, params)
-    prompts = find_prompts(workspace, params.prompts) if params.self_written or params.held_out_prompts else None
+    model, corpora, questions, prompts = find_inputs(workspace, params)
     sources = {"model": model.source} | {_key("corpus", i): corpus.source for i, corpus in enumerate(corpora)}
     sources |= {name: found.source for name, found in (("questions", questions), ("prompts", prompts)) if found}
     with Scratch(workspace, "prepare", params, {name: source.digest for name, source in sources.items()}) as scratch:
@@ -88,6 +85,18 @@ def run(workspace: Workspace, params: PrepareParams) -> None:
                 }
                 _write_facts(out / "prepare.json", sources, parts)
         replace_folder(tables, workspace.table("calibration").parent)
+
+
+def find_inputs(
+    workspace: Workspace, params: PrepareParams
+) -> tuple[ModelSource, list[Corpus], QuestionSet | None, PromptList | None]:
+    """What the names in the parameters mean.
+
+    Raises:
+        InputError: the model, a corpus, the prompts or the question set cannot be had.
+    """
+    prompts = find_prompts(workspace, params.prompts) if params.self_written or params.held_out_prompts else None
+    return find_model(workspace, params), find_corpora(workspace, params), find_questions(workspace, params), prompts
 
 
 def _key(name: str, number: int) -> str:

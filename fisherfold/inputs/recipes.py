@@ -5,6 +5,9 @@ A recipe pins the SHA-256 of its file, so a name in params.yaml always means the
 
 import difflib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -18,6 +21,23 @@ from fisherfold.run.files import describe_files, digest_json
 from fisherfold.run.workspace import Workspace
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
+
+_only_asked = ContextVar("only_asked", default=False)
+
+
+@contextmanager
+def only_asking() -> Iterator[None]:
+    """Inside, whoever asks what a name means waits for nothing: no file is downloaded, and no local one read for its digest."""
+    before = _only_asked.set(True)
+    try:
+        yield
+    finally:
+        _only_asked.reset(before)
+
+
+def is_only_asked() -> bool:
+    """Whether this is inside `only_asking`."""
+    return _only_asked.get()
 
 
 class _Entry(BaseModel):
@@ -102,9 +122,9 @@ class Source:
 
     @classmethod
     def from_files(cls, name: str, files: list[Path]) -> "Source":
-        """A local input; its digest covers the names, below their common folder, and the bytes of `files`."""
+        """A local input; its digest covers the names, below their common folder, and the bytes of `files`; but see `only_asking`."""
         base = Path(os.path.commonpath([path.parent for path in files]))
-        names = [path.relative_to(base).as_posix() for path in files]
+        names = [] if is_only_asked() else [path.relative_to(base).as_posix() for path in files]
         return cls(name, "local", None, digest_json({each: describe_files(base, [each]) for each in names}))
 
 

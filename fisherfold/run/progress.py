@@ -1,7 +1,8 @@
 """Progress for people: a live bar in a terminal, one plain line at a time anywhere else.
 
 For a process that watches, the same counts go to the file that FISHERFOLD_PROGRESS names, one line of JSON each:
-``{"stage": "capture", "doing": "shards", "done": 3, "total": 11, "left": 41.2}``, `left` in seconds or null.
+``{"stage": "capture", "doing": "shards", "done": 3, "total": 11, "left": 41.2}``, `left` in seconds or null; before them
+``{"stage": "capture", "begins": true}``.
 """
 
 import json
@@ -11,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -29,6 +30,22 @@ PLAIN_INTERVAL = 10.0  # seconds between plain lines
 WATCHED = "FISHERFOLD_PROGRESS"  # environment variable: the file for a process that watches
 
 _console = Console(stderr=True, highlight=False)
+
+
+def be_quiet(quiet: bool = True) -> None:
+    """Whether this process keeps its announcements to itself from now on."""
+    _console.quiet = quiet
+
+
+def is_quiet() -> bool:
+    """Whether it does."""
+    return _console.quiet
+
+
+def begin(stage: str) -> None:
+    """Tell a process that watches that the stage itself runs, and is not restored from what it computed before."""
+    if path := os.environ.get(WATCHED):
+        _write(path, {"stage": stage, "begins": True})
 
 
 def announce(stage: str, message: str) -> None:
@@ -99,6 +116,9 @@ def _recorded(stage: str, doing: str, items: Iterable[Item], total: int) -> Iter
 
 
 def _record(path: str, stage: str, doing: str, done: int, total: int, left: float | None) -> None:
-    entry = {"stage": stage, "doing": doing, "done": done, "total": total, "left": left}
+    _write(path, {"stage": stage, "doing": doing, "done": done, "total": total, "left": left})
+
+
+def _write(path: str, entry: dict[str, Any]) -> None:
     with suppress(OSError), open(path, "a", encoding="utf-8") as file:  # whoever watches may be gone
         file.write(json.dumps(entry) + "\n")

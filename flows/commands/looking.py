@@ -1,5 +1,6 @@
 """The commands that tell: status, doctor, plan."""
 
+import json as json_text
 from typing import Annotated
 
 from typer import Option
@@ -17,21 +18,30 @@ from flows.commands.options import (
 )
 
 
-def status() -> int:
-    """Show which stages are up to date, interrupted or stale."""
-    from flows.status import print_status
+def status(json: Json = False) -> int:
+    """Show which stages are up to date, running, interrupted or stale, and why."""
+    from flows.status import print_status, seconds_left, stage_states
 
-    print_status(workspace_here())
+    workspace = workspace_here()
+    if json:
+        states = stage_states(workspace)
+        print(json_text.dumps({"stages": states, "seconds_left": seconds_left(workspace, states)}, indent=1))
+    else:
+        print_status(workspace)
     return 0
 
 
 @with_engine
-def doctor(engine_options: EngineOptions) -> int:
+def doctor(engine_options: EngineOptions, json: Json = False) -> int:
     """Find what would stop a run, here and on the cluster, with the cure."""
     from flows.doctor import examine
-    from flows.findings import print_findings
+    from flows.findings import any_stops, print_findings
 
-    return print_findings(examine(project_here(), engine_options.settings()))
+    findings = examine(project_here(), engine_options.settings())
+    if not json:
+        return print_findings(findings)
+    print(json_text.dumps([finding._asdict() for finding in findings], indent=1))
+    return int(any_stops(findings))
 
 
 def plan(
@@ -49,6 +59,7 @@ def plan(
     from fisherfold.run.params import load_params
     from flows.overrides import given, overridden
     from flows.planning.plan import as_json, plan_run, print_plans, read_hardware
+    from flows.planning.proposal import command, propose
     from flows.planning.shapes import find_shapes
 
     if project:
@@ -64,6 +75,10 @@ def plan(
         print(as_json(shapes, plans, gpu))
     else:
         print_plans(shapes, plans, gpu)
+        for number, stages in plans.items():
+            proposed = propose(shapes, params, hardware, number, stages)
+            if proposed is not None:
+                print(f"{number} x {gpu}: {command([*assignments, *proposed], number, on_gpus=gpu != 'cpu')}")
     return 0
 
 

@@ -1,6 +1,8 @@
-"""The commands that compute: run, stage, sweep, serve."""
+"""The commands that compute: run, stage, check, sweep, serve."""
 
 import importlib
+import sys
+import time
 from functools import partial
 from typing import Annotated
 
@@ -20,26 +22,44 @@ from flows.commands.options import (
 
 
 @with_engine
-def run(engine_options: EngineOptions, assignments: Assignments = [], until: Until = STAGES[-1]) -> int:  # noqa: B006
+def run(
+    engine_options: EngineOptions,
+    assignments: Assignments = [],  # noqa: B006
+    until: Until = STAGES[-1],
+    dry: Annotated[bool, Option("--dry", help="Only tell which stages would run, and why.")] = False,
+    quiet: Annotated[bool, Option("-q", "--quiet", help="Tell errors and the outcome alone.")] = False,
+    verbose: Annotated[bool, Option("-v", "--verbose", help="Let DVC and the libraries speak, too.")] = False,
+) -> int:
     """Run the whole pipeline; stages that are up to date are skipped."""
-    from fisherfold.run.params import load_params
-    from flows.methods import check_methods
-    from flows.overrides import overridden
+    workspace, start = workspace_here(), time.monotonic()
+    from flows.overrides import assigned
+
+    stages = stages_until(until)
+    _, params = assigned(workspace.root / PARAMS_FILE, assignments)
+    if not quiet:  # what follows imports for seconds
+        print(f"fisherfold: looks at what is to do in {workspace.root}", file=sys.stderr, flush=True)
+    from fisherfold.run.progress import be_quiet
+    from flows.dry_run import print_dry_run
+    from flows.outcome import tell_outcome
+    from flows.preflight import preflight
     from flows.staleness import stale_reasons
+    from flows.verbosity import be_verbose, silence_libraries
 
-    workspace = workspace_here()
+    be_quiet(quiet)
+    be_verbose(verbose)
+    silence_libraries()
     engine_options.require(workspace)
-    path = workspace.root / PARAMS_FILE
-    if assignments:
-        overridden(path, assignments)  # a mistake is found before a server starts, not after
-    else:
-        params = load_params(path)
-        if stale_reasons(workspace):
-            check_methods(params)  # imports the methods, seconds that a run with nothing to do need not spend
-
+    if assignments or stale_reasons(workspace):
+        preflight(workspace, params)  # a mistake is found before a server starts, and before DVC removes an output
+    if dry:
+        print_dry_run(workspace, stages, assignments)
+        return 0
     from flows.pipeline import run_pipeline
 
-    return run_pipeline(workspace, stages_until(until), assignments)
+    status = run_pipeline(workspace, stages, assignments)
+    if not status:
+        tell_outcome(workspace, params, stages, time.monotonic() - start)
+    return status
 
 
 @with_engine
@@ -109,14 +129,30 @@ def sweep(
     return 0
 
 
+def check() -> int:
+    """Check parameters and inputs (the first stage of dvc.yaml)."""
+    from fisherfold.run.params import load_params
+    from flows.checked import write_checked
+    from flows.preflight import preflight
+    from flows.verbosity import silence_libraries
+
+    workspace = workspace_here()
+    silence_libraries()
+    preflight(workspace, load_params(workspace.root / PARAMS_FILE))
+    write_checked(workspace)
+    return 0
+
+
 def stage(name: Annotated[StageName, Argument(help="Which.", show_choices=True)]) -> int:
     """Run one stage in this process (what dvc.yaml calls)."""
     from fisherfold.run.determinism import compute_deterministically
     from fisherfold.run.params import load_params
+    from fisherfold.run.progress import begin
     from fisherfold.run.scratch import clear_scratch, forget_output
     from flows.engine_choice import run_on_engine
     from flows.forced import is_forced
     from flows.settings import read_settings
+    from flows.verbosity import silence_libraries
 
     workspace = workspace_here()
     params = getattr(load_params(workspace.root / PARAMS_FILE), name)
@@ -126,6 +162,8 @@ def stage(name: Annotated[StageName, Argument(help="Which.", show_choices=True)]
         clear_scratch(workspace, earlier)  # their outputs are committed by now
     if is_forced():
         forget_output(workspace, name)
+    silence_libraries()
+    begin(name)
     module = importlib.import_module(f"stages.{name}")
     run_on_engine(name, partial(module.run, workspace, params), settings, getattr(params, "threads", None))
     return 0

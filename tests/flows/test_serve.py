@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 from prefect_server import free_port
 from project import QUIET, command
@@ -23,6 +25,7 @@ from tiny_project import set_params, tiny_project
 
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.workspace import Workspace
+from flows.api_secret import FILE
 from flows.exclusive import exclusive
 from flows.schedule import Timetable
 
@@ -123,9 +126,12 @@ def serving(folder: Path, *words: str, **variables: str) -> Iterator[Served]:
     url = f"http://127.0.0.1:{port}/api"
     try:
         wait_for(lambda: listening(port), process)
-        with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        secret = (folder / ".prefect" / FILE).read_text().strip()
+        settings = {PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: secret}
+        with temporary_settings(settings), get_client(sync_client=True) as client:
             wait_for(lambda: client.api_healthcheck() is None, process)
-            yield Served(folder, process, client, {**environment, "PREFECT_API_URL": url})
+            reached = {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": secret}
+            yield Served(folder, process, client, {**environment, **reached})
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE)
@@ -148,6 +154,34 @@ def test_the_schedule_is_kept_and_the_server_is_the_hosts_own(served):
 
 def listeners(process: psutil.Process) -> list:
     return [c for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
+
+
+@pytest.mark.slow
+def test_the_server_wants_the_password_of_a_file_that_its_user_alone_can_read(served):
+    url = served.environment["PREFECT_API_URL"]
+    assert httpx.get(f"{url}/admin/version").status_code == 401
+    assert httpx.post(f"{url}/deployments/{served.deployment.id}/create_flow_run", json={}).status_code == 401
+    assert (served.folder / ".prefect" / FILE).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.slow
+def test_the_api_chooses_neither_a_folder_nor_code_from_elsewhere(served, tmp_path):
+    (tmp_path / "dvc.yaml").write_text("stages: {prepare: {cmd: 'touch stolen', outs: [artifacts]}}")
+    (tmp_path / "params.yaml").touch()
+    before = (served.folder / "params.yaml").read_text()
+    attacker = served.client
+    attacker.update_deployment(
+        served.deployment.id, DeploymentUpdate(entrypoint="os.system", enforce_parameter_schema=False)
+    )
+    runs = [
+        attacker.create_flow_run_from_deployment(served.deployment.id, parameters=asked)
+        for asked in ({"workspace": str(tmp_path)}, {"overrides": ["prepare.trust_remote_code=true"]})
+    ]
+    folder, code = (served.wait(run, lambda state: state.is_final()) for run in runs)
+    assert folder.is_crashed()  # the flow has no such parameter
+    assert code.is_failed() and "prepare.trust_remote_code is on" in code.message
+    assert (served.folder / "params.yaml").read_text() == before
+    assert not (tmp_path / "stolen").exists()
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from fisherfold.run.errors import FisherfoldError
 from fisherfold.run.params import STAGES
 from fisherfold.run.workspace import Workspace
 from flows.experiments import Project
-from flows.sweep import Cell, Claims, cells, draw, row
+from flows.sweep import Cell, StageLocks, cells, draw, row
 
 SWEEP = ("-m", "fisherfold", "sweep", "--ratios", "0.2,0.4", "--metrics", "kfac,gfwsvd")
 ONCE_EACH = {"prepare": 1, "capture": 1, "kronecker": 2, "subspace": 2}  # gfwsvd wants another estimator
@@ -130,13 +130,13 @@ def test_a_project_without_a_commit_is_one_clear_error(tmp_path):
 
 
 def test_combinations_that_share_a_stage_share_its_lock(tmp_path):
-    claims, folders = Claims(), []
+    locks, folders = StageLocks(), []
     for metric, ratio in (("kfac", 0.2), ("kfac", 0.4), ("svd", 0.2)):
         folder = tmp_path / f"{metric}{ratio}"
         folder.mkdir()
         (folder / "params.yaml").write_text(f"subspace: {{metric: {metric}}}\nranks: {{ratio: {ratio}}}\n")
         folders.append(Workspace(folder))
-    first, second, other = ([claims.of(folder, stage) for stage in STAGES] for folder in folders)
+    first, second, other = ([locks.of(folder, stage) for stage in STAGES] for folder in folders)
     shared = [stage for stage, one, two in zip(STAGES, first, second, strict=True) if one is two]
     assert shared == ["prepare", "capture", "kronecker", "subspace"]
     assert [stage for stage, one, two in zip(STAGES, first, other, strict=True) if one is two] == shared[:3]

@@ -2,7 +2,8 @@
 what drives the stages is tested without the seconds that real ones take.
 
 STAND_IN_RAN names the file that gets a line for each stage that ran (default: `ran` in the project), and beside it one with
-the suffix .spans gets ``begin`` and ``end`` of each. STAND_IN_PAUSE, such as ``capture=2.5``, makes one stage take its time.
+the suffix .spans gets ``begin`` and ``end`` of each. STAND_IN_PAUSE, such as ``capture=2.5``, makes one stage take its time; STAND_IN_FAIL
+names one that fails.
 """
 
 import stat
@@ -15,10 +16,18 @@ from project import clone
 SCRIPT = f"""#!{sys.executable}
 import hashlib, json, os, pathlib, sys, time
 from ruamel.yaml import YAML
-name = sys.argv[2]
+name = sys.argv[-1]
+if name == "check":
+    pathlib.Path("artifacts").mkdir(exist_ok=True)
+    sys.exit(not pathlib.Path("artifacts/checked.txt").write_text("checked"))
+if "FISHERFOLD_PROGRESS" in os.environ:
+    with open(os.environ["FISHERFOLD_PROGRESS"], "a") as counts:
+        print(json.dumps({{"stage": name, "begins": True}}), file=counts)
 stage = YAML(typ="safe").load(pathlib.Path("dvc.yaml"))["stages"][name]
 params = YAML(typ="safe").load(pathlib.Path("params.yaml"))[name]
 print(name + ": stands in", file=sys.stderr, flush=True)
+if os.environ.get("STAND_IN_FAIL") == name:
+    sys.exit(f"error: {{name}} fails, as asked")
 ran = os.environ.get("STAND_IN_RAN", "ran")
 with open(ran + ".spans", "a") as log:
     print("begin", file=log)

@@ -244,7 +244,7 @@ def test_hosts_that_do_not_fit_are_named_with_the_cure_before_anything_runs(host
         assert all(words in found[name] for words in expected), found[name]
     assert "10.77.0.4" not in found["versions"] and "10.77.0.3" not in found["shared store"]
     status, text = said(hosts, misfits, "run", "--num-gpus", "1")
-    assert status == 1 and text.startswith("error: ") and text.count("\n") == 1, text
+    assert status == 1 and text.count("error: ") == 1 and text.count("\n") == 2, text
     assert all(f"{name}: " in text for name in found)
     assert sorted(misfits.glob("artifacts/**/*")) == before
 

@@ -1,0 +1,108 @@
+"""The end of a run: what was lost and gained, a verdict, where the results lie, and what to do next. Eighty columns."""
+
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fisherfold.evaluation.verdict import verdict
+from fisherfold.run.params import Params
+from fisherfold.run.workspace import Workspace
+from flows.history import note_run, read_metrics, read_runs
+from flows.time_left import in_words
+
+WIDTH = 80
+LABEL = 13  # columns of a label
+
+
+def tell_outcome(workspace: Workspace, params: Params, stages: Sequence[str], seconds: float) -> None:
+    """Print the block of a run that went well, and remember what it gave. Of stages that were not asked for there is nothing to tell."""
+    metrics = read_metrics(workspace) if "evaluate" in stages else None
+    if metrics:
+        note_run(workspace, params, metrics, seconds)
+    print("\n".join(outcome_lines(workspace, params, stages, metrics, seconds)))
+
+
+def outcome_lines(
+    workspace: Workspace, params: Params, stages: Sequence[str], metrics: Mapping[str, Any] | None, seconds: float
+) -> Iterator[str]:
+    """The lines of the block."""
+    yield ""
+    rows = [*(figures(metrics) if metrics else ()), ("took", in_words(seconds)), *_places(workspace, stages)]
+    for label, text in rows:
+        yield f"  {label:<{LABEL}}{text}"
+    if metrics:
+        judged = verdict(metrics)
+        yield ""
+        for line in judged.lines:
+            hanging = "    " if line.startswith("-") else "  "
+            yield from textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent=hanging)
+        yield ""
+        for label, words in next_commands(judged.level, params, stages, len(read_runs(workspace)) > 1):
+            yield f"  {label:<{LABEL}}{words}"
+
+
+def _places(workspace: Workspace, stages: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Where results lie that somebody would look at."""
+    for label, stage, name in (("model", "factorize", "model"), ("report", "report", "index.html")):
+        if stage in stages:
+            yield label, _typed(workspace.out(stage) / name)
+
+
+def figures(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Label and text of every figure that was measured: dense → compressed."""
+    dense, compressed, size = metrics["dense"], metrics["compressed"], metrics["size"]
+    ratio = compressed["perplexity"] / dense["perplexity"]
+    yield "perplexity", f"{dense['perplexity']:.4g} → {compressed['perplexity']:.4g} ({ratio:.2f} times)"
+    if (own := compressed.get("own_answers_kl")) is not None:
+        yield "own answers", f"{own:.3f} nats a token away from the dense model's"
+    if dense.get("knowledge_accuracy") is not None:
+        known = [f"{100 * model['knowledge_accuracy']:.1f} %" for model in (dense, compressed)]
+        yield "knowledge", f"{known[0]} → {known[1]} of the questions right"
+    yield "size", _change(size, "model_bytes", in_bytes)
+    yield "layers", _change(size, "targeted_parameters", in_millions) + " in the targeted layers"
+
+
+def _change(size: Mapping[str, int], what: str, shown: Callable[[float], str]) -> str:
+    before, after = size[f"{what}_dense"], size[f"{what}_compressed"]
+    return f"{shown(before)} → {shown(after)} ({100 * (1 - after / before):.1f} % less)"
+
+
+def in_bytes(number: float) -> str:
+    """Bytes in the largest unit that leaves a whole number."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} bytes"
+
+
+def in_millions(number: float) -> str:
+    """Numbers, in millions or billions."""
+    return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.4g} M"
+
+
+def next_commands(level: str, params: Params, stages: Sequence[str], again: bool) -> Iterator[tuple[str, str]]:
+    """What somebody would do next, as commands to paste; `again`: this was not the first run."""
+    damaged = level == "damaged"
+    other = less(params.ranks.ratio) if damaged else more(params.ranks.ratio)
+    yield "talk to it", "fisherfold chat"
+    if "report" in stages:
+        yield "look at it", "fisherfold report"
+    yield "remove less" if damaged else "remove more", f"fisherfold run --set ranks.ratio={other:g}"
+    if again:
+        yield "compare", "fisherfold compare"
+
+
+def less(ratio: float) -> float:
+    """Half the ratio, in steps of a hundredth."""
+    return max(0.01, round(ratio / 2, 2))
+
+
+def more(ratio: float) -> float:
+    """A tenth more, and half of what is left at most."""
+    return round(min(ratio + 0.1, ratio + (1 - ratio) / 2), 2)
+
+
+def _typed(path: Path) -> str:
+    """A path as somebody would type it here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,92 @@
+"""Parameters of different stages, or of different methods, that do not go together: found before hours are spent on the first of them.
+
+What each stage refuses by itself once its inputs are there is refused here by the parameters alone, in the stage's own words where it can be.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from fisherfold.run.errors import ParameterError
+from fisherfold.run.params import Params
+
+PAIRS: list[Callable[[Params], str | None]] = []
+"""Functions of the parameters: what is wrong and what to do, or None. Whatever else they read is imported when they run."""
+
+FROM_FACTORS = "gfwsvd"
+"""The metric that is stage kronecker's own factors."""
+
+
+def check_pairs(params: Params) -> None:
+    """Try every pair.
+
+    Raises:
+        ParameterError: some do not go together; names all of them.
+    """
+    faults = [fault for check in PAIRS if (fault := check(params))]
+    if faults:
+        raise ParameterError(" ".join(faults))
+
+
+def _estimator(params: Params) -> Any:
+    return importlib.import_module("fisherfold.fisher.estimators").ESTIMATORS.lookup(params.kronecker.estimator)
+
+
+@PAIRS.append
+def tokens_for_estimator(params: Params) -> str | None:
+    """An estimator may read sampled tokens, which stage capture keeps only if told to; for gradients see `flows.methods`."""
+    name, estimator = params.kronecker.estimator, _estimator(params)
+    clips = params.kronecker.clip is not None and estimator.passes
+    if not (estimator.reads == "has_tokens" or clips) or params.capture.tokens_per_sequence:
+        return None
+    needed = importlib.import_module("stages.kronecker").NEEDED["has_tokens"]
+    return f"kronecker.estimator = {name!r} needs {needed}, or choose 'kfac'."
+
+
+@PAIRS.append
+def factors_for_metric(params: Params) -> str | None:
+    """A metric of Kronecker factors wants an estimator that makes some."""
+    if params.subspace.metric != FROM_FACTORS or _estimator(params).makes_factors:
+        return None
+    return (
+        f"subspace.metric = {FROM_FACTORS!r} needs Kronecker factors, and kronecker.estimator = {params.kronecker.estimator!r} makes none: "
+        "set kronecker.estimator = 'sequence' (or 'token'), or subspace.metric = 'kfac'."
+    )
+
+
+@PAIRS.append
+def damping_from_data(params: Params) -> str | None:
+    """A damping that is chosen from data wants a metric that is a mean of samples, their diagnostics and, for one rule, their variance."""
+    subspace, capture = params.subspace, params.capture
+    chosen = sorted({rule for rule in (subspace.input_damping, subspace.output_damping) if isinstance(rule, str)})
+    means = [*importlib.import_module("fisherfold.subspaces.shrinkage").TOKEN_WISE, FROM_FACTORS]
+    if not chosen:
+        return None
+    if subspace.metric not in means:
+        return (
+            f"subspace.metric = {subspace.metric!r} is not a mean of samples that a damping could be chosen from: "
+            f"give subspace.input_damping and output_damping numbers, or use {', '.join(means)}."
+        )
+    if params.kronecker.diagnostics == "none":
+        return f"A damping chosen from data ({', '.join(chosen)}) needs kronecker.diagnostics = 'basic'."
+    if "ledoit_wolf" in chosen and capture.tokens_per_sequence < 2:
+        return "Damping 'ledoit_wolf' needs capture.tokens_per_sequence of 2 or more; or choose 'oas' or a number."
+    return None
+
+
+@PAIRS.append
+def tokens_for_fasc(params: Params) -> str | None:
+    """Parts of metric fasc are measured on sampled tokens."""
+    fasc = params.subspace.fasc
+    asks = {"objective = 'empirical'": fasc.objective == "empirical", "threshold": fasc.threshold is not None}
+    wanting = [name for name, asked in asks.items() if asked]
+    if params.subspace.metric != "fasc" or not wanting or params.capture.tokens_per_sequence:
+        return None
+    return f"subspace.fasc.{wanting[0]} needs tokens: set capture.tokens_per_sequence = 16, say."
+
+
+@PAIRS.append
+def tokens_left_by_trimming(params: Params) -> str | None:
+    """Some token of every sequence is left to be measured."""
+    trim, length = params.kronecker.trim_tokens, params.prepare.sequence_length
+    return None if trim < length else f"kronecker.trim_tokens = {trim} leaves nothing of sequences of {length} tokens."
