@@ -27,7 +27,7 @@ from fisherfold.export.architecture import (
 )
 from fisherfold.export.buffers import check_buffers
 from fisherfold.export.gauges import SHARED_MEMBER, gauge_site, product, right_factor
-from fisherfold.export.gguf_export import gguf_format, write_gguf
+from fisherfold.export.gguf_export import check_gguf, write_gguf
 from fisherfold.export.lineage import write_lineage
 from fisherfold.export.model_card import compressed_card, dense_card
 from fisherfold.export.original_names import original_tensors
@@ -101,7 +101,7 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
             return
         architecture = dense_architecture(workspace.model)
         if params.gguf_export:
-            gguf_format(architecture.config)  # before the work, if at all
+            check_gguf(architecture.config, workspace.model)  # before the work, if at all
         sites = read_sites(workspace.out("subspace"))
         plan = {row["module"]: row for row in pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()}
         stored = read_tensors(workspace.model)

@@ -7,7 +7,7 @@ calibration is what it writes itself, and its answers to held-out prompts are fo
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fisherfold.inputs.conversations import has_chat_format
 from fisherfold.inputs.corpora import Corpus, find_corpora, read_articles
+from fisherfold.inputs.embedded import require_embedded
 from fisherfold.inputs.pretrained import (
     ModelSource,
     check_model,
@@ -50,8 +51,13 @@ TOKENIZER_BYTES = 64 * 2**20  # a large vocabulary with its merges
 TOKEN_BYTES = 8  # of one token in the tables, article names included
 
 
-def run(workspace: Workspace, params: PrepareParams) -> None:
+def run(
+    workspace: Workspace, params: PrepareParams, look_ahead: Callable[[Path, Path], None] = lambda model, found: None
+) -> None:
     """Write ``artifacts/prepare`` (model, prepare.json) and ``data/prepared`` (the five tables).
+
+    Args:
+        look_ahead: is given the folders of the model and of what was found of its layers, once they are there, and may refuse them.
 
     Raises:
         InputError: the model, a corpus, the prompts or the question set cannot be used as asked.
@@ -70,6 +76,7 @@ def run(workspace: Workspace, params: PrepareParams) -> None:
             coverage = json.loads((layers / "coverage.json").read_text(encoding="utf-8"))
             for line in describe_coverage(coverage):
                 announce("prepare", line)
+            look_ahead(loaded / "model", layers)
             written = self_written(scratch, loaded / "model", prompts.texts if prompts else (), params)
             units = {"tables": (loaded / "model", corpora, questions, params, written)}
             tokenised = scratch.map("tables", write_tables, units)["tables"]
@@ -165,10 +172,16 @@ def write_tables(
 ) -> None:
     """Draw and tokenise; write the five tables below ``folder/tables``, and ``folder/facts.json``."""
     tokenizer = _tokenizer(model, params)
-    vocabulary = vocabulary_size(tokenizer)
+    embeddings = json.loads((model.parent / "facts.json").read_text(encoding="utf-8"))["embedded_tokens"]
+    vocabulary = min(vocabulary_size(tokenizer), embeddings)
     rows = draw_questions(questions, params.question_count, params.seed)
+    for row in rows:
+        text = " ".join([row["question"], *row["choices"]])
+        require_embedded(tokenizer(text)["input_ids"], embeddings, tokenizer, f"Question {row['question']!r:.80}")
     splits = draw_all(corpora, tokenizer, params, {row["article"] for row in rows}, written)
     for name, split in splits.items():
+        for ids, articles in zip(split.input_ids, split.articles, strict=True):
+            require_embedded(ids, embeddings, tokenizer, f"The corpus ({', '.join(articles[:2])})")
         write_sequences(
             folder / "tables" / f"{name}.parquet", split.input_ids, split.articles, vocabulary, split.sources
         )

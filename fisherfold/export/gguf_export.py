@@ -4,11 +4,10 @@ GGUF has a name for every tensor of an architecture, and its readers compute tha
 layer, so products are multiplied out. Its llama readers pair the two halves of a head's rotated features by neighbours, so the rows
 of q and k are interleaved; matrices keep the checkpoint's dtype, vectors are float32.
 
-The vocabulary is written for byte-level BPE tokenizers. With any other the file says that it has none, and tokens come from the
-tokenizer beside the dense export.
+The vocabulary is written for byte-level BPE tokenizers (``gguf_vocabulary``). With any other the file says that it has none, and tokens
+come from the tokenizer beside the dense export.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import gguf
 import numpy as np
 import torch
 
+from fisherfold.export.gguf_vocabulary import check_vocabulary, write_vocabulary
 from fisherfold.run.checkpoint import StoredTensor
 from fisherfold.run.errors import InputError
 
@@ -64,6 +64,16 @@ def gguf_format(config: Mapping[str, Any]) -> Format:
     return FORMATS[kind]
 
 
+def check_gguf(config: Mapping[str, Any], tokenizer: Path) -> None:
+    """Refuse what `write_gguf` would refuse of a model with this config.json and of the tokenizer in a folder.
+
+    Raises:
+        InputError: see `gguf_format` and `check_vocabulary`.
+    """
+    gguf_format(config)
+    check_vocabulary(tokenizer)
+
+
 def write_gguf(
     path: Path, config: Mapping[str, Any], tokenizer: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype
 ) -> None:
@@ -71,7 +81,7 @@ def write_gguf(
     form = gguf_format(config)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[form.architecture], use_temp_file=True)
     _write_sizes(writer, config, dtype)
-    _write_vocabulary(writer, config, tokenizer / "tokenizer.json")
+    write_vocabulary(writer, config["vocab_size"], tokenizer)
     names = gguf.get_tensor_name_map(form.architecture, config["num_hidden_layers"])
     for name, tensor in tensors.items():
         values = tensor.read()
@@ -116,24 +126,3 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Mapping[str, Any], dtype: torc
     writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-
-
-def _write_vocabulary(writer: gguf.GGUFWriter, config: Mapping[str, Any], path: Path) -> None:
-    """Tokens, their types and merges of a byte-level BPE tokenizer; of another, that there are none."""
-    model = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model": {"type": None}}
-    if model["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(model["pre_tokenizer"]):
-        writer.add_tokenizer_model("no_vocab")
-        return
-    tokens = {index: token for token, index in model["model"]["vocab"].items()}
-    added = {entry["id"]: entry["content"] for entry in model["added_tokens"]}
-    words = [added.get(i, tokens.get(i, f"[PAD{i}]")) for i in range(config["vocab_size"])]
-    normal, control, unused = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(words)
-    writer.add_token_types([control if i in added else normal if i in tokens else unused for i in range(len(words))])
-    writer.add_token_merges(merges)
-    for add, key in ((writer.add_bos_token_id, "bos_token_id"), (writer.add_eos_token_id, "eos_token_id")):
-        if isinstance(config.get(key), int):
-            add(config[key])

@@ -81,7 +81,7 @@ def encode_messages(
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=answer_follows
         )
-    except (TemplateError, TypeError, KeyError) as error:
+    except (TemplateError, TypeError, KeyError, ValueError) as error:  # ValueError: several templates, no default
         raise InputError(
             f"The model's chat template refuses a conversation of the corpus ({name}): {error}. Its roles are "
             f"{', '.join(message['role'] for message in messages)}; take it out, or bring it into the order that the model knows."

@@ -59,6 +59,13 @@ LIBRARY_ERRORS = (
 """What transformers and its readers raise for a model that is damaged, incomplete or unknown to them."""
 
 
+OWN_CODE = (
+    " It comes with code of its own, which the stages and the compressed checkpoint do without: only architectures and tokenizers that "
+    "transformers itself knows can be used. A tokenizer can be converted to a fast one (tokenizer.json; auto_map taken out of "
+    "tokenizer_config.json)."
+)
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """A model, ready to be loaded.
@@ -226,18 +233,26 @@ def write_model(folder: Path, model: ModelSource, dtype: str) -> None:
     transformers_logging.disable_progress_bar()
     tokenizer = load_tokenizer(model)
     loaded = _load_weights(model, DTYPES[dtype])
-    vocabulary = vocabulary_size(tokenizer)
     embeddings = loaded.get_input_embeddings().weight.shape[0]
-    if vocabulary > embeddings:
+    added = set(
+        tokenizer.get_added_vocab().values()
+    )  # an image's place, padding: they do no harm until a text holds one
+    beyond = [index for index in tokenizer.get_vocab().values() if index >= embeddings and index not in added]
+    if beyond:
         raise InputError(
-            f"The tokenizer of model {model.source.name!r} has {vocabulary} tokens, but the model embeds {embeddings}: "
+            f"The tokenizer of model {model.source.name!r} has {vocabulary_size(tokenizer)} tokens, but the model embeds {embeddings}: "
             "they do not belong together. Use the tokenizer that the model was trained with."
         )
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     announce("prepare", f"writing {parameters / 1e6:.1f} M parameters in {dtype}")
     loaded.save_pretrained(folder / "model", save_original_format=False)  # named as its modules, as stages name layers
     _save_tokenizer(tokenizer, folder / "model")
-    facts = {"architecture": type(loaded).__name__, "dtype": dtype, "parameters": parameters}
+    facts = {
+        "architecture": type(loaded).__name__,
+        "dtype": dtype,
+        "embedded_tokens": embeddings,
+        "parameters": parameters,
+    }
     (folder / "facts.json").write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
 
 
@@ -249,10 +264,12 @@ def load_tokenizer(model: ModelSource) -> PreTrainedTokenizerBase:
     """
     with _explained(model, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model.location, **model.options)
+    if type(tokenizer).__module__.startswith("transformers_modules"):
+        raise InputError(f"Model {model.source.name!r}: its tokenizer cannot be used.{OWN_CODE}")
     if vocabulary_size(tokenizer) <= len(tokenizer.all_special_tokens):  # what is left when the files are not there
         raise InputError(
-            f"Model {model.source.name!r} comes without a tokenizer: put its files (tokenizer.json …) beside the "
-            "weights."
+            f"Model {model.source.name!r} comes without a tokenizer that can be read: put its files (tokenizer.json, or tokenizer.model and "
+            "tokenizer_config.json) beside the weights."
         )
     return tokenizer
 
@@ -311,7 +328,7 @@ def _explained(model: ModelSource, part: str) -> Iterator[None]:
         text = str(error) or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         reason = " ".join(lines[: 2 if isinstance(error, ImportError) else 1])  # the second says how to install it
-        cure = " If you trust its code, set prepare.trust_remote_code to true." if "trust_remote_code" in text else ""
+        cure = OWN_CODE if "trust_remote_code" in text else ""
         raise InputError(
             f"Model {model.source.name!r}: {part} cannot be read from {model.location} ({reason}).{cure}"
         ) from error

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fisherfold.inputs.conversations import encode_messages
+from fisherfold.inputs.embedded import require_embedded
 from fisherfold.inputs.splits import Split, as_split
 from fisherfold.inputs.windows import pack
 from fisherfold.network.generation import GreedyDecoder, decode_plainly, left_padded, until_end
@@ -78,6 +79,8 @@ def write_answers(
     """Unit: one sampled answer to each prompt, of at most `longest` tokens, as ``answers.parquet`` (see `tables.ANSWERS`)."""
     tokenizer, decoder = writer(model, dtype, own_code)
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, asked, strict=True):
+        require_embedded(ids, decoder.vocabulary, tokenizer, f"Prompt {prompt!r:.80} in the chat format")
     end = tokenizer.eos_token_id
     ends = [] if end is None else [end]
     sample = _sample_with_cache if decoder.caches else partial(decode_plainly, choose=_draw)

@@ -151,11 +151,13 @@ def stage(name: Annotated[StageName, Argument(help="Which.", show_choices=True)]
     from fisherfold.run.scratch import clear_scratch, forget_output
     from flows.engine_choice import run_on_engine
     from flows.forced import is_forced
+    from flows.foresight import foresee
     from flows.settings import read_settings
     from flows.verbosity import silence_libraries
 
     workspace = workspace_here()
-    params = getattr(load_params(workspace.root / PARAMS_FILE), name)
+    every = load_params(workspace.root / PARAMS_FILE)
+    params = getattr(every, name)
     settings = read_settings()
     compute_deterministically()
     for earlier in stages_until(name)[:-1]:
@@ -165,5 +167,6 @@ def stage(name: Annotated[StageName, Argument(help="Which.", show_choices=True)]
     silence_libraries()
     begin(name)
     module = importlib.import_module(f"stages.{name}")
-    run_on_engine(name, partial(module.run, workspace, params), settings, getattr(params, "threads", None))
+    further = {"look_ahead": partial(foresee, every)} if name == "prepare" else {}
+    run_on_engine(name, partial(module.run, workspace, params, **further), settings, getattr(params, "threads", None))
     return 0

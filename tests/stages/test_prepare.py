@@ -101,6 +101,43 @@ def test_facts(workspace):
     assert str(workspace.root) not in text and facts == json.loads(json.dumps(facts, sort_keys=True))
 
 
+@pytest.fixture
+def with_image(workspace):
+    """The same with an added token that the model does not embed."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["[IMG]"])
+    tokenizer.save_pretrained(workspace.root / "model")
+    return workspace
+
+
+def test_a_token_that_is_not_embedded_does_no_harm(with_image):
+    prepare.run(with_image, PARAMS)
+    assert read_sequences(with_image.table("calibration"), VOCABULARY).max() < VOCABULARY
+
+
+def test_a_text_that_holds_it_is_named(with_image):
+    (with_image.root / "texts.txt").write_text("\n\n".join(f"w{i} [IMG] " + f"w{i + 5} " * 9 for i in range(3, 43)))
+    with pytest.raises(InputError, match=rf"The corpus \(.*holds '\[IMG\]', token {VOCABULARY} .*Take it out"):
+        prepare.run(with_image, PARAMS.model_copy(update={"corpus": "texts.txt"}))
+    row = {"question": "[IMG]?", "choices": ["w4", "w5", "w6", "w7"], "answer": 0, "article": "x"}
+    (with_image.root / "asked.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=r"Question '\[IMG\]\?' holds"):
+        prepare.run(with_image, PARAMS.model_copy(update={"questions": "asked.jsonl", "question_count": 1}))
+
+
+def test_later_stages_look_at_the_model_before_it_writes_text(chatting):
+    seen = []
+
+    def refuse(model, found):
+        seen.append((model / "config.json").exists() and (found / "layers.json").exists())
+        raise InputError("not this one")
+
+    with pytest.raises(InputError, match="not this one"):
+        prepare.run(chatting, CHAT, refuse)
+    assert seen == [True] and not list((chatting.artifacts / "prepare.partial").glob("*/units/answers*"))
+    prepare.run(chatting, CHAT)
+
+
 def test_no_questions_make_an_empty_table(workspace):
     prepare.run(workspace, PARAMS.model_copy(update={"questions": None}))
     assert read_table(workspace.table("questions")).num_rows == 0

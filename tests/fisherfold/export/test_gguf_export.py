@@ -7,9 +7,11 @@ import pytest
 import torch
 from tiny import random_ids
 from tiny_subspace import mixed_ranks, publish_ranks, subspace_workspace
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM
 
-from fisherfold.export.gguf_export import gguf_format, write_gguf
+from fisherfold.export.gguf_export import check_gguf, gguf_format, write_gguf
+from fisherfold.export.gguf_vocabulary import splitting
 from fisherfold.run.errors import InputError
 from fisherfold.run.params import FactorizeParams
 from stages import factorize
@@ -36,16 +38,156 @@ def test_what_it_cannot_hold_is_refused(change):
         gguf_format({"model_type": "llama"} | change)
 
 
-def test_a_byte_level_vocabulary_is_written(tmp_path):
-    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
-    added = [{"id": 3, "content": "<end>"}]
-    tokenizer = {"model": model, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": added}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+TOKENIZER = {
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+    "added_tokens": [
+        {
+            "id": 3,
+            "content": "<end>",
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        },
+        {
+            "id": 4,
+            "content": "<think>",
+            "special": False,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        },
+    ],
+}
+BEGINS = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<end>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {"<end>": {"id": "<end>", "ids": [3], "tokens": ["<end>"]}},
+}
+
+
+def written(folder, tokenizer, settings, vocabulary=6):
+    """Fields of a GGUF file without tensors."""
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     sizes = dict.fromkeys(("max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers"), 4)
     config = sizes | {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}
-    write_gguf(tmp_path / "x.gguf", config | {"vocab_size": 5, "eos_token_id": 3}, tmp_path, {}, torch.float32)
-    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
-    assert fields["tokenizer.ggml.tokens"].contents() == ["a", "b", "ab", "<end>", "[PAD4]"]
-    assert fields["tokenizer.ggml.token_type"].contents() == [1, 1, 1, 3, 5]
-    assert fields["tokenizer.ggml.merges"].contents() == ["a b"]
-    assert fields["tokenizer.ggml.eos_token_id"].contents() == 3
+    write_gguf(folder / "x.gguf", config | {"vocab_size": vocabulary}, folder, {}, torch.float32)
+    fields = gguf.GGUFReader(folder / "x.gguf").fields
+    return {name.removeprefix("tokenizer."): field.contents() for name, field in fields.items()}
+
+
+def test_a_byte_level_vocabulary_is_written(tmp_path):
+    found = written(tmp_path, TOKENIZER, {"eos_token": "<end>"})
+    assert found["ggml.tokens"] == ["a", "b", "ab", "<end>", "<think>", "[PAD5]"]
+    assert found["ggml.token_type"] == [1, 1, 1, 3, 4, 5]
+    assert found["ggml.merges"] == ["a b"]
+    assert found["ggml.eos_token_id"] == 3
+    assert found["ggml.pre"] == "gpt-2" and not found["ggml.add_bos_token"] and not found["ggml.add_eos_token"]
+    assert "chat_template" not in found
+
+
+def test_the_first_token_and_the_chat_templates_are_written(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{{ 1 }}")
+    settings = {"bos_token": {"content": "<end>"}, "eos_token": "b"}
+    found = written(tmp_path, TOKENIZER | {"post_processor": BEGINS}, settings)
+    assert found["ggml.bos_token_id"] == 3 and found["ggml.add_bos_token"] and not found["ggml.add_eos_token"]
+    assert found["chat_template"] == "{{ 1 }}"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tools.jinja").write_text("{{ 2 }}")
+    found = written(tmp_path, TOKENIZER, settings)
+    assert found["chat_template"] == "{{ 1 }}" and found["chat_template.tools"] == "{{ 2 }}"
+
+
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+
+
+def isolated(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def sequence(*steps):
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+@pytest.mark.parametrize(
+    ("steps", "more", "name"),
+    [
+        (sequence({"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}), {}, "smollm"),
+        (sequence(isolated(LLAMA_3), BYTES), {"ignore_merges": True}, "llama-bpe"),
+        (sequence(isolated(LLAMA_3.replace("{1,3}", "")), BYTES), {}, "qwen2"),
+    ],
+)
+def test_text_is_split_as_the_tokenizer_does(steps, more, name):
+    tokenizer = TOKENIZER | {"pre_tokenizer": steps, "model": TOKENIZER["model"] | more}
+    assert splitting(tokenizer) == name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pre_tokenizer": sequence(isolated(r"\p{N}{1,2}"), BYTES)},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+        {"normalizer": {"type": "NFKC"}},
+        {"model": TOKENIZER["model"] | {"ignore_merges": True}},
+    ],
+)
+def test_a_splitting_without_a_name_is_refused_before_the_work(tmp_path, change):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER | change))
+    with pytest.raises(InputError, match=r"llama.cpp has no name.*own script"):
+        check_gguf({"model_type": "llama"}, tmp_path)
+
+
+TEXTS = (
+    "It's 1990, and we've 12345 apples;  two   spaces\tand\n\nlines. ",
+    "Größe naïve 東京 Ωμέγα 😀 don't DON'T I'll",
+    "def f(x):\n    return x**2  # ²½\r\n\r\n  end",
+    "",
+    " leading and trailing  ",
+)
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_llama_cpp_reads_the_same_tokens(tmp_path, name):
+    from llama_cpp import Llama
+
+    tokenizer = trained(tmp_path, name)
+    (tmp_path / "chat_template.jinja").write_text("{{ 1 }}")
+    written(
+        tmp_path,
+        json.loads((tmp_path / "tokenizer.json").read_text()),
+        {"bos_token": "<s>"},
+        tokenizer.get_vocab_size(),
+    )
+    read = Llama(str(tmp_path / "x.gguf"), vocab_only=True, verbose=False)
+    for text in TEXTS:
+        assert read.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text).ids, text
+
+
+def trained(folder, name):
+    """A byte-level tokenizer that splits text as llama.cpp's `name` does, trained on texts with merges of every kind, that begins with <s>."""
+    steps = {
+        "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    }
+    number = {"llama-bpe": "{1,3}", "qwen2": ""}.get(name, "")
+    regex = [
+        pre_tokenizers.Split(Regex(LLAMA_3.replace("{1,3}", number)), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps.get(name, regex))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([*TEXTS] * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer

@@ -1,9 +1,11 @@
 """Model folders, the hub and its cache; and every model that cannot be used."""
 
+import io
 import json
 import shutil
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
@@ -12,10 +14,12 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+from fisherfold.export.architecture import copy_companions
 from fisherfold.inputs import hub, pretrained
 from fisherfold.inputs.hub import HubEntry, HubUnknown
 from fisherfold.inputs.pretrained import check_model, count_parameters, find_model, write_model
@@ -173,9 +177,10 @@ def break_tokenizer_file(folder):
 
 
 def break_vocabulary(folder):
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([f"new{i}" for i in range(4)])
-    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"] |= {f"new{i}": 96 + i for i in range(4)}
+    path.write_text(json.dumps(tokenizer))
 
 
 def break_quantised(folder):
@@ -259,10 +264,65 @@ def test_code_in_the_checkpoint_runs_only_if_asked(tmp_path):
     )
     mapping = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     edit_config(folder, model_type="own", architectures=["OwnForCausalLM"], auto_map=mapping)
-    with pytest.raises(InputError, match=r"set prepare.trust_remote_code to true"):
+    with pytest.raises(InputError, match=r"its configuration cannot be read.*comes with code of its own"):
         prepare(tmp_path)
     with pytest.raises(InputError, match=r"'model' \(own\) comes with code of its own.*only architectures"):
         prepare(tmp_path, trust_remote_code=True)
+
+
+def test_code_of_transformers_own_types_is_left_out(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
+    out = prepare(tmp_path)
+    assert "auto_map" not in json.loads((out / "model" / "config.json").read_text())
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_with_the_cure(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    (folder / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {
+        "tokenizer_class": "Own",
+        "auto_map": {"AutoTokenizer": [None, "own.Own"]},
+    }
+    path.write_text(json.dumps(settings))
+    for trusted in (False, True):
+        with pytest.raises(InputError, match=r"its tokenizer cannot be .* code of its own.*tokenizer\.json"):
+            prepare(tmp_path, trust_remote_code=trusted)
+
+
+def test_a_sentencepiece_model_is_tokenizer_enough(tmp_path):
+    folder, model = save_tiny(tmp_path / "model"), io.BytesIO()
+    words = [f"w{i} w{i + 1}" for i in range(3, 90)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_writer=model, vocab_size=40, model_type="bpe", minloglevel=2
+    )
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}'
+    )
+    tokenizer = AutoTokenizer.from_pretrained(prepare(tmp_path) / "model")
+    assert tokenizer.decode(tokenizer("w5 w61", add_special_tokens=False)["input_ids"]) == "w5 w61"
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "files"])
+def test_every_chat_template_comes_along(tmp_path, place):
+    folder, templates = save_tiny(tmp_path / "model"), {"default": "{{ 1 }}", "tools": "{{ 2 }}"}
+    if place == "files":
+        (folder / "chat_template.jinja").write_text(templates["default"])
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tools.jinja").write_text(templates["tools"])
+    else:
+        path = folder / place
+        listed = [{"name": name, "template": text} for name, text in templates.items()]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": listed}))
+    out = prepare(tmp_path)
+    (tmp_path / "result").mkdir()
+    copy_companions(out / "model", tmp_path / "result")
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "result").chat_template == templates
 
 
 def test_an_adapter_is_called_an_adapter(tmp_path):

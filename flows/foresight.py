@@ -1,0 +1,63 @@
+"""What later stages would refuse of the model and the layers that stage `prepare` has found, refused there.
+
+Stage `prepare` itself depends on its own parameters alone, so that no other invalidates its output; what is looked at here changes nothing
+of it. `fisherfold stage prepare` asks, and whatever knows a prepared model may.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from fisherfold.run.params import Params
+from fisherfold.run.progress import announce
+
+LITTLE = 0.1  # of a whole model
+
+
+def foresee(params: Params, model: Path, found: Path) -> None:
+    """Look ahead, for the model in one folder with layers.json, dense_layers.json and coverage.json in another.
+
+    Raises:
+        ParameterError: no allocation meets the budget, or a limit's pattern matches nothing.
+        InputError: the model cannot be written as GGUF, which `factorize.gguf_export` asks for.
+    """
+    if params.factorize.gguf_export:
+        from fisherfold.export.gguf_export import check_gguf
+
+        check_gguf(json.loads((model / "config.json").read_text(encoding="utf-8")), model)
+    check_budget(params, model, found)
+    coverage = json.loads((found / "coverage.json").read_text(encoding="utf-8"))
+    share = removed_share(params, coverage)
+    if share < LITTLE:
+        announce(
+            "prepare",
+            f"warning: ranks.ratio = {params.ranks.ratio} removes {share:.1%} of the whole model, for no more than "
+            f"{coverage['targeted_parameters'] / coverage['model_parameters']:.0%} of its parameters are in layers that are compressed. "
+            "Raise it, or choose another model.",
+        )
+
+
+def check_budget(params: Params, model: Path, found: Path) -> None:
+    """Refuse a ratio that no allocation meets, and limits that match no module.
+
+    Raises:
+        ParameterError: names the nearest ratio, or the pattern.
+    """
+    from fisherfold.allocators.allocation import pose
+    from fisherfold.allocators.budget import BUDGETS
+    from fisherfold.allocators.limits import Limits
+    from fisherfold.network.layers import read_dense_layers, read_layers
+    from fisherfold.network.sites import find_sites
+
+    sites = find_sites(read_layers(found), params.subspace.share_inputs or params.subspace.metric == "fasc")
+    limits = Limits.of(params.ranks, (), read_dense_layers(found))
+    budget = BUDGETS.lookup(params.ranks.budget)(sites, model)
+    pose(sites, [np.zeros(site.full_rank) for site in sites], params.ranks, limits, budget)
+
+
+def removed_share(params: Params, coverage: dict) -> float:
+    """The share of the whole model's parameters that `ranks.ratio` removes."""
+    if params.ranks.budget != "parameters":  # counts the whole model
+        return params.ranks.ratio
+    return params.ranks.ratio * coverage["targeted_parameters"] / coverage["model_parameters"]
