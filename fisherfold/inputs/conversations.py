@@ -7,7 +7,6 @@ fields, which templates may ask for (`name`, `tool_calls`).
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fisherfold.run.errors import InputError
@@ -81,7 +80,7 @@ def encode_messages(
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=answer_follows
         )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:  # ValueError: several templates, no default
+    except Exception as error:  # a template is a program; of several without a default one none is chosen
         raise InputError(
             f"The model's chat template refuses a conversation of the corpus ({name}): {error}. Its roles are "
             f"{', '.join(message['role'] for message in messages)}; take it out, or bring it into the order that the model knows."

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,7 +35,7 @@ from fisherfold.inputs.model_folders import refuse_other_folders
 from fisherfold.inputs.packages import fetch_file
 from fisherfold.inputs.recipes import ModelRecipe, Source, find_path, find_recipe, recipe_names, unknown_input
 from fisherfold.network.models import DTYPES
-from fisherfold.run.errors import InputError
+from fisherfold.run.errors import FisherfoldError, InputError
 from fisherfold.run.params import PrepareParams
 from fisherfold.run.progress import announce
 from fisherfold.run.workspace import Workspace
@@ -44,19 +43,6 @@ from fisherfold.run.workspace import Workspace
 WEIGHTS = re.compile(r".*\.safetensors|pytorch_model.*\.bin")
 MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
 LOCAL_TOKENIZER_KEYS = ("is_local", "local_files_only", "name_or_path")  # of this machine, not of the tokenizer
-
-
-LIBRARY_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    ImportError,
-    RuntimeError,
-    AttributeError,
-    TypeError,
-    SafetensorError,
-)
-"""What transformers and its readers raise for a model that is damaged, incomplete or unknown to them."""
 
 
 OWN_CODE = (
@@ -322,8 +308,8 @@ def _explained(model: ModelSource, part: str) -> Iterator[None]:
     """Turn what a library raises while it reads a part of the model into one clear error."""
     try:
         yield
-    except LIBRARY_ERRORS as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
+    except Exception as error:  # a damaged or odd file makes the libraries raise almost anything
+        if isinstance(error, FisherfoldError | MemoryError) or getattr(error, "errno", None) == errno.ENOSPC:
             raise
         text = str(error) or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -16,6 +16,7 @@ from fisherfold.network.coverage import measure_coverage
 from fisherfold.network.layers import write_dense_layers, write_layers
 from fisherfold.network.models import load_model
 from fisherfold.network.targets import find_targets
+from fisherfold.run.errors import InputError
 
 TOKENS = 32
 
@@ -29,8 +30,14 @@ def write_targets(
         InputError: the model cannot be measured, or has nothing to compress; see `find_targets`.
     """
     # float16 overflows where bfloat16 does not, and what is looked for here is no number
-    loaded = load_model(model, torch.float32 if dtype == "float32" else torch.bfloat16, trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=trust_remote_code)
+    try:
+        loaded = load_model(model, torch.float32 if dtype == "float32" else torch.bfloat16, trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (ImportError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"Transformers cannot load what it has saved of the model itself ({type(error).__name__}: {next(iter(str(error).splitlines()), '')}). "
+            "Choose another model, or another version of transformers."
+        ) from error
     weight = loaded.get_input_embeddings().weight
     ids = text_tokens(tokenizer, weight.shape[0], min(TOKENS, sequence_length))
     targets = find_targets(loaded, torch.tensor([ids], device=weight.device), gates)

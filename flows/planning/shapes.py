@@ -1,6 +1,7 @@
 """The shapes of a model without its weights: from a configuration, on fake tensors, so a model of any size takes no memory."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from fisherfold.network.layers import LinearLayer, find_layers
+from fisherfold.network.layers import LinearLayer, find_layers, read_layers
 from fisherfold.run.errors import InputError
 from fisherfold.run.workspace import Workspace
 
@@ -48,7 +49,7 @@ def find_shapes(workspace: Workspace, name: str) -> ModelShapes:
         InputError: it is none of these, or its architecture has no causal language model in transformers.
     """
     try:
-        return shapes_of(name, find_config(workspace, name))
+        return shapes_of(name, find_config(workspace, name), _targets(workspace, name))
     except (OSError, ValueError, KeyError) as error:
         known = ", ".join(sorted(path.stem for path in workspace.recipes("shapes").glob("*.yaml")))
         raise InputError(
@@ -76,12 +77,17 @@ def _prepared(workspace: Workspace) -> str | None:
         return None
 
 
-def shapes_of(name: str, config: PreTrainedConfig) -> ModelShapes:
-    """The shapes of the model that a configuration describes."""
+def _targets(workspace: Workspace, name: str) -> Sequence[LinearLayer] | None:
+    """What stage `prepare` will compress of its model; None of another one."""
+    return read_layers(workspace.out("prepare")) if _prepared(workspace) == name else None
+
+
+def shapes_of(name: str, config: PreTrainedConfig, targets: Sequence[LinearLayer] | None = None) -> ModelShapes:
+    """The shapes of the model that a configuration describes; without `targets` every linear layer is taken for one."""
     with FakeTensorMode(), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()
-        layers = tuple(find_layers(model))
+        layers = tuple(find_layers(model) if targets is None else targets)
         vocabulary, hidden = model.get_output_embeddings().weight.shape
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

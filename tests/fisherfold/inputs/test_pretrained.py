@@ -191,6 +191,26 @@ def break_config(folder):
     (folder / "config.json").write_text('{"model_type":')
 
 
+def break_value(folder):
+    edit_config(folder, hidden_size="wide")
+
+
+def break_heads(folder):
+    edit_config(folder, num_attention_heads=0)
+
+
+def break_list(folder):
+    (folder / "config.json").write_text("[1, 2]")
+
+
+def break_tokenizer_settings(folder):
+    (folder / "tokenizer_config.json").write_text("[1]")
+
+
+def break_tokenizer_text(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
 def break_type(folder):
     edit_config(folder, model_type="unheard-of")
 
@@ -220,6 +240,11 @@ def edit_config(folder, **changes):
         (break_quantised, r"quantised \(gptq\)"),
         (break_config, "its configuration cannot be read"),
         (break_type, "its configuration cannot be read"),
+        (break_value, "its configuration cannot be read"),
+        (break_heads, "cannot be read"),
+        (break_list, "its configuration cannot be read"),
+        (break_tokenizer_settings, "its tokenizer cannot be read"),
+        (break_tokenizer_text, "its tokenizer cannot be read"),
         (break_base_model, r"LlamaModel\) is not a causal language model"),
     ],
 )

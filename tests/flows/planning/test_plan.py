@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from fisherfold.linalg.gram import add_gram
 from fisherfold.network.gradient_pass import gradient_pass
-from fisherfold.network.layers import find_layers
+from fisherfold.network.layers import find_layers, write_layers
 from fisherfold.run.errors import InputError, ParameterError
 from fisherfold.run.params import (
     STAGES,
@@ -69,6 +69,9 @@ def test_shapes_of_what_is_prepared(tmp_path):
     workspace = tiny.tiny_workspace(tmp_path)
     (workspace.out("prepare") / "prepare.json").write_text(json.dumps({"model": {"name": "OWN/MODEL"}}))
     assert find_shapes(workspace, "OWN/MODEL").layers == tuple(find_layers(tiny.tiny_model()))
+    some = find_layers(tiny.tiny_model())[2:]
+    write_layers(workspace.out("prepare"), some)  # the others stay dense, stage prepare found
+    assert find_shapes(workspace, "OWN/MODEL").layers == tuple(some)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
