@@ -40,7 +40,7 @@ def test_what_it_cannot_hold_is_refused(change):
 
 TOKENIZER = {
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
-    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
     "added_tokens": [
         {
             "id": 3,
