@@ -16,7 +16,25 @@ LITTLE = 0.1  # of a whole model
 
 
 def foresee(params: Params, model: Path, found: Path) -> None:
-    """Look ahead, for the model in one folder with layers.json, dense_layers.json and coverage.json in another.
+    """Look ahead, for the model in one folder with layers.json, dense_layers.json and coverage.json in another; warn where little is removed.
+
+    Raises:
+        ParameterError, InputError: see `refuse`.
+    """
+    refuse(params, model, found)
+    coverage = json.loads((found / "coverage.json").read_text(encoding="utf-8"))
+    share = removed_share(params, coverage)
+    if share < LITTLE:
+        announce(
+            "prepare",
+            f"warning: ranks.ratio = {params.ranks.ratio} removes {share:.1%} of the whole model, for no more than "
+            f"{coverage['targeted_parameters'] / coverage['model_parameters']:.0%} of its parameters are in layers that are compressed. "
+            "Raise it, or choose another model.",
+        )
+
+
+def refuse(params: Params, model: Path, found: Path) -> None:
+    """Refuse what a later stage would refuse.
 
     Raises:
         ParameterError: no allocation meets the budget, or a limit's pattern matches nothing.
@@ -27,15 +45,6 @@ def foresee(params: Params, model: Path, found: Path) -> None:
 
         check_gguf(json.loads((model / "config.json").read_text(encoding="utf-8")), model)
     check_budget(params, model, found)
-    coverage = json.loads((found / "coverage.json").read_text(encoding="utf-8"))
-    share = removed_share(params, coverage)
-    if share < LITTLE:
-        announce(
-            "prepare",
-            f"warning: ranks.ratio = {params.ranks.ratio} removes {share:.1%} of the whole model, for no more than "
-            f"{coverage['targeted_parameters'] / coverage['model_parameters']:.0%} of its parameters are in layers that are compressed. "
-            "Raise it, or choose another model.",
-        )
 
 
 def check_budget(params: Params, model: Path, found: Path) -> None:

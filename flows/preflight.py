@@ -5,12 +5,12 @@ Names of methods, pairs of parameters, the budget and, if stage prepare is to ru
 """
 
 from collections.abc import Sequence
-
-import numpy as np
+from contextlib import suppress
 
 from fisherfold.run.errors import CorruptArtifact, ParameterError
 from fisherfold.run.params import Params, check_params, load_params
 from fisherfold.run.workspace import Workspace
+from flows.foresight import refuse
 from flows.methods import check_methods
 from flows.overrides import overridden
 from flows.pairs import check_pairs
@@ -31,7 +31,7 @@ def preflight(workspace: Workspace, params: Params) -> None:
     check_pairs(params)
     check_tasks(workspace, params)
     if _is_prepared(workspace, params):
-        check_budget(workspace, params)
+        check_prepared(workspace, params)
     else:
         check_inputs(workspace, params)
 
@@ -72,26 +72,15 @@ def check_tasks(workspace: Workspace, params: Params) -> None:
         raise ParameterError(f"evaluate.task_folder = {folder!r}: {workspace.root / folder} is not a folder.")
 
 
-def check_budget(workspace: Workspace, params: Params) -> None:
-    """Refuse a ratio that no allocation meets, and limits that match no module; the layers are those that stage prepare found.
+def check_prepared(workspace: Workspace, params: Params) -> None:
+    """Refuse what later stages would refuse of the prepared model and its layers.
 
     Raises:
         ParameterError: names the nearest ratio, or the pattern.
+        InputError: the model cannot be written as GGUF.
     """
-    from fisherfold.allocators.allocation import pose
-    from fisherfold.allocators.budget import BUDGETS
-    from fisherfold.allocators.limits import Limits
-    from fisherfold.network.layers import read_dense_layers, read_layers
-    from fisherfold.network.sites import find_sites
-
-    prepared = workspace.out("prepare")
-    try:
-        sites = find_sites(read_layers(prepared), params.subspace.share_inputs)
-        limits = Limits.of(params.ranks, (), read_dense_layers(prepared))
-        budget = BUDGETS.lookup(params.ranks.budget)(sites, workspace.model)
-    except CorruptArtifact:
-        return  # stage ranks will look again
-    pose(sites, [np.zeros(site.full_rank) for site in sites], params.ranks, limits, budget)
+    with suppress(CorruptArtifact, OSError):  # stage prepare, or the stage that needs it, will look again
+        refuse(params, workspace.model, workspace.out("prepare"))
 
 
 def restrict(workspace: Workspace, overrides: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from fisherfold.run.params import Params, check_params
 from fisherfold.run.workspace import Workspace
 from flows.checked import record_check
 from flows.pairs import check_pairs
-from flows.preflight import check_budget, check_inputs, check_tasks, restrict
+from flows.preflight import check_prepared, check_inputs, check_tasks, restrict
 from flows.staleness import stale_reasons
 
 SKETCH = {"gradients": "sketch"}
@@ -71,11 +71,11 @@ def workspace_with(folder: Path, *layers: LinearLayer) -> Workspace:
 def test_a_budget_that_no_allocation_meets_is_refused_once_the_layers_are_known(tmp_path):
     name = "model.layers.0.mlp.up_proj"
     workspace = workspace_with(tmp_path, LinearLayer(name, 8, 8, bias=False, transposed=False, group=name))
-    check_budget(workspace, Params())
+    check_prepared(workspace, Params())
     with pytest.raises(ParameterError, match="ratio"):
-        check_budget(workspace, check_params({"ranks": {"ratio": 0.5, "floor": 0.9}}, "test"))
+        check_prepared(workspace, check_params({"ranks": {"ratio": 0.5, "floor": 0.9}}, "test"))
     with pytest.raises(ParameterError, match="no_such"):
-        check_budget(workspace, check_params({"ranks": {"exclude": ["no_such*"]}}, "test"))
+        check_prepared(workspace, check_params({"ranks": {"exclude": ["no_such*"]}}, "test"))
 
 
 def test_a_folder_of_tasks_that_is_not_there(tmp_path):
