@@ -14,7 +14,7 @@ from fisherfold.run.params import Params, check_params
 from fisherfold.run.workspace import Workspace
 from flows.checked import record_check
 from flows.pairs import check_pairs
-from flows.preflight import check_prepared, check_inputs, check_tasks, restrict
+from flows.preflight import check_inputs, check_prepared, check_tasks, restrict
 from flows.staleness import stale_reasons
 
 SKETCH = {"gradients": "sketch"}
