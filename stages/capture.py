@@ -235,6 +235,8 @@ def _gather_facts(params: CaptureParams, length: int, parts: Sequence[SlicePart]
         "tokens": len(losses) * length,
         "sequence_length": length,
         "gradients": params.gradients,
+        "labels": params.labels,
+        "seed": params.seed,
         "sketch_rank": params.sketch_rank,
         "tokens_per_sequence": min(params.tokens_per_sequence, length),
         "skipped": skipped,

@@ -10,7 +10,9 @@ import copy
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,13 +21,19 @@ from fisherfold.export.refinement import refine_block
 from fisherfold.network.blocks import BlockCall, find_blocks
 from fisherfold.network.models import load_model
 from fisherfold.run.checkpoint import StoredTensor, read_tensors, write_tensors
+from fisherfold.run.determinism import computing_threads
 from fisherfold.run.engine import Unit
+from fisherfold.run.errors import InputError
 from fisherfold.run.params import RefineParams
+from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.store import GroupWriter, group_file, read_array
 from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
 from fisherfold.runtime.modeling_fisherfold import replace_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PARTS = ("calibration", "tuning")
 HIDDEN = group_file(Path("hidden")).name
@@ -43,12 +51,12 @@ class LowRank:
 def refine(
     scratch: Scratch, workspace: Workspace, layers: Mapping[str, LowRank], params: RefineParams
 ) -> dict[str, Path]:
-    """Refine every block; return the folder of each block's unit, by the block's name.
-
-    Raises:
-        InputError: the model has no blocks that can be run by themselves.
-    """
-    names = list(find_blocks(load_model(workspace.model, torch.float32)))
+    """Refine every block; return the folder of each block's unit, by the block's name. None, where blocks cannot be run by themselves."""
+    try:
+        names = list(find_blocks(_dense(workspace.model)))
+    except InputError as error:
+        announce("factorize", f"blocks are not refined: {error}")
+        return {}
     units, before = {}, None
     for name in names:
         own = {layer: found for layer, found in layers.items() if layer.startswith(f"{name}.")}
@@ -61,6 +69,7 @@ def refine(
         for earlier in done[-1:]:
             scratch.drop(earlier, HIDDEN)  # the next block alone has read it
         done.append(unit)
+    _dense.cache_clear()
     return {name: scratch.units / f"refined.{name}" for name in names}
 
 
@@ -68,7 +77,20 @@ def refine_unit(
     folder: Path, workspace: Workspace, name: str, layers: dict[str, LowRank], before: Path | None, params: RefineParams
 ) -> None:
     """Unit of work: one block."""
-    model = load_model(workspace.model, torch.float32)
+    with computing_threads(params.threads):
+        _refine(folder, workspace, name, layers, before, params)
+
+
+@lru_cache(maxsize=1)
+def _dense(folder: Path) -> "PreTrainedModel":
+    """The dense model, loaded once a process: blocks come one after the other."""
+    return load_model(folder, torch.float32)
+
+
+def _refine(
+    folder: Path, workspace: Workspace, name: str, layers: dict[str, LowRank], before: Path | None, params: RefineParams
+) -> None:
+    model = _dense(workspace.model)
     dense = model.get_submodule(name)
     compressed = compress_block(dense, name, layers)
     ids = {part: read_sequences(workspace.table(part), model.get_input_embeddings().num_embeddings) for part in PARTS}

@@ -20,6 +20,7 @@ import torch
 from fisherfold.fisher.gradient_samples import GradientSamples, token_norms
 from fisherfold.linalg.gram import add_gram, mirror
 from fisherfold.network.gradient_pass import gradient_pass
+from fisherfold.network.labels import LABELS
 from fisherfold.network.layers import LinearLayer, forward_hooks, linear_modules
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.group_writer import write_arrays
@@ -116,9 +117,10 @@ def pass_part(folder: Path, source: TokenPass, layers: Sequence[LinearLayer], lo
     skipped = {sequence["sequence"] for sequence in statistics.facts["skipped"]}
     numbers = [number for number in range(low, min(high, len(ids))) if number not in skipped]
     for first in range(0, len(numbers), options.batch_size):
-        batch = ids[numbers[first : first + options.batch_size]]
-        with forward_hooks(watched, _adder(sums, tuple(batch.shape))):
-            gradient_pass(model, batch)
+        some = numbers[first : first + options.batch_size]
+        labels = LABELS[statistics.facts["labels"]](some, statistics.facts["seed"])
+        with forward_hooks(watched, _adder(sums, (len(some), ids.shape[1]))):
+            gradient_pass(model, ids[some], labels=labels)
     write_arrays(folder / GROUP, _arrays(sums))
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from fisherfold.network.labels import Labels
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -25,7 +27,9 @@ class GradientPass(NamedTuple):
 
 
 @torch.enable_grad()
-def gradient_pass(model: "PreTrainedModel", ids: torch.Tensor, first: int = 1) -> GradientPass:
+def gradient_pass(
+    model: "PreTrainedModel", ids: torch.Tensor, first: int = 1, labels: Labels | None = None
+) -> GradientPass:
     """Run `ids` [B, T] forward and backward; hooks on the model's layers see activations and their gradients.
 
     The loss is Σ_s (1/(T-1)) Σ_{t<T-1} -log p(id[s, t+1] | id[s, ..t]): means of sequences, summed over the batch, so a
@@ -33,6 +37,7 @@ def gradient_pass(model: "PreTrainedModel", ids: torch.Tensor, first: int = 1) -
 
     Args:
         first: the first token that is predicted; the mean is over it and those after it.
+        labels: of the gradient, instead of the text's next tokens; the losses are those of the text.
 
     Raises:
         RuntimeError: the model's weights are not frozen.
@@ -42,7 +47,7 @@ def gradient_pass(model: "PreTrainedModel", ids: torch.Tensor, first: int = 1) -
     ids = ids.to(model.get_input_embeddings().weight.device)
     with _leaves(model) as embedded:
         logits = model(input_ids=ids, use_cache=False).logits
-    losses, gradient = loss_gradient(logits.detach(), ids.to(logits.device), first)
+    losses, gradient = loss_gradient(logits.detach(), ids.to(logits.device), first, labels)
     logits.backward(gradient)
     finite = losses.isfinite().to(ids.device)
     for leaf in embedded:
@@ -67,7 +72,9 @@ def _leaves(model: "PreTrainedModel") -> Iterator[list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def loss_gradient(logits: torch.Tensor, ids: torch.Tensor, first: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_gradient(
+    logits: torch.Tensor, ids: torch.Tensor, first: int = 1, labels: Labels | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean next-token cross-entropy of every sequence and its gradient, (softmax - onehot) / (T-1).
 
     Computed in float32, one sequence at a time: besides the gradient itself, only one sequence's probabilities are held.
@@ -76,6 +83,7 @@ def loss_gradient(logits: torch.Tensor, ids: torch.Tensor, first: int = 1) -> tu
         logits: [B, T, V]; row t predicts token t+1.
         ids: [B, T].
         first: the first token that is predicted, from 1.
+        labels: see `gradient_pass`.
 
     Returns:
         losses [B] in float32 and the gradient [B, T, V] in the dtype of `logits`; rows that predict nothing are zero.
@@ -85,11 +93,12 @@ def loss_gradient(logits: torch.Tensor, ids: torch.Tensor, first: int = 1) -> tu
     gradient[:, : first - 1] = 0
     losses = torch.empty(len(ids), device=logits.device)
     predicted = ids.shape[1] - first
-    for s, labels in enumerate(ids[:, first:, None]):
+    for s, predicted_ids in enumerate(ids[:, first:, None]):
         log_p = logits[s, first - 1 : -1].float().log_softmax(-1)
-        losses[s] = -log_p.gather(-1, labels).mean()
+        losses[s] = -log_p.gather(-1, predicted_ids).mean()
         p = log_p.exp_()
-        p.scatter_add_(-1, labels, p.new_full((), -1.0).expand_as(labels))
+        chosen = labels(s, p)[:, None] if labels else predicted_ids
+        p.scatter_add_(-1, chosen, p.new_full((), -1.0).expand_as(chosen))
         torch.div(p, predicted, out=p)
         gradient[s, first - 1 : -1] = p
     return losses, gradient

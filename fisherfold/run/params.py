@@ -58,7 +58,7 @@ class PrepareParams(Block):
     answer_tokens: Count = 160
     text_field: str | None = None
     sequence_length: Annotated[int, Field(ge=2)] = 256
-    calibration_sequences: Count = 48
+    calibration_sequences: Count = 128
     tuning_sequences: Count = 16
     evaluation_sequences: Count = 32
     questions: str | None = "wikipedia-descriptions"
@@ -77,6 +77,7 @@ class CaptureParams(ComputeBlock):
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Count = 2
     sequences_per_shard: Count = 8
+    labels: Literal["data", "model"] = "model"
     leaves: Count = 1
     gradients: Literal["none", "sums", "sketch", "exact"] = "none"
     sketch_rank: Count = 32
@@ -131,7 +132,7 @@ class SubspaceParams(ComputeBlock):
 
     metric: str = "kfac"
     input_damping: Damping | Literal["ledoit_wolf", "oas"] = 0.01
-    output_damping: Damping | Literal["ledoit_wolf", "oas"] = 0.1
+    output_damping: Damping | Literal["ledoit_wolf", "oas"] = 0.05
     asvd_alpha: Annotated[float, Field(ge=0)] = 0.5
     share_inputs: bool = False
     fasc: FascParams = FascParams()
@@ -178,9 +179,10 @@ class RanksParams(ComputeBlock):
 class RefineParams(Block):
     """Of stage factorize: the training of decoder blocks after truncation."""
 
+    threads: Count = 2
     passes: Annotated[int, Field(ge=0)] = 0
-    rate: Annotated[float, Field(gt=0)] = 3e-4
-    batch_size: Count = 2
+    rate: Annotated[float, Field(gt=0)] = 2e-4
+    batch_size: Count = 8
 
 
 class FactorizeParams(ComputeBlock):

@@ -15,6 +15,7 @@ import torch
 from fisherfold.linalg.gram import add_gram, exact_products
 from fisherfold.linalg.sketch import GradientBatch
 from fisherfold.network.gradient_pass import GradientPass, gradient_pass
+from fisherfold.network.labels import Labels
 from fisherfold.network.layers import (
     PROBE_LENGTH,
     LinearLayer,
@@ -196,11 +197,14 @@ class ModelSums:
                 if token_dtype:
                     self.samples[f"{layer.name}/x"] = TokenSample(layer.inputs, token_dtype, device)
 
-    def add(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> GradientPass:
+    def add(
+        self, ids: torch.Tensor, positions: torch.Tensor | None = None, labels: Labels | None = None
+    ) -> GradientPass:
         """Run token ids [B, T] forward and backward and add what the layers see.
 
         Args:
             positions: [B, t], of the tokens to keep, if tokens are kept.
+            labels: see `gradient_pass`.
 
         Raises:
             InputError: gradients or tokens are kept and the tokens of a layer cannot be told apart by sequence.
@@ -213,7 +217,7 @@ class ModelSums:
             input_gradient_hooks(self.shared, lambda group, g: self.inputs[group].add_gradient(g)),
             forward_hooks(self.modules, self._on_forward),
         ):
-            result = gradient_pass(self.model, ids)
+            result = gradient_pass(self.model, ids, labels=labels)
         for name in self.modules:  # layers with a use that no gradient came back to
             self._add_gradients(name)
         for name, before in kept.items():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fisherfold.network.gradient_pass import gradient_pass
+from fisherfold.network.labels import LABELS
 from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, linear_modules, read_layers
 from fisherfold.network.models import DTYPES, load_model
 from fisherfold.network.weight_check import check_weights
@@ -98,7 +99,8 @@ def add_shard(
     batches = [numbers[low : low + size] for low in range(0, len(numbers), size)]
     for batch in track_lines("capture", doing, batches, len(batches)):
         ids = torch.stack([sequences[number] for number in batch])
-        result = sums.add(ids, sample_positions(batch, ids.shape[1], params.tokens_per_sequence, params.seed))
+        positions = sample_positions(batch, ids.shape[1], params.tokens_per_sequence, params.seed)
+        result = sums.add(ids, positions, LABELS[params.labels](batch, params.seed))
         if not (result.finite.all() and sums.finite()):
             raise NonFiniteBatch({batch[place]: where for place, where in _culprits(sums.model, ids).items()})
         losses += result.losses.tolist()

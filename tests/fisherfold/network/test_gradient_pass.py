@@ -3,6 +3,7 @@ import torch
 from tiny import FAMILIES, random_ids, tiny_model
 
 from fisherfold.network.gradient_pass import gradient_pass, loss_gradient
+from fisherfold.network.labels import drawn_labels
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,3 +45,23 @@ def test_a_sequence_that_is_not_finite_is_told_apart():
 def test_weights_must_be_frozen():
     with pytest.raises(RuntimeError, match="freeze"):
         gradient_pass(tiny_model(), random_ids(1, 5))
+
+
+def test_with_labels_of_the_model_the_gradient_s_mean_square_is_the_fisher_of_the_logits():
+    """E_y (p − e_y)(p − e_y)ᵀ = diag(p) − p pᵀ, and the losses stay those of the text."""
+    draws, tokens = 4000, 5
+    logits = torch.randn(1, tokens + 1, 4, generator=torch.Generator().manual_seed(0))
+    ids = torch.zeros(1, tokens + 1, dtype=torch.long)
+    gradients = [loss_gradient(logits, ids, labels=drawn_labels([number], 0)) for number in range(draws)]
+    g = torch.stack([gradient[0, :-1] * tokens for _, gradient in gradients])
+    p = logits[0, :-1].softmax(-1)
+    fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    torch.testing.assert_close((g[..., None] * g[..., None, :]).mean(0), fisher, atol=0.03, rtol=0)
+    assert torch.equal(gradients[0][0], loss_gradient(logits, ids)[0])
+
+
+def test_drawn_labels_depend_on_the_sequence_and_not_on_its_batch():
+    p = torch.rand(6, 50, generator=torch.Generator().manual_seed(0))
+    alone, among, other = drawn_labels([7], 0), drawn_labels([3, 7], 0), drawn_labels([7], 1)
+    assert torch.equal(alone(0, p), among(1, p))
+    assert not torch.equal(alone(0, p), among(0, p)) and not torch.equal(alone(0, p), other(0, p))
