@@ -68,8 +68,8 @@ def _runs_alone(
         return False
 
 
-def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+def _hidden(args: tuple, kwargs: dict) -> Any:
+    return args[0] if args else kwargs.get("hidden_states")
 
 
 def first(output: Any) -> torch.Tensor:
