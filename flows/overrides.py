@@ -14,6 +14,7 @@ from ruamel.yaml.error import YAMLError
 
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import Params, check_params, read_document
+from fisherfold.run.presets import PRESETS
 from flows.methods import check_methods
 from flows.yaml_edit import flow_text, set_value, with_value
 
@@ -87,6 +88,8 @@ def parse(assignment: str) -> list[tuple[list[str], object]]:
     except YAMLError as error:
         reason = " ".join(str(error).split())
         raise ParameterError(f"--set {assignment}: the value is not valid YAML ({reason}).") from None
+    if keys == ["preset"] and value in PRESETS:
+        return [(keys, value), *((list(path), each) for path, each in PRESETS[str(value)].items())]
     found = list(_leaves(Params, keys, value))
     if any(len(keys) == 1 and _block(Params, keys[0]) for keys, _ in found):
         raise ParameterError(f"--set {assignment}: {FORM}")

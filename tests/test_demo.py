@@ -18,6 +18,8 @@ SMALL = (
     "capture.sketch_rank=8",
     "capture.knowledge_questions=8",
     "kronecker.dependence_draws=8",
+    "factorize.refine.passes=1",
+    "evaluate.answer_tokens=16",
 )
 GENERATE = """
 import sys

@@ -214,8 +214,9 @@ class ReportParams(Block):
 
 
 class Params(Block):
-    """All blocks of params.yaml, in the order of the pipeline."""
+    """All blocks of params.yaml, in the order of the pipeline, and the name of the bundle that some values are of (see `presets`)."""
 
+    preset: Literal["fast", "balanced", "best"] = "balanced"
     prepare: PrepareParams = PrepareParams()
     capture: CaptureParams = CaptureParams()
     kronecker: KroneckerParams = KroneckerParams()

@@ -3,7 +3,8 @@ from project import ROOT
 from ruamel.yaml import YAML
 
 from fisherfold.run.errors import ParameterError
-from fisherfold.run.params import Params, check_params, load_params
+from fisherfold.run.params import STAGES, Params, check_params, load_params
+from fisherfold.run.presets import PRESETS, own_values
 from flows.overrides import override_params
 
 SHIPPED = ROOT / "params.yaml"
@@ -12,7 +13,8 @@ SHIPPED = ROOT / "params.yaml"
 def test_shipped_file_is_valid_and_names_every_parameter():
     document = YAML(typ="safe").load(SHIPPED)
     assert load_params(SHIPPED) == Params.model_validate(document)
-    for block, params in Params():
+    for block in STAGES:
+        params = getattr(Params(), block)
         assert list(document[block]) == list(type(params).model_fields)
 
 
@@ -59,3 +61,23 @@ def test_wrong_override_changes_nothing(tmp_path, assignment):
     with pytest.raises(ParameterError):
         override_params(path, ["ranks.allocator=uniform", assignment])
     assert path.read_text() == SHIPPED.read_text()
+
+
+def test_a_preset_sets_its_values_and_leaves_the_others(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(SHIPPED.read_text())
+    assert not list(own_values("balanced", YAML(typ="safe").load(path)))
+    for preset in (*PRESETS, "balanced"):
+        override_params(path, [f"preset={preset}", "ranks.ratio=0.4"])
+        document = YAML(typ="safe").load(path)
+        assert document["preset"] == preset and not list(own_values(preset, document))
+    override_params(path, ["ranks.ratio=0.2"])
+    assert path.read_text() == SHIPPED.read_text()
+    override_params(path, ["preset=fast", "factorize.refine.passes=1"])
+    assert list(own_values("fast", YAML(typ="safe").load(path))) == ["factorize.refine.passes = 1"]
+    with pytest.raises(ParameterError, match="preset = 'fastest'"):
+        override_params(path, ["preset=fastest"])
+
+
+def test_presets_set_the_same_parameters_to_values_that_are_valid():
+    assert {tuple(values) for values in PRESETS.values()} == {tuple(PRESETS["balanced"])}
