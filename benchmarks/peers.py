@@ -28,7 +28,8 @@ from torch.utils.data import TensorDataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fisherfold.fisher.gradient_blocks import SketchedGradients
-from fisherfold.fisher.nearest_kronecker import fisher_of, nearest_kronecker
+from fisherfold.fisher.nearest_kronecker import nearest_kronecker
+from fisherfold.fisher.streamed_fisher import fisher_of
 from fisherfold.network.layers import find_layers, linear_modules
 from fisherfold.statistics.gradient_forms import GRADIENT_FORMS
 from fisherfold.statistics.layer_sums import ModelSums

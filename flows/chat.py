@@ -27,6 +27,7 @@ class Answer(NamedTuple):
 
     @property
     def pace(self) -> str:
+        """Tokens and tokens a second, for reading."""
         return f"({self.tokens} tokens, {self.tokens / self.seconds:.1f} a second)"
 
 

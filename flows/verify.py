@@ -23,9 +23,11 @@ class Checked(NamedTuple):
 
     @property
     def sound(self) -> bool:
+        """Whether every file is as it was written."""
         return not self.faults
 
     def row(self) -> tuple[str, str, str, str]:
+        """Its row of the table."""
         told = "; ".join(self.faults[:3]) + (f" and {len(self.faults) - 3} more" if len(self.faults) > 3 else "")
         return self.name, str(self.files), told or "as written", self.outdated or "from what lies here"
 

@@ -32,11 +32,11 @@ from fisherfold.export.lineage import write_lineage
 from fisherfold.export.model_card import compressed_card, dense_card
 from fisherfold.export.original_names import original_tensors
 from fisherfold.export.refined_blocks import LowRank, refine
+from fisherfold.export.sizes import count_sizes
 from fisherfold.network.layers import LinearLayer
 from fisherfold.network.models import DTYPES, read_weight
 from fisherfold.network.sites import Site, read_sites
-from fisherfold.run.checkpoint import SHARD_BYTES, StoredTensor, count_bytes, count_numbers, read_tensors, write_tensors
-from fisherfold.run.errors import CorruptArtifact
+from fisherfold.run.checkpoint import SHARD_BYTES, StoredTensor, count_bytes, read_tensors, write_tensors
 from fisherfold.run.files import digest_file, verify_output
 from fisherfold.run.params import FactorizeParams
 from fisherfold.run.scratch import Scratch
@@ -134,7 +134,8 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
             pq.write_table(pa.Table.from_pylist(rows, REFINEMENT), out / "refinement.parquet")
             write_model(out / "model", workspace, architecture, dense, compressed, dtype)
             check_buffers(out / "model", dense, architecture)
-            facts = _count(out / "model", stored, plan, compressed)
+            facts = count_sizes(out / "model", stored, plan)
+            facts["layers"] = {name: layer.record for name, layer in compressed.items()}
             (out / "model" / "README.md").write_text(
                 compressed_card(workspace, architecture, facts, params), encoding="utf-8"
             )
@@ -315,41 +316,3 @@ def _multiply_out(stored: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
 
 def _exact(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.double() if tensor.dtype.is_floating_point else tensor).numpy()
-
-
-def _count(
-    model: Path, dense: Mapping[str, StoredTensor], plan: Mapping[str, dict], compressed: Mapping[str, StoredLayer]
-) -> dict:
-    """The contract of factorize.json, counted from the headers of what was saved and checked against the plan.
-
-    Raises:
-        CorruptArtifact: a layer stores another count than was planned.
-    """
-    saved = read_tensors(model)
-    stored = {name: _targeted_numbers(name, saved) for name in plan}
-    for name, row in plan.items():
-        if stored[name] != row["stored_parameters"]:
-            raise CorruptArtifact(
-                f"Stage 'factorize', module {name!r}: stores {stored[name]} numbers where stage 'ranks' planned {row['stored_parameters']}. "
-                "The two stages ran on different inputs: run `dvc repro --force ranks factorize`."
-            )
-    return {
-        "dtype": str(next(tensor.dtype for tensor in saved.values() if tensor.dtype.is_floating_point)).removeprefix(
-            "torch."
-        ),
-        "targeted_parameters_dense": sum(dense[f"{name}.weight"].numbers for name in plan),
-        "targeted_parameters_compressed": sum(stored.values()),
-        "model_parameters_dense": count_numbers(dense),
-        "model_parameters_compressed": count_numbers(saved),
-        "model_bytes_dense": count_bytes(dense),
-        "model_bytes_compressed": count_bytes(saved),
-        "layers": {name: layer.record for name, layer in compressed.items()},
-    }
-
-
-def _targeted_numbers(module: str, saved: Mapping[str, StoredTensor]) -> int:
-    """Stored numbers of one layer without its bias."""
-    own = {
-        name: tensor for name, tensor in saved.items() if name.startswith(f"{module}.") and not name.endswith(".bias")
-    }
-    return count_numbers(own)

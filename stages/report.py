@@ -4,12 +4,11 @@ artifacts/report/index.html      no scripts, nothing loaded from anywhere, the s
 artifacts/report/README.md       the compressed model's card with what was measured, to take the place of the one in its folder
 """
 
-import csv
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from fisherfold.evaluation.verdict import verdict
 from fisherfold.export.card_results import with_results
-from fisherfold.page.answers_view import answers_view, sources_table
+from fisherfold.page.answers_view import answers_view
 from fisherfold.page.knowledge_view import knowledge_view
 from fisherfold.page.layer_views import (
     diagnostic_table,
@@ -23,8 +22,6 @@ from fisherfold.page.page import (
     Markup,
     details,
     element,
-    figure,
-    join,
     megabytes,
     number,
     page,
@@ -32,8 +29,8 @@ from fisherfold.page.page import (
     section,
     table,
 )
-from fisherfold.page.pictures import Line, legend, line_chart
-from fisherfold.page.record import Record
+from fisherfold.page.quality_view import at, points, quality_view, ratio_of, times
+from fisherfold.page.record import MODELS, Record
 from fisherfold.page.references import REFERENCES
 from fisherfold.page.trajectory_view import trajectory_view
 from fisherfold.page.verdict_view import verdict_view
@@ -41,10 +38,7 @@ from fisherfold.run.params import ReportParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
 
-MODELS = ("dense", "compressed")
 CARD = "model/README.md"
-COMPARED = (*MODELS, "difference")
-ACCURACIES = {"acc": "knowledge questions right", "acc_norm": "the same, by likelihood per character"}
 LONGEST_FACT = 300
 WHAT_RATIO_IS_OF = {"model_bytes": "the whole model's bytes"}
 SETTINGS = {"kronecker": ("estimator",), "subspace": ("metric", "input_damping", "output_damping"), "ranks": ("ratio",)}
@@ -82,7 +76,7 @@ def write_page(record: Record, title: str) -> str:
         verdict_view(judged.level, judged.sentences),
         _cards(record),
         element("p", _summary(record, len(ranks)), class_="summary"),
-        _quality(record),
+        quality_view(record),
         answers_view(record.rows("evaluate", "answers.parquet"), record.metrics),
         _sizes(record),
         _layers(ranks),
@@ -111,19 +105,10 @@ def _kicker(record: Record, ranks: list[dict]) -> str:
     return " · ".join(parts)
 
 
-def _ratio(compressed: float | None, dense: float | None) -> float | None:
-    return None if compressed is None or not dense else compressed / dense
-
-
 def _kept(record: Record, what: str) -> str:
     """Share of parameters or bytes that the compressed model has, as per cent."""
     size = record.metrics["size"]
-    return percent(_ratio(size[f"{what}_compressed"], size[f"{what}_dense"]))
-
-
-def _times(record: Record) -> str:
-    """The compressed model's perplexity as a multiple of the dense model's."""
-    return number(_ratio(*(record.metrics[model]["perplexity"] for model in reversed(MODELS))))
+    return percent(ratio_of(size[f"{what}_compressed"], size[f"{what}_dense"]))
 
 
 def _bytes(record: Record, model: str) -> str:
@@ -134,7 +119,7 @@ def _cards(record: Record) -> Markup:
     """The headline: five figures, four where there are no questions."""
     dense, compressed = (record.metrics[model] for model in MODELS)
     whole = _kept(record, "model_parameters")
-    perplexity = f"{_times(record)} × the dense model's {number(dense['perplexity'])}"
+    perplexity = f"{times(record)} × the dense model's {number(dense['perplexity'])}"
     cards = [
         (
             "Parameters kept",
@@ -172,7 +157,7 @@ def _summary(record: Record, layers: int) -> str:
         f"layers, which is {_kept(record, 'model_parameters')} of the whole model: {_bytes(record, 'compressed')} instead of "
         f"{_bytes(record, 'dense')}.",
         f"On text that nothing was fitted to, its perplexity is {number(compressed['perplexity'])} where the dense model has "
-        f"{number(dense['perplexity'])}, {_times(record)} times as much.",
+        f"{number(dense['perplexity'])}, {times(record)} times as much.",
     ]
     if compressed["knowledge_accuracy"] is not None:
         sentences.append(_knowledge_sentence(record))
@@ -184,7 +169,7 @@ def _knowledge_sentence(record: Record) -> str:
     accuracy = {model: record.metrics[model]["knowledge_accuracy"] for model in MODELS}
     difference, error = (
         accuracy["compressed"] - accuracy["dense"],
-        _at(knowledge, "standard_error", "acc", "difference"),
+        at(knowledge, "standard_error", "acc", "difference"),
     )
     verdict = ""
     if error is not None:
@@ -196,107 +181,7 @@ def _knowledge_sentence(record: Record) -> str:
     count = f"{knowledge['questions']} " if "questions" in knowledge else "the "
     return (
         f"Of {count}knowledge questions it answers {percent(accuracy['compressed'])} right, the dense model "
-        f"{percent(accuracy['dense'])}: a difference of {_points(difference)}{verdict}."
-    )
-
-
-def _points(difference: float) -> str:
-    """A difference of two shares in percentage points."""
-    return percent(difference, sign=True).replace("%", "points")
-
-
-def _at(facts: object, *keys: str) -> float | None:
-    """A nested fact, or None where the record does not go so deep."""
-    for key in keys:
-        facts = facts.get(key) if isinstance(facts, Mapping) else None
-    return facts
-
-
-def _figure(value: float | None, error: float | None) -> Markup:
-    """A figure with its standard error."""
-    return _with_error(number(value, 4), None if error is None else number(error, 2))
-
-
-def _with_error(value: str, error: str | None) -> Markup:
-    return join([value, element("span", f" ± {error}", class_="error") if error else None])
-
-
-def _quality(record: Record) -> Markup:
-    caption = "Dense and compressed model side by side; ± is one standard error"
-    figures = table(caption, ("measure", "dense", "compressed", "change"), _quality_rows(record))
-    return section(
-        "What it costs", figures, sources_table(record.metrics), _task_table(record), _losses_by_position(record)
-    )
-
-
-def _quality_rows(record: Record) -> Iterator[tuple]:
-    text, knowledge = (record.facts["evaluate"].get(part) for part in ("text", "knowledge"))
-    errors = [_at(text, "perplexity_standard_error", model) for model in MODELS]
-    perplexities = [record.metrics[model]["perplexity"] for model in MODELS]
-    yield "perplexity", *map(_figure, perplexities, errors), f"{_times(record)} ×"
-    if text:
-        losses = [_figure(text["mean"][name], text["standard_error"][name]) for name in COMPARED]
-        yield "loss, nats per token", *losses
-    divergence = _figure(record.metrics["compressed"]["kl_to_dense"], _at(text, "standard_error", "divergence"))
-    yield "divergence from the dense model, nats per token", "0", divergence, ""
-    for rule, name in ACCURACIES.items() if knowledge else ():
-        yield name, *(_accuracy(knowledge, rule, which) for which in COMPARED)
-
-
-def _accuracy(knowledge: Mapping, rule: str, which: str) -> Markup:
-    value, error = (knowledge[statistic][rule][which] for statistic in ("mean", "standard_error"))
-    shown = _points(value) if which == "difference" else percent(value)
-    return _with_error(shown, None if error is None else f"{100 * error:.1f}")
-
-
-def _task_table(record: Record) -> Markup | None:
-    """Results of further tasks; the parts of a group fold away."""
-    tasks = record.json("evaluate", "tasks.json") or {}
-    if not tasks:
-        return None
-    whole = [row for task, results in tasks.items() for row in _task_rows(results, [task])]
-    parts = [
-        row for task, results in tasks.items() for row in _task_rows(results, sorted({*results["dense"]} - {task}))
-    ]
-    header = ("task and metric", "examples", "dense", "compressed")
-    folded = details("Parts of these groups", table("Parts of lm-eval groups", header, parts)) if parts else None
-    return join([table("Further lm-eval tasks", header, whole), folded])
-
-
-def _task_rows(results: Mapping, names: Iterable[str]) -> Iterator[tuple]:
-    """One row for each metric of each of `names`, which lm-eval gives to tasks and groups."""
-    for name in names:
-        entries = [results[model].get(name, {}) for model in MODELS]
-        for metric in entries[0].get("metrics", {}):
-            pair = [_at(entry, "metrics", metric) or {} for entry in entries]
-            figures = [_figure(each.get("value"), each.get("standard_error")) for each in pair]
-            yield f"{name}, {metric}", number(entries[0].get("documents")), *figures
-
-
-def _losses_by_position(record: Record) -> Markup | None:
-    text = record.text("evaluate", "losses.csv")
-    rows = list(csv.DictReader(text.splitlines())) if text else []
-    if not rows:
-        return None
-    lines = [
-        Line(f"{model} model", [(float(row["position"]), float(row[model])) for row in rows], colour)
-        for colour, model in enumerate(MODELS)
-    ]
-    chart = line_chart(
-        "Mean loss by position in the sequence, dense and compressed",
-        lines,
-        "position in the sequence, tokens",
-        "mean loss, nats",
-    )
-    return join(
-        [
-            legend(lines),
-            figure(
-                chart,
-                "Mean loss at each position: later tokens have more context. A gap that widens to the right would mean that "
-                "long context suffers most.",
-            ),
-        ]
+        f"{percent(accuracy['dense'])}: a difference of {points(difference)}{verdict}."
     )
 
 

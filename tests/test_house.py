@@ -1,8 +1,9 @@
-"""The layout: what lies where, and who imports whom."""
+"""The layout: what lies where, who imports whom, how long modules are, what is documented."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from project import ROOT
 
 from fisherfold.run.params import STAGES
 
+SOURCES = sorted(path for building in ("fisherfold", "stages", "flows") for path in (ROOT / building).rglob("*.py"))
 ROOMS = sorted(path.parent for path in (ROOT / "fisherfold").glob("*/__init__.py"))
+LONGEST = 350  # lines of a module
+DOCUMENTED = 0.95  # share of public definitions
 
 
 def test_stages_holds_the_eight_stages_and_nothing_else():
@@ -29,3 +33,26 @@ def test_import_contracts_hold():
 def test_a_room_says_what_it_is_and_what_it_may_import(room):
     text = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
     assert text and "mport" in text
+
+
+def test_no_module_is_long():
+    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in SOURCES}
+    assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
+
+
+def test_public_names_are_documented():
+    public = [(path, node) for path in SOURCES for node in _public(ast.parse(path.read_text()))]
+    bare = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}" for path, node in public if not ast.get_docstring(node)
+    ]
+    assert len(bare) <= (1 - DOCUMENTED) * len(public), bare
+
+
+def _public(tree: ast.Module) -> Iterator[ast.AST]:
+    """Public functions and classes of a module, and the public methods of its public classes."""
+    kinds = ast.FunctionDef | ast.ClassDef
+    for node in tree.body:
+        if isinstance(node, kinds) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from (n for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_"))

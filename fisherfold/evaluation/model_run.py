@@ -40,6 +40,7 @@ class ModelRun:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one that lies in its folder."""
         return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
 
     @property
@@ -49,6 +50,7 @@ class ModelRun:
 
     @property
     def vocabulary(self) -> int:
+        """Rows of its input embedding."""
         return input_embedding(self.model).shape[0]
 
     @property

@@ -19,6 +19,7 @@ def find_zero_layers(folder: Path, dense: Path, compressed: Path) -> None:
 
 
 def read_zero_layers(folder: Path) -> list[str]:
+    """What `zero_layers` found, as its unit wrote it."""
     return json.loads((folder / "zero_layers.json").read_text(encoding="utf-8"))
 
 

@@ -50,6 +50,8 @@ NOTICED = 2.0  # standard errors that a difference of counts must have before it
 
 
 class Finding(NamedTuple):
+    """One thing that was found: how bad it is, and what to say of it."""
+
     level: str
     sentence: str
 

@@ -11,14 +11,9 @@ from pathlib import Path
 import torch
 
 from fisherfold.fisher.gradient_samples import GradientSamples
-from fisherfold.fisher.nearest_kronecker import (
-    KroneckerPair,
-    SpannedFisher,
-    StreamedFisher,
-    fisher_of,
-    nearest_kronecker,
-)
+from fisherfold.fisher.nearest_kronecker import KroneckerPair, nearest_kronecker
 from fisherfold.fisher.sampling import gram_variance
+from fisherfold.fisher.streamed_fisher import SpannedFisher, StreamedFisher, fisher_of
 from fisherfold.fisher.token_pass import step_sums
 from fisherfold.network.layers import LinearLayer
 from fisherfold.run.params import KroneckerParams
@@ -66,6 +61,7 @@ class Evidence:
 
     @property
     def samples(self) -> GradientSamples:
+        """The gradients and tokens of the layer."""
         return GradientSamples(self.statistics, self.layer, self.params, self.half)
 
     @cached_property

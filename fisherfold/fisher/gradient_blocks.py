@@ -79,15 +79,19 @@ class SketchedGradients:
         return self.count
 
     def outputs(self, A: torch.Tensor) -> torch.Tensor:
+        """Σ_s G_s A G_sᵀ."""
         return self.congruence(self.left, self.images(self.right, A))
 
     def inputs(self, B: torch.Tensor) -> torch.Tensor:
+        """Σ_s G_sᵀ B G_s."""
         return self.congruence(self.right, self.images(self.left, B))
 
     def overlap(self, A: torch.Tensor, B: torch.Tensor) -> float:
+        """Σ_s ⟨G_s, B G_s A⟩."""
         return (self.images(self.left, B).double() * self.images(self.right, A)).sum().item()
 
     def squares(self, A: torch.Tensor, B: torch.Tensor) -> tuple[float, float]:
+        """Σ_c ‖A_c‖² and Σ_c ‖B_c‖² over clusters c of gradients."""
         return self.squares_of(self.images(self.right, A), self.images(self.left, B))
 
     def squares_of(self, images_A: torch.Tensor, images_B: torch.Tensor) -> tuple[float, float]:
@@ -193,15 +197,19 @@ class ExactGradients:
         return len(self.gradient)
 
     def outputs(self, A: torch.Tensor) -> torch.Tensor:
+        """Σ_s G_s A G_sᵀ."""
         return symmetric_sum((G @ A, G) for G in self.gradient)
 
     def inputs(self, B: torch.Tensor) -> torch.Tensor:
+        """Σ_s G_sᵀ B G_s."""
         return symmetric_sum((G.T @ B, G.T) for G in self.gradient)
 
     def overlap(self, A: torch.Tensor, B: torch.Tensor) -> float:
+        """Σ_s ⟨G_s, B G_s A⟩."""
         return sum(((B @ G).double() * (G @ A)).sum().item() for G in self.gradient)
 
     def squares(self, A: torch.Tensor, B: torch.Tensor) -> tuple[float, float]:
+        """Σ_c ‖A_c‖² and Σ_c ‖B_c‖² over clusters c of gradients."""
         inputs = sum(symmetric_product(G.T @ B, G.T).double().square().sum().item() for G in self.gradient)
         outputs = sum(symmetric_product(G @ A, G).double().square().sum().item() for G in self.gradient)
         return inputs, outputs

@@ -81,6 +81,7 @@ def describe_coverage(coverage: Mapping) -> Iterator[str]:
 
 
 def millions(numbers: int) -> str:
+    """A count of parameters for reading, in millions or billions."""
     return f"{numbers / 1e6:.3g} M" if numbers < 1e9 else f"{numbers / 1e9:.3g} B"
 
 

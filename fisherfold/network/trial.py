@@ -96,6 +96,7 @@ class LinearMap:
 
     @classmethod
     def of(cls, module: nn.Module) -> "LinearMap":
+        """What a module with the weight of a linear layer should compute."""
         weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
         return cls(weight, module.bias, type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module))
 

@@ -6,11 +6,11 @@ from typing import Any
 from markupsafe import Markup
 
 from fisherfold.page.page import details, element, join, number, percent, section, table
+from fisherfold.page.record import MODELS
 
 SHOWN = 8  # answers before the rest folds away
 MOST = 64
 LONGEST = 1200  # characters of one answer
-MODELS = ("dense", "compressed")
 NO_PROMPTS = (
     "There were no prompts to ask both models, so how the compressed model answers is not known. Prompts are prepared for models "
     "with a chat template."

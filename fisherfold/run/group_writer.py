@@ -281,5 +281,6 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 def check_name(name: str) -> None:
+    """Raise ValueError if an array cannot have this name."""
     if not ARRAY_NAME.fullmatch(name):
         raise ValueError(f"not an array name: {name!r}")

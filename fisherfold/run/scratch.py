@@ -295,6 +295,7 @@ def _check_name(name: str) -> None:
 
 
 def scratch_folder(workspace: Workspace, stage: str) -> Path:
+    """Where a stage keeps its units until it has published."""
     return workspace.artifacts / f"{stage}.partial"
 
 

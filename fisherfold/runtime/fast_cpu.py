@@ -71,10 +71,12 @@ class OncePerPass(plain.LowRankLinear):
         around.register_forward_hook(self.end, always_call=True)
 
     def begin(self, *_: object) -> None:
+        """Hook: a pass of this thread begins."""
         if not is_traced():
             self.passes[threading.get_ident()] = None
 
     def end(self, *_: object) -> None:
+        """Hook: it has ended."""
         if not is_traced():
             self.passes.pop(threading.get_ident(), None)
 
@@ -141,10 +143,12 @@ def common_parent(names: list[str]) -> str:
 
 
 def is_token(x: torch.Tensor) -> bool:
+    """Whether x is one token of one sequence."""
     return x.numel() == x.shape[-1]
 
 
 def is_traced() -> bool:
+    """Whether torch compiles or traces what runs here."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 

@@ -7,12 +7,10 @@ Shapes: S sequences of T tokens, N = S T; n outputs, m inputs, r = min(n, m), k 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 
 from fisherfold.allocators.cost import PIVOTED_SIDES
 from fisherfold.evaluation.knowledge import QUESTIONS_PER_UNIT
 from fisherfold.evaluation.text import BATCHES_PER_SHARD
-from fisherfold.linalg.gram import NARROWEST, STRIPES
 from fisherfold.network.layers import LinearLayer, by_group
 from fisherfold.network.models import DTYPES
 from fisherfold.run.params import CaptureParams, Params
@@ -23,6 +21,14 @@ from fisherfold.statistics.gradient_forms import GRADIENT_FORMS, Shapes
 from fisherfold.statistics.shard import layer_slices
 from fisherfold.statistics.stored_sums import sum_shapes
 from fisherfold.statistics.tree_sum import cut_leaves, portions
+from flows.planning.demand import (
+    Demand,
+    StageCost,
+    forward_operations,
+    gram_operations,
+    pass_operations,
+    sketch_operations,
+)
 from flows.planning.group_shapes import basis_shapes, gathered_bytes, group_bytes, joined_bytes, kept_bytes
 from flows.planning.shapes import ModelShapes
 from stages.capture import disk_bytes, sums_bytes
@@ -40,93 +46,8 @@ LOGIT_BYTES = 12  # held a logit: two models' in float32, and their product
 LOGIT_TRAFFIC = 40  # bytes a logit: probabilities of two models in float32, their losses and divergence
 
 
-@dataclass(frozen=True)
-class Demand:
-    """What one unit asks for.
-
-    Attributes:
-        model: operations of forward and backward passes, in the model's dtype.
-        products: of matrix products in float32, of values in the model's dtype.
-        eigen, svd: of decompositions in float64.
-        host: of float64 work in NumPy and SciPy, on a processor even where there is a GPU.
-        traffic: bytes through a device's memory beyond those products.
-        read, written: bytes from and to the store.
-    """
-
-    model: float = 0.0
-    products: float = 0.0
-    eigen: float = 0.0
-    svd: float = 0.0
-    host: float = 0.0
-    traffic: float = 0.0
-    read: float = 0.0
-    written: float = 0.0
-
-    def __add__(self, other: "Demand") -> "Demand":
-        return Demand(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
-
-    def __mul__(self, factor: float) -> "Demand":
-        return Demand(*(getattr(self, one.name) * factor for one in fields(self)))
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """One stage on paper.
-
-    Attributes:
-        units: what each asks for, and which it waits for, in the stage's order.
-        serial: what the head does alone, before and after.
-        peak: bytes that the stage holds on the disk at most.
-        published: bytes of its output.
-        memory: bytes that a unit holds on its device.
-        loads: bytes that every worker reads before its first unit: the models.
-        dtype: what the models compute in.
-    """
-
-    units: dict[str, tuple[Demand, tuple[str, ...]]]
-    serial: Demand = Demand()
-    peak: float = 0.0
-    published: float = 0.0
-    memory: float = 0.0
-    loads: float = 0.0
-    dtype: str = "float32"
-    seconds: float = 0.0
-    notes: tuple[str, ...] = field(default=())
-
-
 STAGE_COSTS: Registry[Callable[[ModelShapes, Params, int], StageCost]] = Registry("stage")
 """By stage: (shapes, params, workers) -> its cost."""
-
-
-# Passes through the model
-
-
-def forward_operations(shapes: ModelShapes, tokens: int, length: int, logits: bool = True) -> float:
-    """2 N (Σ n m + V h) for the products and 4 N T a for scores and values of every block, a heads' width together."""
-    head = shapes.vocabulary * shapes.hidden if logits else 0
-    return 2.0 * tokens * (shapes.targeted + head) + 4.0 * tokens * length * shapes.attention_width * shapes.blocks
-
-
-def pass_operations(shapes: ModelShapes, tokens: int, length: int) -> float:
-    """A forward pass and the backward pass for activations alone, which repeats its products (attention: twice)."""
-    attention = 4.0 * tokens * length * shapes.attention_width * shapes.blocks
-    return 2 * forward_operations(shapes, tokens, length) + attention
-
-
-def gram_operations(tokens: int, size: int) -> float:
-    """Σ xᵀx in stripes of the upper block triangle: (1 + 1/stripes) N p²."""
-    stripes = -(-size // max(NARROWEST, -(-size // STRIPES)))
-    return tokens * size * size * (1 + 1 / stripes)
-
-
-def sketch_operations(layer: LinearLayer, length: int, rank: int, needs_gradient: bool) -> float:
-    """Of one sequence: three products with G (or with D and X), and two bases [p, k] from k x k Cholesky factors."""
-    n, m = layer.outputs, layer.inputs
-    product = 2.0 * n * m if needs_gradient else 2.0 * length * (n + m)
-    return 3 * rank * product + 4.0 * (n + m) * rank**2
-
-
-# Stages
 
 
 @STAGE_COSTS.register("prepare")
@@ -339,6 +260,7 @@ def factorize_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
     dense = shapes.parameters * DTYPES[params.factorize.dtype or params.prepare.dtype].itemsize
     written = dense - shapes.targeted * params.ranks.ratio * dense / shapes.parameters
     exports = written + (dense if params.factorize.dense_export else 0)
+    units |= refinement_units(shapes, params)
     return StageCost(
         units,
         serial=Demand(read=exports, written=exports),
@@ -346,6 +268,23 @@ def factorize_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
         published=exports,
         memory=max(8.0 * 6 * layer.outputs * layer.inputs for layer in shapes.layers),
     )
+
+
+def refinement_units(shapes: ModelShapes, params: Params) -> dict[str, tuple[Demand, tuple[str, ...]]]:
+    """One unit a block, each after the one before: its hidden states, held-out losses, and three forward passes' worth a training step."""
+    length, passes = params.prepare.sequence_length, params.factorize.refine.passes
+    if not passes:
+        return {}
+    tokens, held_out = length * params.prepare.calibration_sequences, length * params.prepare.tuning_sequences
+    looks = tokens * (4 * passes + 2) + 6 * held_out  # trained and its dense target; both networks' outputs; before and after
+    states = 8.0 * shapes.hidden * (tokens + held_out)
+    block = Demand(
+        model=forward_operations(shapes, looks, length, logits=False) / shapes.blocks,
+        read=states * (2 * passes + 1),
+        written=states,
+    )
+    names = [f"refined.{number}" for number in range(shapes.blocks)]
+    return {name: (block, (names[number - 1],) if number else ()) for number, name in enumerate(names)}
 
 
 def gauge_demand(layer: LinearLayer, keep: float, storage: str) -> Demand:

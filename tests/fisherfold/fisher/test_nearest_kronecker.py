@@ -7,15 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fisherfold.fisher.gradient_blocks import ExactGradients, SketchedGradients, TokenGradients, symmetric_product
-from fisherfold.fisher.nearest_kronecker import (
-    KroneckerPair,
-    SpannedFisher,
-    StreamedFisher,
-    fisher_of,
-    leading_sigmas,
-    nearest_kronecker,
-    relative_residual,
-)
+from fisherfold.fisher.nearest_kronecker import KroneckerPair, leading_sigmas, nearest_kronecker, relative_residual
+from fisherfold.fisher.streamed_fisher import SpannedFisher, StreamedFisher, fisher_of
 from fisherfold.linalg.leading_pairs import lanczos
 
 N, M = 5, 4  # outputs, inputs
