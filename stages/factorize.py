@@ -28,6 +28,7 @@ from fisherfold.export.architecture import (
 from fisherfold.export.buffers import check_buffers
 from fisherfold.export.gauges import SHARED_MEMBER, gauge_site, product, right_factor
 from fisherfold.export.gguf_export import check_gguf, write_gguf
+from fisherfold.export.healing import FACTS, heal_unit, healed
 from fisherfold.export.lineage import write_lineage
 from fisherfold.export.model_card import compressed_card, dense_card
 from fisherfold.export.original_names import original_tensors
@@ -127,14 +128,23 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
             name: layer for site in low_rank for name, layer in _stored_site(site, folders[site.name]).items()
         }
         rows: list[dict] = []
+        refined: dict[str, Path] = {}
         if params.refine.passes:
             refined = refine(scratch, workspace, _low_rank(compressed), params.refine)
             compressed, dense, rows = _apply(refined, compressed, dense, dtype)
+        healing = None
+        if params.heal.passes and compressed:
+            rest = tuple(unit / "rest" for unit in refined.values())
+            unit = (scratch.savepoints("healed"), workspace, _low_rank(compressed), rest, params.heal)
+            folder = scratch.map("healing", heal_unit, {"healed": unit})["healed"]
+            compressed, dense = _replaced(compressed, healed(folder, list(compressed)), dense, dtype)
+            healing = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         with scratch.publish() as out:
             pq.write_table(pa.Table.from_pylist(rows, REFINEMENT), out / "refinement.parquet")
             write_model(out / "model", workspace, architecture, dense, compressed, dtype)
             check_buffers(out / "model", dense, architecture)
             facts = count_sizes(out / "model", stored, plan)
+            facts["healing"] = healing
             facts["layers"] = {name: layer.record for name, layer in compressed.items()}
             (out / "model" / "README.md").write_text(
                 compressed_card(workspace, architecture, facts, params), encoding="utf-8"
@@ -152,7 +162,7 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
 
 
 def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
-    tables = ("calibration", "tuning") if params.refine.passes else ()
+    tables = ("calibration", "tuning") if params.refine.passes or params.heal.passes else ()
     return {table: digest_file(workspace.table(table)) for table in tables} | {
         "model": verify_output(workspace.out("prepare"), "model/"),
         "facts": verify_output(workspace.out("prepare"), "prepare.json"),
@@ -232,21 +242,33 @@ def _apply(
     dtype: torch.dtype,
 ) -> tuple[dict[str, StoredLayer], dict[str, StoredTensor], list[dict]]:
     """Layers and other tensors with those of the refined blocks in place, and the rows of refinement.parquet."""
-    layers, tensors, rows = dict(compressed), dict(dense), []
+    tensors, rows, folders = dict(dense), [], dict[str, Path]()
     for folder in refined.values():
         rows.append(json.loads((folder / "refinement.json").read_text(encoding="utf-8")))
         tensors |= {name: t.cast(dtype) for name, t in read_tensors(folder / "rest").items() if name in dense}
-        for own in sorted((folder / "layers").iterdir()) if (folder / "layers").exists() else ():
-            layers[own.name] = replace(compressed[own.name], folder=own)
-    for name, stored in layers.items():
-        if stored.layer.bias and stored.folder != compressed[name].folder:
-            place = _bias_place(stored)
-            found = stored.tensors
-            tensors[f"{name}.bias"] = found[place].cast(dtype)
+        folders |= (
+            {own.name: own for own in sorted((folder / "layers").iterdir())} if (folder / "layers").exists() else {}
+        )
+    layers, tensors = _replaced(compressed, folders, tensors, dtype)
+    return layers, tensors, rows
+
+
+def _replaced(
+    compressed: Mapping[str, StoredLayer],
+    folders: Mapping[str, Path],
+    dense: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+) -> tuple[dict[str, StoredLayer], dict[str, StoredTensor]]:
+    """Layers read from other folders, and the dense tensors with the biases that lie there."""
+    layers, tensors = dict(compressed), dict(dense)
+    for name, folder in folders.items():
+        layers[name] = replace(compressed[name], folder=folder)
+        if layers[name].layer.bias:
+            tensors[f"{name}.bias"] = layers[name].tensors[_bias_place(layers[name])].cast(dtype)
     for name, stored in layers.items():
         if "source" in stored.record:
             layers[name] = replace(stored, source=layers[stored.record["source"]])
-    return layers, tensors, rows
+    return layers, tensors
 
 
 def write_model(

@@ -111,8 +111,8 @@ def _refine(
 
 
 def compress_block(dense: nn.Module, name: str, layers: Mapping[str, LowRank]) -> nn.Module:
-    """A copy of a dense block with its low-rank layers in place."""
-    block, prefix = copy.deepcopy(dense), f"{name}."
+    """A copy of a dense block (or model, with the empty name) with its low-rank layers in place."""
+    block, prefix = copy.deepcopy(dense), f"{name}." if name else ""
     entries = {layer.removeprefix(prefix): dict(found.entry) for layer, found in layers.items()}
     biases = {layer: dense.get_submodule(layer).bias for layer in entries}
     for entry in entries.values():
@@ -124,7 +124,7 @@ def compress_block(dense: nn.Module, name: str, layers: Mapping[str, LowRank]) -
         tensors = {key: tensor.read().float() if tensor.dtype.is_floating_point else tensor.read()
                    for key, tensor in (read_tensors(found.folder).items() if found.entry["rank"] else ())}  # fmt: skip
         if found.bias:
-            tensors[found.bias] = biases[own].data.float()
+            tensors.setdefault(found.bias, biases[own].data.float())
         block.get_submodule(own).load_state_dict(tensors, strict=False)
     return block.eval().requires_grad_(False)
 
@@ -157,14 +157,19 @@ class Hidden:
 def write_block(folder: Path, block: nn.Module, name: str, layers: Mapping[str, LowRank]) -> None:
     """The tensors of a block: each low-rank layer's by itself, then all others."""
     state = block.state_dict()
+    write_layers_of(folder, state, f"{name}.", layers)
+    (folder / "rest").mkdir()
+    write_tensors(folder / "rest", {f"{name}.{key}": _stored(value) for key, value in sorted(state.items())})
+
+
+def write_layers_of(folder: Path, state: dict[str, torch.Tensor], prefix: str, layers: Mapping[str, LowRank]) -> None:
+    """Write each low-rank layer's tensors, which are taken out of `state`, whose names lack `prefix`."""
     for layer in layers:
-        own = f"{layer.removeprefix(f'{name}.')}."
+        own = f"{layer.removeprefix(prefix)}."
         tensors = {key.removeprefix(own): state.pop(key) for key in list(state) if key.startswith(own)}
         tensors = {key: _stored(value) for key, value in tensors.items() if value.numel() and key != "weight"}
         (folder / "layers" / layer).mkdir(parents=True)
         write_tensors(folder / "layers" / layer, tensors)
-    (folder / "rest").mkdir()
-    write_tensors(folder / "rest", {f"{name}.{key}": _stored(value) for key, value in sorted(state.items())})
 
 
 def _stored(values: torch.Tensor) -> StoredTensor:

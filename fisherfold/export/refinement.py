@@ -87,7 +87,7 @@ def _train(block: nn.Module, run: Callable, sequences: tuple[Sequences, int], pa
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=params.rate, betas=BETAS, weight_decay=0.0)
     steps, step = params.passes * -(-count // params.batch_size), 0
-    for numbers in _passes(count, params):
+    for numbers in batches_of(count, params.passes, params.batch_size):
         optimizer.param_groups[0]["lr"] = params.rate * schedule(step, steps)
         x, y = read(numbers)
         relative_error(run(block, x), y).backward()
@@ -106,10 +106,11 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1.0, WARM * steps)) * cosine
 
 
-def _passes(count: int, params: RefineParams) -> Iterator[list[int]]:
+def batches_of(count: int, passes: int, size: int) -> Iterator[list[int]]:
+    """Numbers of sequences in batches, each pass in another seeded order."""
     generator = torch.Generator().manual_seed(0)
-    for _ in range(params.passes):
-        yield from _batches(torch.randperm(count, generator=generator).tolist(), params.batch_size)
+    for _ in range(passes):
+        yield from _batches(torch.randperm(count, generator=generator).tolist(), size)
 
 
 def _batches(numbers: list[int], size: int) -> Iterator[list[int]]:

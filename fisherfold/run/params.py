@@ -185,6 +185,15 @@ class RefineParams(Block):
     batch_size: Count = 8
 
 
+class HealParams(Block):
+    """Of stage factorize: the training of all factors together."""
+
+    threads: Count = 2
+    passes: Annotated[int, Field(ge=0)] = 0
+    rate: Annotated[float, Field(gt=0)] = 1e-4
+    batch_size: Count = 8
+
+
 class FactorizeParams(ComputeBlock):
     """Of stage factorize: what is written, and in which dtype."""
 
@@ -193,6 +202,7 @@ class FactorizeParams(ComputeBlock):
     dense_export: bool = False
     gguf_export: bool = False
     refine: RefineParams = RefineParams()
+    heal: HealParams = HealParams()
 
 
 class EvaluateParams(ComputeBlock):

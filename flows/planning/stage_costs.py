@@ -276,7 +276,9 @@ def refinement_units(shapes: ModelShapes, params: Params) -> dict[str, tuple[Dem
     if not passes:
         return {}
     tokens, held_out = length * params.prepare.calibration_sequences, length * params.prepare.tuning_sequences
-    looks = tokens * (4 * passes + 2) + 6 * held_out  # trained and its dense target; both networks' outputs; before and after
+    looks = (
+        tokens * (4 * passes + 2) + 6 * held_out
+    )  # trained and its dense target; both networks' outputs; before and after
     states = 8.0 * shapes.hidden * (tokens + held_out)
     block = Demand(
         model=forward_operations(shapes, looks, length, logits=False) / shapes.blocks,

@@ -12,7 +12,7 @@ from tiny_subspace import mixed_ranks, publish_ranks, stacked_weight, subspace_w
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fisherfold.allocators.cost import FORMATS
-from fisherfold.export import refined_blocks
+from fisherfold.export import healing, refined_blocks
 from fisherfold.export.architecture import dense_architecture
 from fisherfold.export.refinement import relative_error
 from fisherfold.network.layers import read_layers
@@ -21,7 +21,7 @@ from fisherfold.run import unit_work
 from fisherfold.run.checkpoint import read_tensors
 from fisherfold.run.errors import CorruptArtifact, InputError, NotEnoughDisk
 from fisherfold.run.files import digest_file
-from fisherfold.run.params import FactorizeParams
+from fisherfold.run.params import FactorizeParams, HealParams
 from fisherfold.run.store import read_array
 from fisherfold.run.tables import read_sequences, write_sequences
 from fisherfold.run.workspace import Workspace
@@ -344,3 +344,61 @@ def test_refined_blocks_of_layers_with_biases(tmp_path):
     rows = pq.read_table(refined.out("factorize") / "refinement.parquet").to_pylist()
     assert rows[0]["accepted"]
     assert hidden_errors(refined)[0] == pytest.approx(rows[0]["held_out_after"], rel=1e-3)
+
+
+HEAL = {"threads": 1, "passes": 6, "rate": 1e-3, "batch_size": 2}
+
+
+def held_out_divergence(workspace):
+    ids = read_sequences(workspace.table("tuning"), VOCABULARY)
+    dense, compressed = (
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+        for folder in (workspace.model, workspace.out("factorize") / "model")
+    )
+    return healing.held_out(dense, compressed, ids, HealParams(**HEAL))
+
+
+@pytest.mark.parametrize("refined", [False, True])
+def test_healed_factors_are_what_is_saved(calibrated, refined):
+    options = {"refine": REFINE} if refined else {}
+    before, orders = held_out_divergence(factorized(calibrated, **options)[0]), orders_of(calibrated)
+    workspace, facts = factorized(calibrated, heal=HEAL, **options)
+    found = facts["healing"]
+    assert found["accepted"] and found["held_out_after"] < 0.98 * found["held_out_before"]
+    assert found["held_out_before"] == pytest.approx(before, rel=0.02)
+    assert found["held_out_after"] == pytest.approx(held_out_divergence(workspace), rel=0.02)
+    assert {name: order.tolist() for name, order in orders_of(workspace).items()} == {
+        name: order.tolist() for name, order in orders.items()
+    }
+
+
+def test_healing_that_helps_nobody_is_not_kept(calibrated):
+    plain, _ = factorized(calibrated)
+    expected = digests(plain.out("factorize") / "model")["model.safetensors"]
+    workspace, facts = factorized(calibrated, heal=HEAL | {"rate": 30.0})
+    assert not facts["healing"]["accepted"]
+    assert digests(workspace.out("factorize") / "model")["model.safetensors"] == expected
+
+
+def test_a_killed_healing_goes_on_with_the_same_bits(calibrated, monkeypatch):
+    whole, _ = factorized(calibrated, heal=HEAL)
+    expected = digests(whole.out("factorize"))
+    shutil.rmtree(whole.out("factorize"))
+    shutil.rmtree(whole.artifacts / "factorize.partial")
+    real, calls = healing.divergence, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setenv("FISHERFOLD_SAVE_SECONDS", "0")
+    monkeypatch.setattr(healing, "divergence", killed)
+    with pytest.raises(KeyboardInterrupt):
+        factorized(calibrated, heal=HEAL)
+    calls.clear()
+    monkeypatch.setattr(healing, "divergence", lambda *arguments: calls.append(1) or real(*arguments))
+    again, _ = factorized(calibrated, heal=HEAL)
+    assert digests(again.out("factorize")) == expected
+    assert 0 < len(calls) < 18 + 2 * 3  # steps and held-out batches of a whole one

@@ -1,0 +1,165 @@
+"""Healing: all factors of a compressed model trained together, to give the dense model's predictions; a unit of stage `factorize`.
+
+    minimise  mean over sequences and tokens of  KL(p_t ‖ p̂_t),   p_t, p̂_t what the dense and the compressed model predict after token t
+
+One pass over text is what pays: several over little text lower the loss on that text and raise it elsewhere. What is trained is kept only
+if it lowers the divergence on held-out sequences. The state (factors, moments of AdamW) becomes durable about once a minute and is exact.
+
+<unit>/layers/<layer>/model.safetensors   the trained layers, if they were kept
+<unit>/healing.json                       what `Healing` says
+
+Memory: both models, and three times the factors more, in float32. Time: a training step of both models a sequence.
+
+Shapes: S sequences of T tokens, B of them a step.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fisherfold.export.refined_blocks import LowRank, compress_block, write_layers_of
+from fisherfold.export.refinement import BETAS, batches_of, schedule
+from fisherfold.network.models import load_model
+from fisherfold.run.checkpoint import read_tensors
+from fisherfold.run.determinism import computing_threads
+from fisherfold.run.group_writer import write_arrays
+from fisherfold.run.params import HealParams
+from fisherfold.run.progress import track_lines
+from fisherfold.run.savepoints import SavepointPlace, Savepoints
+from fisherfold.run.store import close_groups, read_array
+from fisherfold.run.tables import read_sequences
+from fisherfold.run.workspace import Workspace
+
+STATE = "state"
+FACTS = "healing.json"
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What was gained: nats a token on held-out sequences before and after, whether it was kept, optimiser steps done."""
+
+    held_out_before: float
+    held_out_after: float
+    accepted: bool
+    steps: int
+
+
+def heal_unit(
+    folder: Path,
+    place: SavepointPlace,
+    workspace: Workspace,
+    layers: dict[str, LowRank],
+    rest: tuple[Path, ...],
+    params: HealParams,
+) -> None:
+    """Unit of work: train the factors of `layers`.
+
+    Args:
+        place: of its savepoints.
+        layers: of the compressed model; their entry says how they are stored.
+        rest: files with other tensors that differ from the dense model's.
+    """
+    with computing_threads(params.threads):
+        dense = load_model(workspace.model, torch.float32)
+        compressed = compress_block(dense, "", layers)
+        for file in rest:
+            compressed.load_state_dict({name: t.read() for name, t in read_tensors(file).items()}, strict=False)
+        ids = {name: read_sequences(workspace.table(name), len(dense.get_input_embeddings().weight)) for name in ("calibration", "tuning")}  # fmt: skip
+        factors = factors_of(compressed, layers)
+        before = held_out(dense, compressed, ids["tuning"], params)
+        steps = train(Savepoints(place, folder), factors, lambda batch: divergence(dense, compressed, batch).mean(), ids["calibration"], params)  # fmt: skip
+        after = held_out(dense, compressed, ids["tuning"], params)
+    found = Healing(before, after, after < before, steps)
+    if found.accepted:
+        write_layers_of(folder, compressed.state_dict(), "", layers)
+    (folder / FACTS).write_text(json.dumps(asdict(found), sort_keys=True) + "\n", encoding="utf-8")
+
+
+def factors_of(model: nn.Module, layers: Mapping[str, LowRank]) -> dict[str, nn.Parameter]:
+    """The floating-point parameters of the low-rank layers, by name; one that several layers share once."""
+    prefixes = tuple(f"{name}." for name in layers)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith(prefixes) and parameter.is_floating_point() and parameter.numel()
+    }
+
+
+def divergence(dense: nn.Module, compressed: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """KL(p_t ‖ p̂_t) in nats [B, T - 1]."""
+    with torch.no_grad():
+        wanted = dense(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    found = compressed(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    return nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+
+
+@torch.no_grad()
+def held_out(dense: nn.Module, compressed: nn.Module, ids: torch.Tensor, params: HealParams) -> float:
+    """Mean divergence over sequences and tokens."""
+    return float(torch.cat([divergence(dense, compressed, batch) for batch in ids.split(params.batch_size)]).mean())
+
+
+def train(
+    points: Savepoints,
+    factors: Mapping[str, nn.Parameter],
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    ids: torch.Tensor,
+    params: HealParams,
+) -> int:
+    """Descend on `loss` of batches of `ids` [S, T], from the newest savepoint if there is one; steps in all.
+
+    AdamW, its rate rising over the first steps, then half a cosine; gradients clipped to norm 1.
+    """
+    for factor in factors.values():
+        factor.requires_grad_(True)
+    optimizer = torch.optim.AdamW(factors.values(), lr=params.rate, betas=BETAS, weight_decay=0.0)
+    batches = list(batches_of(len(ids), params.passes, params.batch_size))
+    done = _resume(points, optimizer, factors)
+    for step in track_lines("factorize", "healing, step", range(done, len(batches)), len(batches) - done):
+        if step > done and points.due():
+            _save(points, step, optimizer, factors)
+        optimizer.param_groups[0]["lr"] = params.rate * schedule(step, len(batches))
+        loss(ids[batches[step]]).backward()
+        nn.utils.clip_grad_norm_(factors.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for factor in factors.values():
+        factor.requires_grad_(False)
+    return len(batches)
+
+
+def _save(points: Savepoints, step: int, optimizer: torch.optim.Optimizer, factors: Mapping[str, nn.Parameter]) -> None:
+    arrays = [
+        (f"{name}/{kind}", values)
+        for name, factor in factors.items()
+        for kind, values in (("value", factor.detach()), *((key, optimizer.state[factor][key]) for key in MOMENTS))
+    ]
+    with points.save(step) as folder:
+        write_arrays(folder / STATE, arrays)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@torch.no_grad()
+def _resume(points: Savepoints, optimizer: torch.optim.Optimizer, factors: Mapping[str, nn.Parameter]) -> int:
+    """Steps that the newest savepoint has behind it, after factors and moments have been set to it."""
+    folder = points.restore()
+    if folder is None:
+        return 0
+    step = int(folder.name)
+    for name, factor in factors.items():
+        factor.copy_(read_array(folder / STATE, f"{name}/value"))
+        moments = {key: read_array(folder / STATE, f"{name}/{key}") for key in MOMENTS}
+        optimizer.state[factor] = {"step": torch.tensor(float(step)), **moments}
+    close_groups()
+    return step
+
+
+def healed(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Where each layer lies that was trained and kept."""
+    return {name: folder / "layers" / name for name in names if (folder / "layers" / name).is_dir()}
