@@ -12,7 +12,7 @@ from tiny_subspace import mixed_ranks, publish_ranks, stacked_weight, subspace_w
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fisherfold.allocators.cost import FORMATS
-from fisherfold.export import healing, refined_blocks
+from fisherfold.export import healing, refined_blocks, sizes
 from fisherfold.export.architecture import dense_architecture
 from fisherfold.export.refinement import relative_error
 from fisherfold.network.layers import read_layers
@@ -244,7 +244,7 @@ def test_models_with_code_of_their_own_are_refused(unfinished):
 
 
 def test_ranks_of_another_plan_are_noticed(unfinished, monkeypatch):
-    monkeypatch.setattr(factorize, "_targeted_numbers", lambda *_: 1)
+    monkeypatch.setattr(sizes, "_targeted_numbers", lambda *_: 1)
     with pytest.raises(CorruptArtifact, match=r"stores 1 numbers where stage 'ranks' planned"):
         factorized(unfinished)
 
