@@ -44,7 +44,8 @@ def main() -> None:
     options = parser.parse_args()
     config = find_config(Workspace(Path()), options.shapes)
     config.num_hidden_layers = options.blocks
-    dense = dense_model(config, torch.bfloat16).requires_grad_(False).to(options.device)
+    with torch.device(options.device):  # a billion random numbers take minutes on a processor
+        dense = dense_model(config, torch.bfloat16).requires_grad_(False)
     name = torch.cuda.get_device_name() if options.device == "cuda" else options.device
     found = {"device": name, "torch": torch.__version__, "shapes": options.shapes, "blocks": options.blocks}
     found["capture"] = capture_times(dense, options.repeats)
@@ -73,10 +74,11 @@ def inference_times(dense: PreTrainedModel, options: argparse.Namespace) -> list
     for ratio in map(float, options.ratios.split(",")):
         for multiple in map(int, options.multiples.split(",")):
             plan = plan_layers(find_layers(dense), None, ratio, multiple, "pivoted")
-            models = {"dense": dense} | {
-                name: compressed_model(dense, plan, storage).to(options.device)
-                for name, storage in (("pivoted", "pivoted"), ("plain", "factors"))
-            }
+            with torch.device(options.device):
+                models = {"dense": dense} | {
+                    name: compressed_model(dense, plan, storage)
+                    for name, storage in (("pivoted", "pivoted"), ("plain", "factors"))
+                }
             for use, shape in USES.items():
                 ids = torch.randint(dense.config.vocab_size, shape).to(options.device)
                 row = {"ratio": ratio, "multiple": multiple, "use": use}

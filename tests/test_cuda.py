@@ -78,6 +78,7 @@ def test_decompositions_equal_those_of_the_cpu() -> None:
 
 
 def stages_on(device: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """Stages from `capture` to `factorize`, in this process."""
     monkeypatch.setenv("FISHERFOLD_DEVICE", device)
     loaded_model.cache_clear()
     capture.run(

@@ -1,5 +1,6 @@
 """Tiny random models of every supported family, and workspaces around them, made in the test."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from fisherfold.run.tables import ANSWERS, QUESTIONS, write_sequences, write_tab
 from fisherfold.run.workspace import Workspace
 
 VOCABULARY = 96
+FACTS = {"name": "/somewhere/tiny", "origin": "local", "licence": None, "digest": "0" * 64}
 CHAT = "{% for message in messages %}w{{ 1 if message.role == 'user' else 2 }} {{ message.content }} {% endfor %}w2"
 FAMILIES = {
     "llama": {"num_key_value_heads": 1, "tie_word_embeddings": True},
@@ -93,6 +95,7 @@ def tiny_workspace(root: Path, family: str = "llama", sequences: int = 8, length
         save_tiny(out / "model", family)
         write_layers(out, find_layers(tiny_model(family)))
         write_dense_layers(out, {})
+        (out / "prepare.json").write_text(json.dumps({"model": FACTS}))
     for seed, split in enumerate(("calibration", "tuning", "evaluation")):
         ids = random_ids(sequences, length, seed)
         write_sequences(workspace.table(split), ids.numpy(), [[f"{split}-{i}"] for i in range(sequences)], VOCABULARY)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tiny import FAMILIES, VOCABULARY, random_ids, tiny_model, tiny_tokenizer
+from tiny import FACTS, FAMILIES, VOCABULARY, random_ids, tiny_model, tiny_tokenizer
 from tiny_families import tiny_family
 
 from fisherfold.allocators.cost import choose_storage
@@ -20,8 +20,6 @@ from fisherfold.run.scratch import Scratch
 from fisherfold.run.tables import write_sequences
 from fisherfold.run.workspace import Workspace
 from stages.ranks import ranks_table
-
-FACTS = {"name": "/somewhere/tiny", "origin": "local", "licence": None, "digest": "0" * 64}
 
 
 def subspace_workspace(
