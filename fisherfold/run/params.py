@@ -51,6 +51,7 @@ class PrepareParams(Block):
     trust_remote_code: bool = False
     dtype: Dtype = "float32"
     gates: list[str] = []
+    experts: Literal["layers", "all", "dense"] = "layers"
     corpus: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] = "wikipedia-leads"
     self_written: Floor = 0.5
     prompts: str = "everyday"
