@@ -7,7 +7,7 @@ tensors.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from fisherfold.export.architecture import (
     write_config,
 )
 from fisherfold.export.buffers import check_buffers
+from fisherfold.export.expert_tensors import Stack, active_parameters, find_stacks, stored_numbers
 from fisherfold.export.gauges import SHARED_MEMBER, gauge_site, product, right_factor
 from fisherfold.export.gguf_export import gguf_format, write_gguf
 from fisherfold.export.lineage import write_lineage
@@ -34,7 +35,7 @@ from fisherfold.export.original_names import original_tensors
 from fisherfold.export.refined_blocks import LowRank, refine
 from fisherfold.network.layers import LinearLayer
 from fisherfold.network.models import DTYPES, read_weight
-from fisherfold.network.sites import Site, read_sites
+from fisherfold.network.sites import Site, bundles, read_sites
 from fisherfold.run.checkpoint import SHARD_BYTES, StoredTensor, count_bytes, count_numbers, read_tensors, write_tensors
 from fisherfold.run.errors import CorruptArtifact
 from fisherfold.run.files import digest_file, verify_output
@@ -110,38 +111,48 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         scratch.require_disk(count_bytes(dense) * (2 + params.dense_export + params.gguf_export))
         low_rank = [site for site in sites if plan[site.name]["storage"] != DENSE]
         bases = workspace.out("subspace") / "bases"
+        by_first = {site.layers[0].name: site for site in low_rank}
+        pieces = {
+            name: [by_first[first.name] for first in some]
+            for name, some in bundles(site.layers[0] for site in low_rank).items()
+        }
         units = {
-            site.name: (
+            name: (
                 bases,
                 workspace.model,
-                site,
-                plan[site.name]["rank"],
-                plan[site.name]["storage"],
+                [(site, plan[site.name]["rank"], plan[site.name]["storage"]) for site in some],
                 dtype,
             )
-            for site in low_rank
+            for name, some in pieces.items()
         }
-        sizes = {site.name: site.dense_numbers for site in low_rank}
-        folders = scratch.map("factorizing layers", factorize_site, units, sizes)
+        sizes = {name: sum(site.dense_numbers for site in some) for name, some in pieces.items()}
+        folders = scratch.map("factorizing layers", factorize_sites, units, sizes)
         compressed = {
-            name: layer for site in low_rank for name, layer in _stored_site(site, folders[site.name]).items()
+            name: layer
+            for unit, some in pieces.items()
+            for site in some
+            for name, layer in _stored_site(site, folders[unit]).items()
         }
+        layers = [layer for site in sites for layer in site.layers]
+        stacks = find_stacks(layers, compressed)
         rows: list[dict] = []
         if params.refine.passes:
             refined = refine(scratch, workspace, _low_rank(compressed), params.refine)
             compressed, dense, rows = _apply(refined, compressed, dense, dtype)
         with scratch.publish() as out:
             pq.write_table(pa.Table.from_pylist(rows, REFINEMENT), out / "refinement.parquet")
-            write_model(out / "model", workspace, architecture, dense, compressed, dtype)
+            write_model(out / "model", workspace, architecture, dense, compressed, dtype, stacks=stacks)
             check_buffers(out / "model", dense, architecture)
-            facts = _count(out / "model", stored, plan, compressed)
+            facts = _count(out / "model", stored, plan, compressed, layers, stacks)
+            if any(layer.stack for layer in layers):
+                facts |= active_parameters(facts, plan, workspace.out("ranks"))
             (out / "model" / "README.md").write_text(
                 compressed_card(workspace, architecture, facts, params), encoding="utf-8"
             )
             write_lineage(out / "model", workspace, inputs)
             (out / "factorize.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             if params.dense_export or params.gguf_export:
-                whole = original_tensors(architecture.empty_model(), dense_tensors(dense, compressed, dtype))
+                whole = original_tensors(architecture.empty_model(), dense_tensors(dense, compressed, dtype, stacks))
             if params.dense_export:
                 write_dense(out / "dense", workspace, whole, dtype)
                 (out / "dense" / "README.md").write_text(dense_card(workspace, architecture, facts), encoding="utf-8")
@@ -161,10 +172,18 @@ def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
     }
 
 
+def factorize_sites(
+    folder: Path, bases: Path, model: Path, sites: Sequence[tuple[Site, int, str]], dtype: torch.dtype
+) -> None:
+    """Unit of work: a site, or the sites of some experts, each with its rank and storage."""
+    for site, rank, storage in sites:
+        factorize_site(folder, bases, model, site, rank, storage, dtype)
+
+
 def factorize_site(
     folder: Path, bases: Path, model: Path, site: Site, rank: int, storage: str, dtype: torch.dtype
 ) -> None:
-    """Unit of work: cut a site's basis to `rank`, gauge it, round it to `dtype`, and record what that cost each layer.
+    """Cut a site's basis to `rank`, gauge it, round it to `dtype`, and record what that cost each layer.
 
     rounding_error = ‖Ŵ − left right‖ / ‖left right‖ (gauge and rounding), reconstruction_error = ‖Ŵ − W‖ / ‖W‖ (truncation
     too), in the Frobenius norm, Ŵ the product of what is stored.
@@ -256,32 +275,42 @@ def write_model(
     compressed: Mapping[str, StoredLayer],
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
+    stacks: Sequence[Stack] = (),
 ) -> None:
     """The checkpoint with low-rank layers: weights, configuration, its own code, and the dense model's other files."""
     folder.mkdir(parents=True)
-    write_tensors(folder, compressed_tensors(dense, compressed, dtype), shard_bytes)
+    write_tensors(folder, compressed_tensors(dense, compressed, dtype, stacks), shard_bytes)
     layers = {
         name: {key: stored.record[key] for key in ("kind", "rank", "source") if key in stored.record}
         for name, stored in compressed.items()
+        if not stored.layer.stack
     }
-    write_config(folder, architecture, dtype, layers)
+    write_config(folder, architecture, dtype, layers, stacks)
     write_code(folder, architecture)
     copy_companions(workspace.model, folder)
 
 
 def compressed_tensors(
-    dense: Mapping[str, StoredTensor], compressed: Mapping[str, StoredLayer], dtype: torch.dtype
+    dense: Mapping[str, StoredTensor],
+    compressed: Mapping[str, StoredLayer],
+    dtype: torch.dtype,
+    stacks: Sequence[Stack] = (),
 ) -> dict[str, StoredTensor]:
     """The checkpoint's tensors: of every layer in `compressed` its own instead of the dense weight, its bias moved along."""
     tensors = dict(dense)
-    for name, stored in compressed.items():
+    for stack in stacks:
+        tensors |= stack.tensors(tensors.pop(stack.name), dtype)
+    linear = {name: stored for name, stored in compressed.items() if not stored.layer.stack}
+    for name, stored in linear.items():
         del tensors[f"{name}.weight"]
         if stored.layer.bias:
             tensors[f"{name}.{_bias_place(stored)}"] = tensors.pop(f"{name}.bias")
         tensors |= {f"{name}.{parameter}": tensor.cast(dtype) for parameter, tensor in stored.factors.items()}
-    if compressed:  # see FisherfoldForCausalLM: makes the dense model's class refuse this checkpoint
-        shape = 0, dense[f"{min(compressed)}.weight"].shape[1]
-        tensors[f"{min(compressed)}.weight"] = StoredTensor(shape, dtype, lambda: torch.empty(shape, dtype=dtype))
+    if linear:  # see FisherfoldForCausalLM: makes the dense model's class refuse this checkpoint
+        shape = 0, dense[f"{min(linear)}.weight"].shape[1]
+        tensors[f"{min(linear)}.weight"] = StoredTensor(shape, dtype, lambda: torch.empty(shape, dtype=dtype))
+    if stacks:
+        tensors[min(stack.name for stack in stacks)] = StoredTensor((0,), dtype, lambda: torch.empty(0, dtype=dtype))
     return dict(sorted(tensors.items()))
 
 
@@ -297,14 +326,19 @@ def write_dense(folder: Path, workspace: Workspace, whole: Mapping[str, StoredTe
 
 
 def dense_tensors(
-    dense: Mapping[str, StoredTensor], compressed: Mapping[str, StoredLayer], dtype: torch.dtype
+    dense: Mapping[str, StoredTensor],
+    compressed: Mapping[str, StoredLayer],
+    dtype: torch.dtype,
+    stacks: Sequence[Stack] = (),
 ) -> dict[str, StoredTensor]:
     """The dense model's tensors, with the weight of every layer in `compressed` multiplied out when it is read."""
     rebuilt = {
         f"{name}.weight": StoredTensor(dense[f"{name}.weight"].shape, dtype, partial(_multiply_out, stored, dtype))
         for name, stored in compressed.items()
+        if not stored.layer.stack
     }
-    return dict(sorted({**dense, **rebuilt}.items()))
+    experts = {stack.name: stack.multiplied_out(dense[stack.name], dtype) for stack in stacks}
+    return dict(sorted({**dense, **rebuilt, **experts}.items()))
 
 
 def _multiply_out(stored: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
@@ -318,7 +352,12 @@ def _exact(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _count(
-    model: Path, dense: Mapping[str, StoredTensor], plan: Mapping[str, dict], compressed: Mapping[str, StoredLayer]
+    model: Path,
+    dense: Mapping[str, StoredTensor],
+    plan: Mapping[str, dict],
+    compressed: Mapping[str, StoredLayer],
+    layers: Sequence[LinearLayer],
+    stacks: Sequence[Stack],
 ) -> dict:
     """The contract of factorize.json, counted from the headers of what was saved and checked against the plan.
 
@@ -326,7 +365,8 @@ def _count(
         CorruptArtifact: a layer stores another count than was planned.
     """
     saved = read_tensors(model)
-    stored = {name: _targeted_numbers(name, saved) for name in plan}
+    experts = stored_numbers(layers, stacks, saved)
+    stored = {name: experts[name] if name in experts else _targeted_numbers(name, saved) for name in plan}
     for name, row in plan.items():
         if stored[name] != row["stored_parameters"]:
             raise CorruptArtifact(
@@ -337,7 +377,7 @@ def _count(
         "dtype": str(next(tensor.dtype for tensor in saved.values() if tensor.dtype.is_floating_point)).removeprefix(
             "torch."
         ),
-        "targeted_parameters_dense": sum(dense[f"{name}.weight"].numbers for name in plan),
+        "targeted_parameters_dense": sum(row["dense_parameters"] for row in plan.values()),
         "targeted_parameters_compressed": sum(stored.values()),
         "model_parameters_dense": count_numbers(dense),
         "model_parameters_compressed": count_numbers(saved),

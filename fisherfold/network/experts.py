@@ -38,10 +38,11 @@ class ExpertLinear(nn.Linear):
         self.transposed = transposed
         self.rows: torch.Tensor | None = None
 
-    def read(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """The outputs for x, the tokens `rows`."""
-        self.rows = rows
-        return self(x)
+
+def _read(expert: nn.Module, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """What an expert's matrix, or what has been put in its place, makes of x, the tokens `rows`."""
+    expert.rows = rows  # type: ignore[assignment]
+    return expert(x)
 
 
 class ExpertStack(nn.ModuleList):
@@ -57,12 +58,14 @@ class Layout:
     """How a kind of module holds and runs its experts.
 
     Attributes:
+        name: of the entry, which a checkpoint's config.json has.
         fits: whether a module is of this kind.
         stacks: names of its stacked parameters, in the order in which they are used.
         transposed: whether they are [E, m, n].
         forward: what it computes, from unfolded stacks.
     """
 
+    name: str
     fits: Callable[[nn.Module], bool]
     stacks: Callable[[nn.Module], tuple[str, str]]
     transposed: Callable[[nn.Module], bool]
@@ -79,14 +82,14 @@ def _through_interface(
     chosen = top_k_index.shape[-1]
     expert_of = top_k_index.reshape(-1)
     first, last = (getattr(self, name) for name in _interface_stacks(self))
-    parts, places = [hidden_states.new_zeros(0, last[0].out_features)], [expert_of.new_zeros(0)]
+    parts, places = [torch.zeros_like(hidden_states[:0])], [expert_of[:0]]
     for expert in range(len(first)):
         here = torch.nonzero(expert_of == expert)[:, 0]
         if len(here):
             rows = torch.div(here, chosen, rounding_mode="floor")
-            made = first[expert].read(hidden_states[rows], rows)
+            made = _read(first[expert], hidden_states[rows], rows)
             made = self._apply_gate(made) if self.has_gate else self.act_fn(made)
-            made = last[expert].read(made, rows)
+            made = _read(last[expert], made, rows)
             parts.append(self.post_expert_norm(made) if self.has_post_expert_norm else made)
             places.append(here)
     place, made = torch.cat(places), torch.cat(parts)
@@ -107,7 +110,7 @@ def _fits_interface(module: nn.Module) -> bool:
 
 
 LAYOUTS.register("interface")(
-    Layout(_fits_interface, _interface_stacks, lambda module: module.is_transposed, _through_interface)
+    Layout("interface", _fits_interface, _interface_stacks, lambda module: module.is_transposed, _through_interface)
 )
 
 
@@ -117,10 +120,10 @@ def _every_token_everywhere(self: nn.Module, hidden_states: torch.Tensor) -> tor
     made = []
     for first, last, copy in zip(self.gate_up_proj, self.down_proj, copies, strict=True):
         rows = torch.nonzero(copy.detach().any(-1))[:, 0]
-        own = copy.new_zeros(len(copy), last.out_features)
+        own = torch.zeros_like(copy)
         if len(rows):
-            gate, up = first.read(copy[rows], rows).chunk(2, dim=-1)
-            own = own.index_copy(0, rows, last.read(up * self.act_fn(gate), rows))
+            gate, up = _read(first, copy[rows], rows).chunk(2, dim=-1)
+            own = own.index_copy(0, rows, _read(last, up * self.act_fn(gate), rows))
         made.append(own)
     return torch.cat(made)
 
@@ -135,7 +138,13 @@ def _takes_copies(module: nn.Module) -> bool:
 
 
 LAYOUTS.register("copies")(
-    Layout(_takes_copies, lambda module: ("gate_up_proj", "down_proj"), lambda module: True, _every_token_everywhere)
+    Layout(
+        "copies",
+        _takes_copies,
+        lambda module: ("gate_up_proj", "down_proj"),
+        lambda module: True,
+        _every_token_everywhere,
+    )
 )
 
 

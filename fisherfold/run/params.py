@@ -127,6 +127,14 @@ class FascParams(Block):
     rho: Literal["rho_F", "rho_cca", "rho_kfac"] = "rho_kfac"
 
 
+class ExpertsParams(Block):
+    """Of a mixture's experts: what those with few tokens borrow from the others."""
+
+    prior_tokens: Annotated[float, Field(ge=0)] = 32.0
+    fewest: Annotated[int, Field(ge=0)] = 1
+    few: Literal["dense", "mean"] = "dense"
+
+
 class SubspaceParams(ComputeBlock):
     """Of stage subspace: the metric of the weighted decomposition."""
 
@@ -135,6 +143,7 @@ class SubspaceParams(ComputeBlock):
     output_damping: Damping | Literal["ledoit_wolf", "oas"] = 0.1
     asvd_alpha: Annotated[float, Field(ge=0)] = 0.5
     share_inputs: bool = False
+    experts: ExpertsParams = ExpertsParams()
     fasc: FascParams = FascParams()
 
 
@@ -172,6 +181,7 @@ class RanksParams(ComputeBlock):
     ceiling: Ceiling | dict[str, Ceiling] = 1.0
     fixed: dict[str, Annotated[int, Field(ge=0)]] = {}
     exclude: list[str] = []
+    expert_classes: Count = 4
     fermigrad: FermigradParams = FermigradParams()
     measured: MeasuredParams = MeasuredParams()
 

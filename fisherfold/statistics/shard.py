@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.experts import unfold_experts
+from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, linear_modules, read_layers
 from fisherfold.network.models import DTYPES, load_model
 from fisherfold.network.weight_check import check_weights
