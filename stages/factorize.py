@@ -37,7 +37,7 @@ from fisherfold.network.layers import LinearLayer
 from fisherfold.network.models import DTYPES, read_weight
 from fisherfold.network.sites import Site, bundles, read_sites
 from fisherfold.run.checkpoint import SHARD_BYTES, StoredTensor, count_bytes, count_numbers, read_tensors, write_tensors
-from fisherfold.run.errors import CorruptArtifact
+from fisherfold.run.errors import CorruptArtifact, InputError
 from fisherfold.run.files import digest_file, verify_output
 from fisherfold.run.params import FactorizeParams
 from fisherfold.run.scratch import Scratch
@@ -92,10 +92,18 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
     """Write the compressed checkpoint.
 
     Raises:
-        InputError: the model's architecture is not one of transformers' own, so its code cannot travel with the checkpoint.
+        InputError: the model's architecture is not one of transformers' own, so its code cannot travel with the checkpoint; or refinement
+            is asked for, of a mixture whose experts are layers.
         CorruptArtifact: the output of an earlier stage is not whole, or the saved tensors are not what was planned.
         NotEnoughDisk: the checkpoint would not fit.
     """
+    if params.refine.passes and any(
+        layer.stack for site in read_sites(workspace.out("subspace")) for layer in site.layers
+    ):
+        raise InputError(
+            "factorize.refine.passes trains linear layers, and this model's experts are layers, too, which it does not know yet. Set it to 0, "
+            "or prepare.experts: dense."
+        )
     inputs = _inputs(workspace, params)
     with Scratch(workspace, "factorize", params, inputs) as scratch:
         if scratch.republish():

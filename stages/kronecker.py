@@ -8,7 +8,7 @@ comparison.parquet (one row a layer and estimator), kronecker.json, and, if the 
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -116,7 +116,10 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
             scratch.require_disk(4 * numbers)
         passed = _pass_tokens(scratch, workspace, statistics, params) if estimator.passes else {}
         pieces = bundles(layers)
-        units = {name: (capture, some, params, passed.get(name, ())) for name, some in pieces.items()}
+        units = {
+            name: (capture, some, params, {layer.name: passed.get(layer.name, ()) for layer in some})
+            for name, some in pieces.items()
+        }
         sizes = {name: sum(layer.dense_numbers for layer in some) for name, some in pieces.items()}
         folders = scratch.map("estimating Kronecker factors", estimate_layers, units, sizes)
         found = _in_order(folders.values(), layers)
@@ -181,9 +184,9 @@ def estimate_layers(
     capture: Path,
     layers: Sequence[LinearLayer],
     params: KroneckerParams,
-    token_sums: tuple[Path, ...] = (),
+    token_sums: Mapping[str, tuple[Path, ...]],
 ) -> None:
-    """Unit of work: the factors and the diagnostics of a layer, or of some experts."""
+    """Unit of work: the factors and the diagnostics of a layer, or of some experts; `token_sums` has those of each."""
     found: list[dict] = []
     arrays = _factors(capture, layers, params, token_sums, found)
     if ESTIMATORS.lookup(params.estimator).makes_factors:
@@ -197,12 +200,12 @@ def _factors(
     capture: Path,
     layers: Sequence[LinearLayer],
     params: KroneckerParams,
-    token_sums: tuple[Path, ...],
+    token_sums: Mapping[str, tuple[Path, ...]],
     found: list[dict],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The factors of each layer, one layer in memory at a time; `found` gets its diagnostics."""
     for layer in layers:
-        evidence = Evidence(Statistics(capture), layer, params, token_sums=token_sums)
+        evidence = Evidence(Statistics(capture), layer, params, token_sums=token_sums[layer.name])
         estimate, facts = _estimate(evidence)
         found.append(facts)
         if estimate is not None:
