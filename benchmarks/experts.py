@@ -167,7 +167,7 @@ def kept_experts(workspace: Workspace, share: float) -> dict[str, list[int]]:
             own = mass.setdefault(stack.rpartition(".")[0], dict.fromkeys(range(EXPERTS), 0.0))
             own[int(expert)] += row["sigma"] ** 2
     count = EXPERTS - round(share * EXPERTS)
-    return {name: sorted(sorted(own, key=lambda e: -own[e])[:count]) for name, own in mass.items()}  # noqa: B023
+    return {name: sorted(sorted(own, key=lambda e: -own[e])[:count]) for name, own in mass.items()}
 
 
 def drop_experts(dense: PreTrainedModel, kept: dict[str, list[int]]) -> PreTrainedModel:

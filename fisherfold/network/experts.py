@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,9 +40,9 @@ class ExpertLinear(nn.Linear):
         self.rows: torch.Tensor | None = None
 
 
-def _read(expert: nn.Module, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def _read(expert: Any, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """What an expert's matrix, or what has been put in its place, makes of x, the tokens `rows`."""
-    expert.rows = rows  # type: ignore[assignment]
+    expert.rows = rows
     return expert(x)
 
 
@@ -66,9 +67,9 @@ class Layout:
     """
 
     name: str
-    fits: Callable[[nn.Module], bool]
-    stacks: Callable[[nn.Module], tuple[str, str]]
-    transposed: Callable[[nn.Module], bool]
+    fits: Callable[[Any], bool]
+    stacks: Callable[[Any], tuple[str, str]]
+    transposed: Callable[[Any], bool]
     forward: Callable[..., torch.Tensor]
 
 
@@ -76,7 +77,7 @@ LAYOUTS: Registry[Layout] = Registry("layout of experts")
 
 
 def _through_interface(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Σ_k weight_k expert_k(x) for x [N, m], the experts [N, k] that a router chose and their weights [N, k]."""
     chosen = top_k_index.shape[-1]
@@ -99,11 +100,11 @@ def _through_interface(
     return weighted[order].view(len(hidden_states), chosen, -1).sum(1).to(hidden_states.dtype)
 
 
-def _interface_stacks(module: nn.Module) -> tuple[str, str]:
+def _interface_stacks(module: Any) -> tuple[str, str]:
     return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
 
 
-def _fits_interface(module: nn.Module) -> bool:
+def _fits_interface(module: Any) -> bool:
     if not hasattr(module, "is_transposed") or not hasattr(module, "has_post_expert_norm"):
         return False
     return _holds_exactly(module, _interface_stacks(module))
@@ -114,7 +115,7 @@ LAYOUTS.register("interface")(
 )
 
 
-def _every_token_everywhere(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def _every_token_everywhere(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """What each expert makes of its own copy of all tokens, [E N, m], which is zero where the router did not choose it, as its output is."""
     copies = hidden_states.view(len(self.gate_up_proj), -1, hidden_states.shape[-1])
     made = []
@@ -128,7 +129,7 @@ def _every_token_everywhere(self: nn.Module, hidden_states: torch.Tensor) -> tor
     return torch.cat(made)
 
 
-def _takes_copies(module: nn.Module) -> bool:
+def _takes_copies(module: Any) -> bool:
     names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
     fused = ("gate_up_proj", "down_proj")
     if names != ["hidden_states"] or not hasattr(module, "act_fn") or not _holds_exactly(module, fused):
