@@ -35,7 +35,7 @@ class ExpertLinear(nn.Linear):
         weight = matrix.T if transposed else matrix
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.transposed = transposed
         self.rows: torch.Tensor | None = None
 
@@ -180,8 +180,8 @@ def unfold_experts(model: nn.Module) -> None:
     for _, module, layout in list(expert_modules(model)):
         transposed = layout.transposed(module)
         for name in layout.stacks(module):
-            biases = module._parameters.pop(f"{name}_bias", None)
-            matrices = module._parameters.pop(name)
+            matrices, biases = module.get_parameter(name), module._parameters.pop(f"{name}_bias", None)
+            delattr(module, name)
             module.add_module(name, ExpertStack(matrices, biases, transposed))
         place = "_old_forward" if hasattr(module, "_old_forward") else "forward"  # accelerate wraps what it spreads
         setattr(module, place, MethodType(layout.forward, module))
