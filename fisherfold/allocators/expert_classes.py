@@ -21,8 +21,8 @@ def into_classes(task: Allocation, ranks: np.ndarray, most: int) -> np.ndarray:
     for rows in _stacks(task):
         if len(np.unique(ranks[rows])) > most:
             _classify(task, ranks, rows, most, lowered, allowed)
-    chosen = np.flatnonzero(allowed.any(1))
-    if not len(chosen):
+    chosen = [int(row) for row in np.flatnonzero(allowed.any(1))]
+    if not chosen:
         return ranks
     left = task.budget - int(np.delete(pick(task.costs, ranks), chosen).sum())
     part = replace(
@@ -40,9 +40,9 @@ def into_classes(task: Allocation, ranks: np.ndarray, most: int) -> np.ndarray:
 def _stacks(task: Allocation) -> list[np.ndarray]:
     """The rows of the experts of each stack that have a choice."""
     found: dict[str, list[int]] = {}
-    for row in np.flatnonzero(task.allowed.sum(1) > 1):
+    for row in map(int, np.flatnonzero(task.allowed.sum(1) > 1)):
         if stack := task.sites[row].layers[0].stack:
-            found.setdefault(stack, []).append(int(row))
+            found.setdefault(stack, []).append(row)
     return [np.array(rows) for rows in found.values()]
 
 

@@ -60,7 +60,8 @@ class Stack:
     def kinds(self) -> list[tuple[str, int]]:
         """Kind and rank of every expert."""
         full = min(self.layers[0].outputs, self.layers[0].inputs)
-        records = [self.found[e].record if e in self.found else {"kind": "dense", "rank": full} for e in self._numbers]
+        dense: dict[str, Any] = {"kind": "dense", "rank": full}
+        records = [self.found[e].record if e in self.found else dense for e in self._numbers]
         return [(record["kind"], record["rank"]) for record in records]
 
     @property

@@ -93,7 +93,8 @@ def pool_experts(
     stack = groups[0][0].stack
     if not stack:
         return statistics, list(groups)
-    shrunk, usable = PooledStatistics(statistics, stack, params), []
+    shrunk = PooledStatistics(statistics, stack, params)
+    usable: list[Sequence[LinearLayer]] = []
     for (layer,) in groups:
         if reason := shrunk.why_dense(layer):
             rows.append({"module": layer.name, "sigma": [], "dense": reason})
