@@ -46,6 +46,7 @@ OPTIONAL_TABLES = {"answers": ANSWERS, "questions": QUESTIONS}
 SIZES = tuple(
     f"{what}_{model}" for what in ("targeted_parameters", "model_parameters", "model_bytes") for model in MODELS
 )
+OF_MIXTURES = tuple(f"active_parameters_{model}" for model in MODELS)
 CURES = {
     "dense": "The prepared model itself has it: prepare another copy of the checkpoint, or set prepare.dtype to float32.",
     "compressed": "Write the compressed model again with `dvc repro --force --single-item factorize`, or set factorize.dtype to float32.",
@@ -120,7 +121,7 @@ def _read_sizes(workspace: Workspace) -> dict[str, int]:
     path = workspace.out("factorize") / "factorize.json"
     try:
         size = json.loads(path.read_text(encoding="utf-8"))
-        return {name: size[name] for name in SIZES}
+        return {name: size[name] for name in SIZES} | {name: size[name] for name in OF_MIXTURES if name in size}
     except (OSError, ValueError, KeyError, TypeError) as error:
         cure = "Write it with `dvc repro --force --single-item factorize`."
         raise CorruptArtifact(f"{path} does not give the models' sizes ({error!r}). {cure}") from None

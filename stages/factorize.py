@@ -7,8 +7,7 @@ tensors.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,24 +25,25 @@ from fisherfold.export.architecture import (
     write_config,
 )
 from fisherfold.export.buffers import check_buffers
+from fisherfold.export.expert_tensors import Stack, active_parameters, find_stacks
 from fisherfold.export.gauges import SHARED_MEMBER, gauge_site, product, right_factor
 from fisherfold.export.gguf_export import check_gguf, write_gguf
 from fisherfold.export.healing import FACTS, heal_unit, healed
 from fisherfold.export.lineage import write_lineage
 from fisherfold.export.model_card import compressed_card, dense_card
 from fisherfold.export.original_names import original_tensors
-from fisherfold.export.refined_blocks import LowRank, refine
+from fisherfold.export.refined_blocks import refine
 from fisherfold.export.sizes import count_sizes
-from fisherfold.network.layers import LinearLayer
+from fisherfold.export.stored_layer import StoredLayer, bias_place, low_rank_layers, replaced, stored_site
 from fisherfold.network.models import DTYPES, read_weight
-from fisherfold.network.sites import Site, read_sites
+from fisherfold.network.sites import Site, bundles, read_sites
 from fisherfold.run.checkpoint import SHARD_BYTES, StoredTensor, count_bytes, read_tensors, write_tensors
 from fisherfold.run.files import digest_file, verify_output
 from fisherfold.run.params import FactorizeParams
+from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
 
-OWN_BIAS = frozenset({"pivoted_outputs", "zero"})  # kinds whose bias is not that of `up`
 REFINEMENT = pa.schema(
     [
         ("block", pa.string()),
@@ -54,38 +54,6 @@ REFINEMENT = pa.schema(
     ]
 )
 """Of each block what `refine_block` says; no row without refinement."""
-
-
-@dataclass(frozen=True)
-class StoredLayer:
-    """A layer that is no longer dense: where its tensors are, and its record (kind, rank, source, errors).
-
-    Attributes:
-        source: the layer that holds its right factor, if another does.
-    """
-
-    layer: LinearLayer
-    folder: Path
-    record: dict
-    source: "StoredLayer | None" = None
-
-    @property
-    def tensors(self) -> dict[str, StoredTensor]:
-        """The tensors of the layer in the checkpoint."""
-        return read_tensors(self.folder)
-
-    @property
-    def factors(self) -> dict[str, StoredTensor]:
-        """Its tensors but for the bias, which a refined layer has among them."""
-        return {name: tensor for name, tensor in self.tensors.items() if name not in ("bias", "up.bias")}
-
-    def product(self) -> np.ndarray:
-        """Its weight multiplied out, float64 [n, m]."""
-        parameters = {name: _exact(tensor.read()) for name, tensor in self.factors.items()}
-        if self.source:
-            shared = right_factor(self.source.tensors)
-            parameters |= {name: _exact(tensor.read()) for name, tensor in shared.items()}
-        return product(self.record["kind"], parameters, self.layer.outputs, self.layer.inputs)
 
 
 def run(workspace: Workspace, params: FactorizeParams) -> None:
@@ -111,54 +79,82 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         scratch.require_disk(count_bytes(dense) * (2 + params.dense_export + params.gguf_export))
         low_rank = [site for site in sites if plan[site.name]["storage"] != DENSE]
         bases = workspace.out("subspace") / "bases"
+        by_first = {site.layers[0].name: site for site in low_rank}
+        pieces = {
+            name: [by_first[first.name] for first in some]
+            for name, some in bundles(site.layers[0] for site in low_rank).items()
+        }
         units = {
-            site.name: (
+            name: (
                 bases,
                 workspace.model,
-                site,
-                plan[site.name]["rank"],
-                plan[site.name]["storage"],
+                [(site, plan[site.name]["rank"], plan[site.name]["storage"]) for site in some],
                 dtype,
             )
-            for site in low_rank
+            for name, some in pieces.items()
         }
-        sizes = {site.name: site.dense_numbers for site in low_rank}
-        folders = scratch.map("factorizing layers", factorize_site, units, sizes)
+        sizes = {name: sum(site.dense_numbers for site in some) for name, some in pieces.items()}
+        folders = scratch.map("factorizing layers", factorize_sites, units, sizes)
         compressed = {
-            name: layer for site in low_rank for name, layer in _stored_site(site, folders[site.name]).items()
+            name: layer
+            for unit, some in pieces.items()
+            for site in some
+            for name, layer in stored_site(site, folders[unit]).items()
         }
-        rows: list[dict] = []
-        refined: dict[str, Path] = {}
-        if params.refine.passes:
-            refined = refine(scratch, workspace, _low_rank(compressed), params.refine)
-            compressed, dense, rows = _apply(refined, compressed, dense, dtype)
-        healing = None
-        if params.heal.passes and compressed:
-            rest = tuple(unit / "rest" for unit in refined.values())
-            unit = (scratch.savepoints("healed"), workspace, _low_rank(compressed), rest, params.heal)
-            folder = scratch.map("healing", heal_unit, {"healed": unit})["healed"]
-            compressed, dense = _replaced(compressed, healed(folder, list(compressed)), dense, dtype)
-            healing = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        layers = [layer for site in sites for layer in site.layers]
+        compressed, dense, rows, healing = _trained(scratch, workspace, compressed, dense, params, dtype)
+        stacks = find_stacks(layers, compressed)
         with scratch.publish() as out:
             pq.write_table(pa.Table.from_pylist(rows, REFINEMENT), out / "refinement.parquet")
-            write_model(out / "model", workspace, architecture, dense, compressed, dtype)
+            write_model(out / "model", workspace, architecture, dense, compressed, dtype, stacks=stacks)
             check_buffers(out / "model", dense, architecture)
-            facts = count_sizes(out / "model", stored, plan)
+            facts = count_sizes(out / "model", stored, plan, layers, stacks)
             facts["healing"] = healing
             facts["layers"] = {name: layer.record for name, layer in compressed.items()}
+            if any(layer.stack for layer in layers):
+                facts |= active_parameters(facts, plan, workspace.out("ranks"))
             (out / "model" / "README.md").write_text(
                 compressed_card(workspace, architecture, facts, params), encoding="utf-8"
             )
             write_lineage(out / "model", workspace, inputs)
             (out / "factorize.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             if params.dense_export or params.gguf_export:
-                whole = original_tensors(architecture.empty_model(), dense_tensors(dense, compressed, dtype))
+                whole = original_tensors(architecture.empty_model(), dense_tensors(dense, compressed, dtype, stacks))
             if params.dense_export:
                 write_dense(out / "dense", workspace, whole, dtype)
                 (out / "dense" / "README.md").write_text(dense_card(workspace, architecture, facts), encoding="utf-8")
                 write_lineage(out / "dense", workspace, inputs)
             if params.gguf_export:
                 write_gguf(out / "model.gguf", architecture.config, workspace.model, whole, dtype)
+
+
+def _trained(
+    scratch: Scratch,
+    workspace: Workspace,
+    compressed: dict[str, StoredLayer],
+    dense: dict[str, StoredTensor],
+    params: FactorizeParams,
+    dtype: torch.dtype,
+) -> tuple[dict[str, StoredLayer], dict[str, StoredTensor], list[dict], dict | None]:
+    """Layers and other tensors after what training is asked for; rows of refinement.parquet, and what healing says."""
+    rows: list[dict] = []
+    refined: dict[str, Path] = {}
+    healing = None
+    if any(stored.layer.stack for stored in compressed.values()) and (params.refine.passes or params.heal.passes):
+        announce(
+            "factorize", "factors are not trained: experts are among the layers, and training does not know them yet"
+        )
+        return compressed, dense, rows, healing
+    if params.refine.passes:
+        refined = refine(scratch, workspace, low_rank_layers(compressed), params.refine)
+        compressed, dense, rows = _apply(refined, compressed, dense, dtype)
+    if params.heal.passes and compressed:
+        rest = tuple(unit / "rest" for unit in refined.values())
+        unit = (scratch.savepoints("healed"), workspace, low_rank_layers(compressed), rest, params.heal)
+        folder = scratch.map("healing", heal_unit, {"healed": unit})["healed"]
+        compressed, dense = replaced(compressed, healed(folder, list(compressed)), dense, dtype)
+        healing = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    return compressed, dense, rows, healing
 
 
 def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
@@ -172,10 +168,18 @@ def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
     }
 
 
+def factorize_sites(
+    folder: Path, bases: Path, model: Path, sites: Sequence[tuple[Site, int, str]], dtype: torch.dtype
+) -> None:
+    """Unit of work: a site, or the sites of some experts, each with its rank and storage."""
+    for site, rank, storage in sites:
+        factorize_site(folder, bases, model, site, rank, storage, dtype)
+
+
 def factorize_site(
     folder: Path, bases: Path, model: Path, site: Site, rank: int, storage: str, dtype: torch.dtype
 ) -> None:
-    """Unit of work: cut a site's basis to `rank`, gauge it, round it to `dtype`, and record what that cost each layer.
+    """Cut a site's basis to `rank`, gauge it, round it to `dtype`, and record what that cost each layer.
 
     rounding_error = ‖Ŵ − left right‖ / ‖left right‖ (gauge and rounding), reconstruction_error = ‖Ŵ − W‖ / ‖W‖ (truncation
     too), in the Frobenius norm, Ŵ the product of what is stored.
@@ -211,30 +215,6 @@ def _as_stored(values: np.ndarray, dtype: torch.dtype) -> StoredTensor:
     return StoredTensor(tuple(tensor.shape), kept, lambda: tensor.to(kept))
 
 
-def _stored_site(site: Site, folder: Path) -> dict[str, StoredLayer]:
-    """The layers of a site by name."""
-    found: dict[str, StoredLayer] = {}
-    for layer in site.layers:
-        record = json.loads((folder / layer.name / "layer.json").read_text(encoding="utf-8"))
-        found[layer.name] = StoredLayer(layer, folder / layer.name, record, found.get(record.get("source")))
-    return found
-
-
-def _low_rank(compressed: Mapping[str, StoredLayer]) -> dict[str, LowRank]:
-    return {
-        name: LowRank(
-            stored.folder,
-            {key: stored.record[key] for key in ("kind", "rank", "source") if key in stored.record},
-            _bias_place(stored) if stored.layer.bias else None,
-        )
-        for name, stored in compressed.items()
-    }
-
-
-def _bias_place(stored: StoredLayer) -> str:
-    return "bias" if stored.record["kind"] in OWN_BIAS else "up.bias"
-
-
 def _apply(
     refined: Mapping[str, Path],
     compressed: Mapping[str, StoredLayer],
@@ -249,26 +229,8 @@ def _apply(
         folders |= (
             {own.name: own for own in sorted((folder / "layers").iterdir())} if (folder / "layers").exists() else {}
         )
-    layers, tensors = _replaced(compressed, folders, tensors, dtype)
+    layers, tensors = replaced(compressed, folders, tensors, dtype)
     return layers, tensors, rows
-
-
-def _replaced(
-    compressed: Mapping[str, StoredLayer],
-    folders: Mapping[str, Path],
-    dense: Mapping[str, StoredTensor],
-    dtype: torch.dtype,
-) -> tuple[dict[str, StoredLayer], dict[str, StoredTensor]]:
-    """Layers read from other folders, and the dense tensors with the biases that lie there."""
-    layers, tensors = dict(compressed), dict(dense)
-    for name, folder in folders.items():
-        layers[name] = replace(compressed[name], folder=folder)
-        if layers[name].layer.bias:
-            tensors[f"{name}.bias"] = layers[name].tensors[_bias_place(layers[name])].cast(dtype)
-    for name, stored in layers.items():
-        if "source" in stored.record:
-            layers[name] = replace(stored, source=layers[stored.record["source"]])
-    return layers, tensors
 
 
 def write_model(
@@ -279,32 +241,42 @@ def write_model(
     compressed: Mapping[str, StoredLayer],
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
+    stacks: Sequence[Stack] = (),
 ) -> None:
     """The checkpoint with low-rank layers: weights, configuration, its own code, and the dense model's other files."""
     folder.mkdir(parents=True)
-    write_tensors(folder, compressed_tensors(dense, compressed, dtype), shard_bytes)
+    write_tensors(folder, compressed_tensors(dense, compressed, dtype, stacks), shard_bytes)
     layers = {
         name: {key: stored.record[key] for key in ("kind", "rank", "source") if key in stored.record}
         for name, stored in compressed.items()
+        if not stored.layer.stack
     }
-    write_config(folder, architecture, dtype, layers)
+    write_config(folder, architecture, dtype, layers, stacks)
     write_code(folder, architecture)
     copy_companions(workspace.model, folder)
 
 
 def compressed_tensors(
-    dense: Mapping[str, StoredTensor], compressed: Mapping[str, StoredLayer], dtype: torch.dtype
+    dense: Mapping[str, StoredTensor],
+    compressed: Mapping[str, StoredLayer],
+    dtype: torch.dtype,
+    stacks: Sequence[Stack] = (),
 ) -> dict[str, StoredTensor]:
     """The checkpoint's tensors: of every layer in `compressed` its own instead of the dense weight, its bias moved along."""
     tensors = dict(dense)
-    for name, stored in compressed.items():
+    for stack in stacks:
+        tensors |= stack.tensors(tensors.pop(stack.name), dtype)
+    linear = {name: stored for name, stored in compressed.items() if not stored.layer.stack}
+    for name, stored in linear.items():
         del tensors[f"{name}.weight"]
         if stored.layer.bias:
-            tensors[f"{name}.{_bias_place(stored)}"] = tensors.pop(f"{name}.bias")
+            tensors[f"{name}.{bias_place(stored)}"] = tensors.pop(f"{name}.bias")
         tensors |= {f"{name}.{parameter}": tensor.cast(dtype) for parameter, tensor in stored.factors.items()}
-    if compressed:  # see FisherfoldForCausalLM: makes the dense model's class refuse this checkpoint
-        shape = 0, dense[f"{min(compressed)}.weight"].shape[1]
-        tensors[f"{min(compressed)}.weight"] = StoredTensor(shape, dtype, lambda: torch.empty(shape, dtype=dtype))
+    if linear:  # see FisherfoldForCausalLM: makes the dense model's class refuse this checkpoint
+        shape = 0, dense[f"{min(linear)}.weight"].shape[1]
+        tensors[f"{min(linear)}.weight"] = StoredTensor(shape, dtype, lambda: torch.empty(shape, dtype=dtype))
+    if stacks:
+        tensors[min(stack.name for stack in stacks)] = StoredTensor((0,), dtype, lambda: torch.empty(0, dtype=dtype))
     return dict(sorted(tensors.items()))
 
 
@@ -320,21 +292,22 @@ def write_dense(folder: Path, workspace: Workspace, whole: Mapping[str, StoredTe
 
 
 def dense_tensors(
-    dense: Mapping[str, StoredTensor], compressed: Mapping[str, StoredLayer], dtype: torch.dtype
+    dense: Mapping[str, StoredTensor],
+    compressed: Mapping[str, StoredLayer],
+    dtype: torch.dtype,
+    stacks: Sequence[Stack] = (),
 ) -> dict[str, StoredTensor]:
     """The dense model's tensors, with the weight of every layer in `compressed` multiplied out when it is read."""
     rebuilt = {
         f"{name}.weight": StoredTensor(dense[f"{name}.weight"].shape, dtype, partial(_multiply_out, stored, dtype))
         for name, stored in compressed.items()
+        if not stored.layer.stack
     }
-    return dict(sorted({**dense, **rebuilt}.items()))
+    experts = {stack.name: stack.multiplied_out(dense[stack.name], dtype) for stack in stacks}
+    return dict(sorted({**dense, **rebuilt, **experts}.items()))
 
 
 def _multiply_out(stored: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
     """The dense weight as the dense model stores it: [m, n] in a Conv1D."""
     rebuilt = torch.from_numpy(stored.product()).to(dtype)
     return rebuilt.T if stored.layer.transposed else rebuilt
-
-
-def _exact(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.double() if tensor.dtype.is_floating_point else tensor).numpy()

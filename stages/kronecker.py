@@ -7,7 +7,8 @@ comparison.parquet (one row a layer and estimator), kronecker.json, and, if the 
 
 import json
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -16,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from fisherfold.fisher.estimators import ESTIMATORS, Evidence
+from fisherfold.fisher.estimators import ESTIMATORS, Estimate, Evidence
 from fisherfold.fisher.fisher_diagnostics import LEVELS, describe_estimate, describe_layer
 from fisherfold.fisher.token_pass import TokenPass, part_bounds, pass_part, slices
 from fisherfold.linalg.leading_pairs import SOLVERS
 from fisherfold.network.layers import LinearLayer
+from fisherfold.network.sites import bundles
 from fisherfold.network.weight_check import zero_weights
 from fisherfold.run.errors import NumericalError, ParameterError
 from fisherfold.run.files import digest_file, verify_output
@@ -34,6 +36,7 @@ from fisherfold.statistics.dependence import DEPENDENCE, TABLE, dependence_rows
 from fisherfold.statistics.layer_statistics import Statistics
 from fisherfold.statistics.shard import loaded_model
 
+ESTIMATES = "estimates.json"
 NOT_FINITE = (
     "Find the sequence with `dvc repro --force --single-item capture`, which names it, or set capture.skip_nonfinite."
 )
@@ -112,10 +115,14 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
             numbers = sum(layer.outputs**2 + layer.inputs**2 for layer in layers)
             scratch.require_disk(4 * numbers)
         passed = _pass_tokens(scratch, workspace, statistics, params) if estimator.passes else {}
-        units = {layer.name: (capture, layer, params, passed.get(layer.name, ())) for layer in layers}
-        sizes = {layer.name: layer.dense_numbers for layer in layers}
-        folders = scratch.map("estimating Kronecker factors", estimate_layer, units, sizes)
-        found = [json.loads((folders[layer.name] / "estimate.json").read_text(encoding="utf-8")) for layer in layers]
+        pieces = bundles(layers)
+        units = {
+            name: (capture, some, params, {layer.name: passed.get(layer.name, ()) for layer in some})
+            for name, some in pieces.items()
+        }
+        sizes = {name: sum(layer.dense_numbers for layer in some) for name, some in pieces.items()}
+        folders = scratch.map("estimating Kronecker factors", estimate_layers, units, sizes)
+        found = _in_order(folders.values(), layers)
         rows = [entry["diagnostics"] for entry in found]
         comparison = [row for entry in found for row in entry["comparison"]]
         _check_reached(comparison, workspace.model)
@@ -130,7 +137,14 @@ def run(workspace: Workspace, params: KroneckerParams) -> None:
             facts = {**params.model_dump(), "factors": estimator.makes_factors}
             (out / "kronecker.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             if estimator.makes_factors:
-                gather_groups(out / "factors", [folders[layer.name] / "factors" for layer in layers])
+                gather_groups(out / "factors", [folder / "factors" for folder in folders.values()])
+
+
+def _in_order(folders: Iterable[Path], layers: Sequence[LinearLayer]) -> list[dict]:
+    """What units found, in the order of the layers."""
+    parts = [json.loads((folder / ESTIMATES).read_text(encoding="utf-8")) for folder in folders]
+    found = {entry["diagnostics"]["module"]: entry for part in parts for entry in part}
+    return [found[layer.name] for layer in layers]
 
 
 def _pass_tokens(
@@ -165,20 +179,51 @@ def _require(statistics: Statistics, params: KroneckerParams) -> None:
         raise ParameterError(f"kronecker.estimator = {params.estimator!r} needs {NEEDED[reads]}, or choose 'kfac'.")
 
 
-def estimate_layer(
-    folder: Path, capture: Path, layer: LinearLayer, params: KroneckerParams, token_sums: tuple[Path, ...] = ()
+def estimate_layers(
+    folder: Path,
+    capture: Path,
+    layers: Sequence[LinearLayer],
+    params: KroneckerParams,
+    token_sums: Mapping[str, tuple[Path, ...]],
 ) -> None:
-    """Unit of work: the factors and the diagnostics of one layer."""
-    evidence = Evidence(Statistics(capture), layer, params, token_sums=token_sums)
-    rows = []
+    """Unit of work: the factors and the diagnostics of a layer, or of some experts; `token_sums` has those of each."""
+    found: list[dict] = []
+    arrays = _factors(capture, layers, params, token_sums, found)
+    if ESTIMATORS.lookup(params.estimator).makes_factors:
+        write_arrays(folder / "factors", arrays)
+    else:
+        deque(arrays, maxlen=0)
+    (folder / ESTIMATES).write_text(json.dumps(found, sort_keys=True), encoding="utf-8")
+
+
+def _factors(
+    capture: Path,
+    layers: Sequence[LinearLayer],
+    params: KroneckerParams,
+    token_sums: Mapping[str, tuple[Path, ...]],
+    found: list[dict],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The factors of each layer, one layer in memory at a time; `found` gets its diagnostics."""
+    for layer in layers:
+        evidence = Evidence(Statistics(capture), layer, params, token_sums=token_sums[layer.name])
+        estimate, facts = _estimate(evidence)
+        found.append(facts)
+        if estimate is not None:
+            yield f"{layer.name}/A", estimate.A.float()
+            yield f"{layer.name}/B", estimate.B.float()
+
+
+def _estimate(evidence: Evidence) -> tuple[Estimate | None, dict]:
+    """The chosen estimate of one layer, if it makes factors of its own, and the diagnostics."""
+    layer, params = evidence.layer, evidence.params
+    rows, kept = [], None
     try:
         for name in LEVELS.lookup(params.diagnostics).compared(evidence):
             estimator = ESTIMATORS.lookup(name)
             estimate = estimator.estimate(evidence)
             rows.append({"module": layer.name, **describe_estimate(evidence, name, estimate)})
             if name == params.estimator and estimator.makes_factors:
-                factors = {f"{layer.name}/A": estimate.A.float(), f"{layer.name}/B": estimate.B.float()}
-                write_arrays(folder / "factors", factors)
+                kept = estimate
         about = describe_layer(evidence)
     except (NumericalError, torch.linalg.LinAlgError) as error:
         raise NumericalError(f"Stage 'kronecker', module {layer.name!r}: {error}. {NOT_FINITE}") from error
@@ -188,9 +233,7 @@ def estimate_layer(
         key: chosen[key] for key in ("module", "estimator", "scale", "norm", "residual", "iterations", "converged")
     }
     diagnostics = {**facts, **about, "sequences": evidence.statistics.sequences}
-    (folder / "estimate.json").write_text(
-        json.dumps({"diagnostics": diagnostics, "comparison": rows}, sort_keys=True), encoding="utf-8"
-    )
+    return kept, {"diagnostics": diagnostics, "comparison": rows}
 
 
 def _check_finite(rows: Sequence[dict], layer: LinearLayer) -> None:

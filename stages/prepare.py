@@ -271,7 +271,7 @@ def _write_facts(path: Path, sources: dict[str, Source], parts: Mapping[str, Pat
 
 def _trial(model: Path, params: PrepareParams) -> tuple:
     """What `write_targets` is given."""
-    return model, params.dtype, params.sequence_length, params.gates, params.trust_remote_code
+    return model, params.dtype, params.sequence_length, params.gates, params.trust_remote_code, params.experts
 
 
 def _bytes_needed(model: ModelSource, params: PrepareParams) -> int:

@@ -21,6 +21,7 @@ from fisherfold.allocators import (
 from fisherfold.allocators.allocation import ALLOCATORS, Allocation, allocate, pose
 from fisherfold.allocators.budget import BUDGETS
 from fisherfold.allocators.cost import DENSE, Choice, choose_storage
+from fisherfold.allocators.expert_classes import into_classes
 from fisherfold.allocators.limits import Limits, matches
 from fisherfold.network.layers import DENSE_FILE, LinearLayer, read_dense_layers, read_layers
 from fisherfold.network.sites import Site, read_facts, read_sites
@@ -30,6 +31,7 @@ from fisherfold.run.params import RanksParams
 from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
+from fisherfold.statistics.layer_statistics import Statistics
 
 CURE = "Write it again with `dvc repro --force --single-item subspace`."
 RANKS = pa.schema(
@@ -75,7 +77,7 @@ def run(workspace: Workspace, params: RanksParams) -> None:
         spectra = read_spectra(subspace / "spectra.parquet", sites, blind)
         budget = BUDGETS.lookup(params.budget)(sites, workspace.model)
         task = replace(pose(sites, spectra, params, limits, budget), workspace=workspace, scratch=scratch)
-        ranks = allocate(task, allocator)
+        ranks = into_classes(task, allocate(task, allocator), params.expert_classes)
         choices = [choose_storage(site, int(rank), params.storage, budget.unit) for site, rank in zip(sites, ranks)]
         _describe(sites, choices)
         with scratch.publish() as out:
@@ -85,7 +87,11 @@ def run(workspace: Workspace, params: RanksParams) -> None:
             for name, extra in task.tables.items():
                 pq.write_table(extra, out / f"{name}.parquet")
             (out / "budget.json").write_text(
-                json.dumps(_budget(task, choices), indent=1, sort_keys=True) + "\n", encoding="utf-8"
+                json.dumps(
+                    _budget(task, choices) | _routing(workspace, read_layers(subspace)), indent=1, sort_keys=True
+                )
+                + "\n",
+                encoding="utf-8",
             )
             shutil.copyfile(subspace / "layers.json", out / "layers.json")
 
@@ -159,6 +165,15 @@ def ranks_table(
         for layer, numbers in zip(site.layers, choice.numbers)
     }
     return pa.Table.from_pylist([rows[layer.name] for layer in layers], schema=RANKS)
+
+
+def _routing(workspace: Workspace, layers: Sequence[LinearLayer]) -> dict:
+    """Of a mixture, which share of the calibration tokens came to each expert."""
+    experts = [layer for layer in layers if layer.stack]
+    if not experts:
+        return {}
+    statistics = Statistics(workspace.out("capture"))
+    return {"routed": {layer.name: statistics.tokens_seen(layer) / statistics.tokens for layer in experts}}
 
 
 def _budget(task: Allocation, choices: Sequence[Choice]) -> dict:

@@ -190,10 +190,12 @@ def _sizes(record: Record) -> Markup:
     names = {
         "targeted_parameters": "parameters of the targeted layers",
         "model_parameters": "parameters of the whole model",
+        "active_parameters": "parameters that a token meets, on average",
     }
     rows = [
         (label, *(number(size[f"{what}_{model}"]) for model in MODELS), _kept(record, what))
         for what, label in names.items()
+        if f"{what}_dense" in size
     ]
     rows.append(("weights on disk", *(_bytes(record, model) for model in MODELS), _kept(record, "model_bytes")))
     caption = "Counted from the saved tensors, index arrays included"

@@ -7,6 +7,8 @@ model order), diagnostics.parquet (one row a layer), subspace.json and layers.js
 Layers that read one input may share the right factor (`subspace.share_inputs`, and always with metric `fasc`): then they are one site,
 named after the first of them, with one <site>/right [r, m] and one row in the tables, r = min(m, Σ n).
 
+Experts with few tokens borrow from the others of their stack, see ``fisherfold.subspaces.expert_pool``.
+
 A layer whose metric is zero (an expert that no token was routed to, an input that is always zero) cannot be compressed on
 evidence. It has no rows in the spectra and no basis; diagnostics.parquet and subspace.json give the reason under `dense`, and the layer
 stays dense.
@@ -32,6 +34,7 @@ from fisherfold.linalg.weighted_svd import (
 )
 from fisherfold.network.layers import LinearLayer, by_group, write_layers
 from fisherfold.network.models import decomposing_device, read_weight
+from fisherfold.network.sites import bundles
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.files import verify_output
 from fisherfold.run.group_writer import write_arrays
@@ -42,6 +45,7 @@ from fisherfold.run.store import gather_groups
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics.layer_statistics import Statistics
 from fisherfold.subspaces import fasc  # noqa: F401  this enters its metric
+from fisherfold.subspaces.expert_pool import pool_experts
 from fisherfold.subspaces.metrics import METRICS, Decomposition, MetricSources, OwnDecomposition
 from fisherfold.subspaces.shrinkage import SHRINKAGES, read_sampling
 
@@ -76,8 +80,12 @@ def run(workspace: Workspace, params: SubspaceParams) -> None:
         layers = Statistics(capture).layers
         groups = by_group(layers)
         scratch.require_disk(sum(_basis_bytes(group, shared) for group in groups.values()))
-        units = {name: (workspace.model, capture, kronecker, group, params) for name, group in groups.items()}
-        folders = scratch.map("decomposing layers", decompose_group, units)
+        pieces = bundles(group[0] for group in groups.values())
+        units = {
+            name: (workspace.model, capture, kronecker, [groups[first.name] for first in some], params)
+            for name, some in pieces.items()
+        }
+        folders = scratch.map("decomposing layers", decompose_groups, units)
         rows = _gather_rows(folders.values(), layers)
         dense = {row["module"]: row["dense"] for row in rows if row["dense"]}
         for module, reason in dense.items():
@@ -123,13 +131,19 @@ def shares_inputs(params: SubspaceParams) -> bool:
     return decomposition(params) is not weighted_layers
 
 
-def decompose_group(
-    folder: Path, model: Path, capture: Path, kronecker: Path, layers: Sequence[LinearLayer], params: SubspaceParams
+def decompose_groups(
+    folder: Path,
+    model: Path,
+    capture: Path,
+    kronecker: Path,
+    groups: Sequence[Sequence[LinearLayer]],
+    params: SubspaceParams,
 ) -> None:
-    """Unit of work: the components of the layers of one group."""
+    """Unit of work: the components of the layers of one group, or of some experts, which are groups of their own."""
     rows: list[dict] = []
-    sources = MetricSources(Statistics(capture), kronecker, params)
-    write_arrays(folder / "bases", decomposition(params)(sources, model, layers, rows))
+    statistics, groups = pool_experts(Statistics(capture), groups, params.experts, rows)
+    sources, decompose = MetricSources(statistics, kronecker, params), decomposition(params)
+    write_arrays(folder / "bases", (array for layers in groups for array in decompose(sources, model, layers, rows)))
     (folder / "rows.json").write_text(json.dumps(rows, sort_keys=True), encoding="utf-8")
 
 

@@ -56,7 +56,9 @@ def model_bytes(sites: Sequence[Site], model: Path) -> Budget:
     A ``factorize.dtype`` of fewer bits makes the compressed model smaller still.
     """
     tensors = read_tensors(model)
-    weight = max(tensors[f"{layer.name}.weight"].dtype.itemsize for site in sites for layer in site.layers)
-    targeted = sum(tensors[f"{layer.name}.weight"].bytes for site in sites for layer in site.layers)
+    weight = max(tensors[layer.tensor].dtype.itemsize for site in sites for layer in site.layers)
+    targeted = sum(
+        layer.dense_numbers * tensors[layer.tensor].dtype.itemsize for site in sites for layer in site.layers
+    )
     whole = count_bytes(tensors)
     return Budget("bytes of the whole model", Unit(weight, INDEX_BYTES), whole, whole - targeted)

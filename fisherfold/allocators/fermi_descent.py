@@ -30,6 +30,7 @@ from fisherfold.allocators.fermigrad import (
     set_ranks,
     soften,
 )
+from fisherfold.network.experts import unfold_experts
 from fisherfold.network.models import DTYPES, load_model
 from fisherfold.network.sites import read_sites
 from fisherfold.run.errors import NumericalError
@@ -190,6 +191,9 @@ def softened_model(softened: Softened) -> SoftModel:
         workspace.out("subspace") / "bases",
         {site.name: site for site in read_sites(workspace.out("subspace"))},
     )
+
+    if any(layer.stack for site in sites.values() for layer in site.layers):
+        unfold_experts(model)
 
     def soften_named(names: Iterable[str]) -> list[SoftRank]:
         return soften(model, lambda site: site.read_basis(bases), [sites[name] for name in names])

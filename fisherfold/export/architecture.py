@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from fisherfold import runtime
+from fisherfold.export.expert_tensors import Stack, expert_records
 from fisherfold.export.tensor_parallel import split_plan
 from fisherfold.run.errors import InputError
 
@@ -99,9 +100,13 @@ def write_code(folder: Path, architecture: DenseArchitecture) -> None:
 
 
 def write_config(
-    folder: Path, architecture: DenseArchitecture, dtype: torch.dtype, layers: Mapping[str, dict[str, Any]]
+    folder: Path,
+    architecture: DenseArchitecture,
+    dtype: torch.dtype,
+    layers: Mapping[str, dict[str, Any]],
+    stacks: Sequence[Stack] = (),
 ) -> None:
-    """Write config.json: the dense model's, the low-rank layers, the classes in the folder's own code, and a method of quantization
+    """Write config.json: the dense model's, the low-rank layers and stacks of experts, the classes in the folder's own code, and a method of quantization
     that keeps programs which know the dense model alone from taking this for one.
     """
     classes = {auto: f"{TEMPLATE.stem}.{own}" for auto, own in AUTO_CLASSES.items()}
@@ -112,7 +117,8 @@ def write_config(
         "architectures": [AUTO_CLASSES["AutoModelForCausalLM"]],
         "auto_map": classes,
         "dtype": str(dtype).removeprefix("torch."),
-        "fisherfold": {"layers": dict(layers), "tensor_parallel": split_plan(model, layers)},
+        "fisherfold": {"layers": dict(layers), "tensor_parallel": None if stacks else split_plan(model, layers)}
+        | ({"experts": expert_records(model, stacks)} if stacks else {}),
         "quantization_config": {"quant_method": runtime.METHOD},
     }
     text = json.dumps(architecture.config | own, indent=2, sort_keys=True) + "\n"

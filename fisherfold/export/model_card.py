@@ -28,6 +28,7 @@ HINTS = {
 SIZES = {
     "targeted layers, numbers": "targeted_parameters",
     "whole model, numbers": "model_parameters",
+    "a token meets, on average": "active_parameters",
     "whole model, bytes": "model_bytes",
 }
 SETTINGS = {
@@ -53,6 +54,7 @@ def compressed_card(
     sizes = [
         {"label": label, "dense": counts[f"{key}_dense"], "kept": counts[f"{key}_compressed"]}
         for label, key in SIZES.items()
+        if f"{key}_dense" in counts
     ]
     return LOW_RANK.render(
         **_shared_parts(workspace, facts, counts),

@@ -1,25 +1,36 @@
 """Sizes of a compressed checkpoint, counted from what was saved and checked against what was planned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fisherfold.export.expert_tensors import Stack, stored_numbers
+from fisherfold.network.layers import LinearLayer
 from fisherfold.run.checkpoint import StoredTensor, count_bytes, count_numbers, read_tensors
 from fisherfold.run.errors import CorruptArtifact
 
 
-def count_sizes(model: Path, dense: Mapping[str, StoredTensor], plan: Mapping[str, dict]) -> dict:
+def count_sizes(
+    model: Path,
+    dense: Mapping[str, StoredTensor],
+    plan: Mapping[str, dict],
+    layers: Sequence[LinearLayer],
+    stacks: Sequence[Stack],
+) -> dict:
     """Parameters and bytes of the dense and of the saved model, of all of it and of the targeted layers, from the headers of what was saved.
 
     Args:
         model: the saved folder.
         dense: the dense model's tensors.
         plan: rows of ranks.parquet by module.
+        layers: the targeted layers.
+        stacks: those of them that are experts, as they are stored together.
 
     Raises:
         CorruptArtifact: a layer stores another count than was planned.
     """
     saved = read_tensors(model)
-    stored = {name: _targeted_numbers(name, saved) for name in plan}
+    experts = stored_numbers(layers, stacks, saved)
+    stored = {name: experts[name] if name in experts else _targeted_numbers(name, saved) for name in plan}
     for name, row in plan.items():
         if stored[name] != row["stored_parameters"]:
             raise CorruptArtifact(
@@ -30,7 +41,7 @@ def count_sizes(model: Path, dense: Mapping[str, StoredTensor], plan: Mapping[st
         "dtype": str(next(tensor.dtype for tensor in saved.values() if tensor.dtype.is_floating_point)).removeprefix(
             "torch."
         ),
-        "targeted_parameters_dense": sum(dense[f"{name}.weight"].numbers for name in plan),
+        "targeted_parameters_dense": sum(row["dense_parameters"] for row in plan.values()),
         "targeted_parameters_compressed": sum(stored.values()),
         "model_parameters_dense": count_numbers(dense),
         "model_parameters_compressed": count_numbers(saved),

@@ -126,7 +126,8 @@ def kfac(evidence: Evidence) -> Estimate:
     if statistics.has_tokens:
         tokens = evidence.samples.tokens
         variances = tuple(gram_variance(tokens(side), M, statistics) for side, M in (("x", A), ("d", B)))
-    return Estimate(A, B, (statistics.tokens, statistics.tokens), variances)
+    seen = statistics.tokens_seen(layer)
+    return Estimate(A, B, (seen, seen), variances)
 
 
 def sequence(evidence: Evidence) -> Estimate:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fisherfold.network.coverage import measure_coverage
+from fisherfold.network.experts import unfold_experts, unknown_stacks
 from fisherfold.network.layers import write_dense_layers, write_layers
 from fisherfold.network.models import load_model
 from fisherfold.network.targets import find_targets
@@ -22,7 +23,13 @@ TOKENS = 32
 
 
 def write_targets(
-    folder: Path, model: Path, dtype: str, sequence_length: int, gates: Sequence[str], trust_remote_code: bool
+    folder: Path,
+    model: Path,
+    dtype: str,
+    sequence_length: int,
+    gates: Sequence[str],
+    trust_remote_code: bool,
+    experts: str = "layers",
 ) -> None:
     """Unit of work: write the three files into `folder`.
 
@@ -40,11 +47,27 @@ def write_targets(
         ) from error
     weight = loaded.get_input_embeddings().weight
     ids = text_tokens(tokenizer, weight.shape[0], min(TOKENS, sequence_length))
+    open_experts(loaded, experts)
     targets = find_targets(loaded, torch.tensor([ids], device=weight.device), gates)
     write_layers(folder, targets.layers)
     write_dense_layers(folder, targets.dense)
-    coverage = json.dumps(measure_coverage(loaded, targets), indent=1, sort_keys=True)
+    coverage = json.dumps(measure_coverage(loaded, targets, unknown_stacks(loaded)), indent=1, sort_keys=True)
     (folder / "coverage.json").write_text(coverage + "\n", encoding="utf-8")
+
+
+def open_experts(model: PreTrainedModel, experts: str) -> None:
+    """Unfold the experts of a mixture, as prepare.experts says: `layers` those of a known layout, `all` no other, `dense` none.
+
+    Raises:
+        InputError: all are asked for, and a layout is unknown.
+    """
+    if experts == "all" and (unknown := unknown_stacks(model)):
+        raise InputError(
+            f"{type(model).__name__} holds experts in a layout that is not known here: {', '.join(unknown)}. Set prepare.experts: layers, "
+            "which leaves them dense."
+        )
+    if experts != "dense":
+        unfold_experts(model)
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase, embeddings: int, count: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,14 +12,15 @@ from fisherfold.network.targets import Targets
 INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$")
 
 
-def measure_coverage(model: PreTrainedModel, targets: Targets) -> dict:
+def measure_coverage(model: PreTrainedModel, targets: Targets, unknown: Collection[str] = ()) -> dict:
     """Parameters by what becomes of them; names with `*` for the number of a block or an expert.
 
         {"model_parameters": …, "targeted_parameters": …, "targeted_layers": …,
          "dense": [{"reason": …, "layers": …, "parameters": …, "names": […]}, …],
          "embeddings": …, "stacked_matrices": …, "other": …}
 
-    `stacked_matrices` are parameters of three dimensions, as experts have; `other` is norms, biases, convolutions.
+    `stacked_matrices` are parameters of three dimensions, as experts have, that are no layers; `unknown_stacks` names those of a layout
+    that is not known (`unknown`), if there are any; `other` is norms, biases, convolutions.
     """
     linear = {id(model.get_submodule(name).weight): name for name in targets.dense}
     targeted = {id(model.get_submodule(layer.name).weight) for layer in targets.layers}
@@ -34,6 +35,7 @@ def measure_coverage(model: PreTrainedModel, targets: Targets) -> dict:
         "targeted_layers": len(targets.layers),
         "dense": list(_by_reason(model, targets.dense)),
         **{part: parts[part] for part in ("embeddings", "stacked_matrices", "other")},
+        **({"unknown_stacks": sorted({INDEX.sub("*", name) for name in unknown})} if unknown else {}),
     }
 
 
@@ -78,6 +80,8 @@ def describe_coverage(coverage: Mapping) -> Iterator[str]:
         )
     if coverage["stacked_matrices"]:
         yield f"{millions(coverage['stacked_matrices'])} parameters are matrices of experts in one tensor, which stay dense"
+    if coverage.get("unknown_stacks"):
+        yield f"of a layout that is not known here: {_some(coverage['unknown_stacks'])}"
 
 
 def millions(numbers: int) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fisherfold.network.experts import ExpertLinear
 from fisherfold.run.errors import CorruptArtifact, InputError
 
 if TYPE_CHECKING:  # seconds, which a stage that loads no model need not spend
@@ -33,6 +34,8 @@ class LinearLayer:
         bias: whether it has one.
         transposed: whether its weight is stored [m, n] (GPT-2's Conv1D) and not [n, m].
         group: name of the first layer that reads the same input tensor; layers of one group share Σ x xᵀ.
+        stack: of an expert, the tensor [E, n, m] (or [E, m, n]) whose matrix of its own number it is; see ``fisherfold.network.experts``.
+            Its bias stays in a stack of its own, so `bias` is false.
     """
 
     name: str
@@ -41,11 +44,22 @@ class LinearLayer:
     bias: bool
     transposed: bool
     group: str
+    stack: str | None = None
 
     @property
     def dense_numbers(self) -> int:
         """n m."""
         return self.outputs * self.inputs
+
+    @property
+    def tensor(self) -> str:
+        """The tensor of the dense model that holds the weight."""
+        return self.stack or f"{self.name}.weight"
+
+    @property
+    def expert(self) -> int:
+        """The number of an expert in its stack."""
+        return int(self.name.rpartition(".")[2])
 
 
 def find_layers(model: "PreTrainedModel") -> list[LinearLayer]:
@@ -185,6 +199,8 @@ def _read_inputs(model: "PreTrainedModel", modules: dict[str, nn.Module]) -> dic
 def _describe(name: str, module: nn.Module, group: str) -> LinearLayer:
     if not LAYER_NAME.fullmatch(name):
         raise InputError(f"The model has a linear layer called {name!r}, a name that cannot become a path.")
+    if isinstance(module, ExpertLinear):
+        return LinearLayer(name, *module.weight.shape, False, module.transposed, group, name.rpartition(".")[0])
     transposed = _is_transposed(module)
     outputs, inputs = module.weight.shape[::-1] if transposed else module.weight.shape
     return LinearLayer(name, outputs, inputs, module.bias is not None, transposed, group)
@@ -198,7 +214,8 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def write_layers(folder: Path, layers: Sequence[LinearLayer]) -> None:
     """Write layers.json into `folder`."""
-    text = json.dumps([asdict(layer) for layer in layers], indent=1, sort_keys=True)
+    known = [{key: value for key, value in asdict(layer).items() if value is not None} for layer in layers]
+    text = json.dumps(known, indent=1, sort_keys=True)
     (folder / LAYERS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -210,7 +227,8 @@ def read_layers(folder: Path) -> list[LinearLayer]:
     """
     try:
         layers = [LinearLayer(**fields) for fields in json.loads((folder / LAYERS_FILE).read_text(encoding="utf-8"))]
-        bad = [name for layer in layers for name in (layer.name, layer.group) if not LAYER_NAME.fullmatch(name)]
+        names = [name for layer in layers for name in (layer.name, layer.group, layer.stack or layer.name)]
+        bad = [name for name in names if not LAYER_NAME.fullmatch(name)]
     except (OSError, ValueError, TypeError) as error:
         raise CorruptArtifact(f"{folder / LAYERS_FILE} is not readable ({error}). Run its stage again.") from None
     if bad:

@@ -48,9 +48,9 @@ def read_weight(folder: Path, layer: LinearLayer) -> torch.Tensor:
     Raises:
         InputError: no file holds it.
     """
-    key = f"{layer.name}.weight"
+    key = layer.tensor
     with safe_open(folder / _weight_file(folder, key), framework="pt") as file:
-        weight = file.get_tensor(key)
+        weight = file.get_slice(key)[layer.expert] if layer.stack else file.get_tensor(key)
     return weight.T if layer.transposed else weight
 
 

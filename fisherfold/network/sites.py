@@ -5,7 +5,7 @@ r = min(Σ n_c, m). Which of the two a subspace has, its subspace.json says ("sh
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from fisherfold.network.layers import LinearLayer, read_layers
 from fisherfold.run.errors import CorruptArtifact
 from fisherfold.run.store import read_array
+
+BUNDLE = 32  # experts of a unit of work
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,20 @@ def find_sites(layers: Sequence[LinearLayer], shared: bool) -> list[Site]:
     for layer in layers:
         members.setdefault(layer.group if shared else layer.name, []).append(layer)
     return [Site(found[0].name, tuple(found)) for found in members.values()]
+
+
+def bundles(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
+    """Layers by unit of work, each named after its first: every layer alone, experts of one stack BUNDLE at a time."""
+    found: dict[str, list[LinearLayer]] = {}
+    open_bundles: dict[str, list[LinearLayer]] = {}
+    for layer in layers:
+        bundle = open_bundles.get(layer.stack) if layer.stack else None
+        if bundle is None or len(bundle) == BUNDLE:
+            bundle = found[layer.name] = []
+            if layer.stack:
+                open_bundles[layer.stack] = bundle
+        bundle.append(layer)
+    return found
 
 
 def read_sites(subspace: Path) -> list[Site]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fisherfold.network.experts import ExpertStack
 from fisherfold.network.layers import LinearLayer, describe_layers, linear_modules
 from fisherfold.network.trial import Trial, try_layers
 from fisherfold.run.errors import InputError
@@ -111,6 +112,8 @@ def _numbers_of_experts(model: nn.Module) -> dict[str, int]:
         owner = name.rpartition(".")[0]
         if isinstance(module, nn.ModuleList) and len({type(item) for item in module}) == 1 < len(module):
             found[owner] = len(module)
+        if isinstance(module, ExpertStack):
+            found[owner.rpartition(".")[0]] = len(module)
         stacks = {len(matrices) for matrices in module.parameters(recurse=False) if matrices.dim() == 3}
         if len(stacks) == 1 and not isinstance(module, nn.modules.conv._ConvNd):
             found[owner] = stacks.pop()

@@ -51,6 +51,7 @@ class PrepareParams(Block):
     trust_remote_code: bool = False
     dtype: Dtype = "float32"
     gates: list[str] = []
+    experts: Literal["layers", "all", "dense"] = "layers"
     corpus: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] = "wikipedia-leads"
     self_written: Floor = 0.5
     prompts: str = "everyday"
@@ -58,7 +59,7 @@ class PrepareParams(Block):
     answer_tokens: Count = 160
     text_field: str | None = None
     sequence_length: Annotated[int, Field(ge=2)] = 256
-    calibration_sequences: Count = 128
+    calibration_sequences: Count = 96
     tuning_sequences: Count = 16
     evaluation_sequences: Count = 32
     questions: str | None = "wikipedia-descriptions"
@@ -127,6 +128,14 @@ class FascParams(Block):
     rho: Literal["rho_F", "rho_cca", "rho_kfac"] = "rho_kfac"
 
 
+class ExpertsParams(Block):
+    """Of a mixture's experts: what those with few tokens borrow from the others."""
+
+    prior_tokens: Annotated[float, Field(ge=0)] = 32.0
+    fewest: Annotated[int, Field(ge=0)] = 1
+    few: Literal["dense", "mean"] = "dense"
+
+
 class SubspaceParams(ComputeBlock):
     """Of stage subspace: the metric of the weighted decomposition."""
 
@@ -135,6 +144,7 @@ class SubspaceParams(ComputeBlock):
     output_damping: Damping | Literal["ledoit_wolf", "oas"] = 0.05
     asvd_alpha: Annotated[float, Field(ge=0)] = 0.5
     share_inputs: bool = False
+    experts: ExpertsParams = ExpertsParams()
     fasc: FascParams = FascParams()
 
 
@@ -172,6 +182,7 @@ class RanksParams(ComputeBlock):
     ceiling: Ceiling | dict[str, Ceiling] = 1.0
     fixed: dict[str, Annotated[int, Field(ge=0)]] = {}
     exclude: list[str] = []
+    expert_classes: Count = 4
     fermigrad: FermigradParams = FermigradParams()
     measured: MeasuredParams = MeasuredParams()
 

@@ -10,14 +10,14 @@ from typing import Any
 Values = dict[tuple[str, ...], Any]
 
 BALANCED: Values = {
-    ("prepare", "calibration_sequences"): 128,
+    ("prepare", "calibration_sequences"): 96,
     ("prepare", "tuning_sequences"): 16,
     ("prepare", "evaluation_sequences"): 32,
     ("prepare", "question_count"): 200,
     ("prepare", "held_out_prompts"): 32,
     ("kronecker", "dependence_draws"): 60,
     ("ranks", "allocator"): "fisher",
-    ("factorize", "refine", "passes"): 2,
+    ("factorize", "refine", "passes"): 1,
     ("evaluate", "answer_tokens"): 64,
 }
 """The shipped values."""

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fisherfold.run.errors import CorruptArtifact
 from fisherfold.runtime.fast_cpu import replace_layers
-from fisherfold.runtime.modeling_fisherfold import low_rank_layers
+from fisherfold.runtime.modeling_fisherfold import low_rank_experts, low_rank_layers, replace_experts
 
 METHOD = "fisherfold"
 
@@ -65,10 +65,12 @@ class LowRankQuantizer(HfQuantizer):
         config = model.config
         config.fisherfold = getattr(config, METHOD, None) or {"layers": self.quantization_config.layers}
         layers = low_rank_layers(model)
+        experts = low_rank_experts(model)
         replace_layers(model, layers)
+        replace_experts(model, experts)
         if layers and checkpoint_files:
             _fit_marker(model, min(layers), checkpoint_files)
-        wanted = {f"{name}.{key}" for name in layers for key in model.get_submodule(name).state_dict()}
+        wanted = {f"{name}.{key}" for name in (*layers, *experts) for key in model.get_submodule(name).state_dict()}
         missing = _missing(wanted, checkpoint_files, model) if checkpoint_files else []
         if missing:
             raise CorruptArtifact(

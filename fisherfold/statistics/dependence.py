@@ -152,11 +152,12 @@ def measure_dependence(x: torch.Tensor, g: torch.Tensor, draws: int, seed: int) 
 
 
 def dependence_rows(scratch: Scratch, workspace: Workspace, params: KroneckerParams) -> list[dict[str, Any]] | None:
-    """Rows of the table, one for every input of the model; None if no tokens were captured."""
+    """Rows of the table, one for every input of the model but those of experts; None if no tokens were captured."""
     statistics = Statistics(workspace.out("capture"))
     if not statistics.has_tokens:
         return None
-    groups = {f"dependence.{name}": group for name, group in by_group(statistics.layers).items()}
+    inputs = by_group(statistics.layers)
+    groups = {f"dependence.{name}": group for name, group in inputs.items() if not group[0].stack}
     pieces = {name: (workspace.out("capture"), workspace.model, group, params) for name, group in groups.items()}
     sizes = {name: sum(layer.dense_numbers for layer in group) for name, group in groups.items()}
     folders = scratch.map("measuring dependence", measure_group, pieces, sizes)

@@ -47,6 +47,10 @@ class Statistics:
         """N."""
         return self.facts["tokens"]
 
+    def tokens_seen(self, layer: LinearLayer) -> int:
+        """How many of the N tokens came to a layer: all, but for an expert."""
+        return int(self._read(layer.name, "routed").item()) if layer.stack else self.tokens
+
     @property
     def sequences(self) -> int:
         """S."""

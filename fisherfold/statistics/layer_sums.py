@@ -76,13 +76,17 @@ class InputSums:
 
 
 class OutputSums:
-    """Sum of d d^T over the tokens of one layer and, if gradients are kept, sums over its sequences of G and G*G."""
+    """Sum of d d^T over the tokens of one layer and, if gradients are kept, sums over its sequences of G and G*G.
+
+    Of an expert also how many tokens were routed to it.
+    """
 
     def __init__(self, layer: LinearLayer, device: torch.device, form: GradientForm | None, shapes: Shapes) -> None:
         self.form = form
         self.shapes = {**shapes, "norm": ()}
         self.tokens = 0
         self.gram = torch.zeros(layer.outputs, layer.outputs, device=device)
+        self.routed = torch.zeros(1, device=device) if layer.stack else None
         self.kept: dict[str, list[torch.Tensor]] = defaultdict(list)
         if form is not None:
             self.gradient = torch.zeros(layer.outputs, layer.inputs, device=device)
@@ -94,6 +98,8 @@ class OutputSums:
         values = d.to(self.gram)
         rows = values.flatten(0, -2)
         self.tokens += len(rows)
+        if self.routed is not None:
+            self.routed += len(rows)
         with exact_products(d):
             add_gram(self.gram, rows)
         return values
@@ -134,6 +140,8 @@ class OutputSums:
 
     def arrays(self) -> Arrays:
         arrays = {"output_gram": self.gram}
+        if self.routed is not None:
+            arrays["routed"] = self.routed
         if self.form is not None:
             arrays["gradient_sum"] = self.gradient
             arrays["fisher_inputs"] = self.squares_by_input
@@ -143,10 +151,15 @@ class OutputSums:
 
 @dataclass
 class Call:
-    """One use of a layer in a pass: its input and, once the backward pass has come to it, its output's gradient."""
+    """One use of a layer in a pass: its input and, once the backward pass has come to it, its output's gradient.
+
+    Attributes:
+        rows: of an expert, which tokens of the batch they are of.
+    """
 
     x: torch.Tensor | None
     d: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
 
 class ModelSums:
@@ -231,13 +244,13 @@ class ModelSums:
 
     @cached_property
     def by_sequence(self) -> bool:
-        """Whether every layer sees the tokens of a batch in their order, tried on two sequences: an expert sees those sent to it."""
+        """Whether every layer sees the tokens of a batch in their order, tried on two sequences, or says which it sees, as experts do."""
         width = self.model.get_input_embeddings().weight.shape[0]
         ids = torch.arange(2 * PROBE_LENGTH, device=self.model.get_input_embeddings().weight.device).view(2, -1) % width
-        seen = dict.fromkeys(self.modules, False)
+        seen = {name: hasattr(module, "rows") for name, module in self.modules.items()}
 
         def look(name: str, x: torch.Tensor, output: torch.Tensor) -> None:
-            seen[name] = _told_apart(x, *ids.shape)
+            seen[name] |= _told_apart(x, *ids.shape)
 
         with forward_hooks(self.modules, look), torch.no_grad():
             self.model(input_ids=ids, use_cache=False)
@@ -278,22 +291,23 @@ class ModelSums:
         return [name for name, sums in self.outputs.items() if sums.tokens == 0 and name not in self._reached]
 
     def _on_forward(self, name: str, x: torch.Tensor, output: torch.Tensor) -> None:
+        rows = getattr(self.modules[name], "rows", None)
         if name in self.inputs:
             self.inputs[name].add(x.detach())
             if self.samples:
-                self._sample(f"{name}/x", self.samples[f"{name}/x"].use(), x.detach())
+                self._sample(f"{name}/x", self.samples[f"{name}/x"].use(), x.detach(), rows)
         use = self.samples[f"{name}/d"].use() if self.samples else 0
         if output.requires_grad:
-            call = Call(x.detach() if self.outputs[name].form else None)
+            call = Call(x.detach() if self.outputs[name].form else None, rows=rows)
             self._calls[name].append(call)
             output.register_hook(lambda d: self._on_gradient(name, call, use, d))
 
-    def _sample(self, kind: str, use: int, values: torch.Tensor) -> None:
-        self.samples[kind].see(use, self._by_sequence(kind, values), self._positions)
+    def _sample(self, kind: str, use: int, values: torch.Tensor, rows: torch.Tensor | None) -> None:
+        self.samples[kind].see(use, self._by_sequence(kind, values, rows), self._positions)
 
     def _on_gradient(self, name: str, call: Call, use: int, d: torch.Tensor) -> None:
         if self.samples:
-            self._sample(f"{name}/d", use, d)
+            self._sample(f"{name}/d", use, d, call.rows)
         values = self.outputs[name].add(d)
         if call.x is not None:
             call.d = values
@@ -303,7 +317,7 @@ class ModelSums:
     def _add_gradients(self, name: str) -> None:
         """Add each sequence's gradient, over all uses of the layer: D^T X of the uses' tokens one after the other."""
         uses = [
-            (self._by_sequence(name, call.d), self._by_sequence(name, call.x))
+            (self._by_sequence(name, call.d, call.rows), self._by_sequence(name, call.x, call.rows))
             for call in self._calls[name]
             if call.d is not None
         ]
@@ -314,10 +328,15 @@ class ModelSums:
             D, X = uses[0] if len(uses) == 1 else (torch.cat(parts, 1) for parts in zip(*uses))
             self.outputs[name].add_gradients(D, X)
 
-    def _by_sequence(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """Values [..., p] of a batch's tokens as [B, T', p]; T' is T but where a layer sees fewer of one sequence's, or other things."""
+    def _by_sequence(self, name: str, values: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """Values [..., p] of a batch's tokens as [B, T', p]; T' is T but where a layer sees fewer of one sequence's, or other things.
+
+        Those of an expert go to their `places`, with zeros where the others are.
+        """
         sequences, length = self._shape
         rows = values.flatten(0, -2)
+        if places is not None:
+            rows = values = rows.new_zeros(sequences * length, rows.shape[-1]).index_copy(0, places, rows)
         if not _told_apart(values, sequences, length):
             raise InputError(
                 f"Stage 'capture': layer {name.partition('/')[0]} sees {len(rows)} of a batch's {sequences * length} tokens, "

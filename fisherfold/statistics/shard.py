@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fisherfold.network.experts import unfold_experts
 from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.labels import LABELS
 from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, linear_modules, read_layers
@@ -44,7 +45,10 @@ def loaded_model(folder: Path, dtype: str) -> tuple["PreTrainedModel", tuple[Lin
             "weights that were left on the disk. Set capture.dtype: bfloat16, or give it more devices."
         )
     check_weights(model)
-    return model, tuple(read_layers(folder.parent))
+    layers = tuple(read_layers(folder.parent))
+    if any(layer.stack for layer in layers):
+        unfold_experts(model)
+    return model, layers
 
 
 def vocabulary(model: "PreTrainedModel") -> int:

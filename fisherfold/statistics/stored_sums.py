@@ -41,6 +41,8 @@ def sum_shapes(layers: Sequence[LinearLayer], gradients: bool) -> dict[str, tupl
     for layer in layers:
         n, m, name = layer.outputs, layer.inputs, layer.name
         shapes[f"{name}/output_gram"] = folded_shape(n)
+        if layer.stack:
+            shapes[f"{name}/routed"] = (1,)
         if gradients:
             shapes |= {f"{name}/gradient_sum": (n, m), f"{name}/fisher_inputs": (m,), f"{name}/fisher_outputs": (n,)}
     return shapes

@@ -204,7 +204,7 @@ def _method(sources: MetricSources, site: str) -> str:
     if threshold is None:
         return "fasc"
     rho = read_dependence(sources.kronecker, sources.params.fasc.rho)
-    return "fasc" if rho[site] > threshold else "variance"
+    return "fasc" if rho.get(site, 0.0) > threshold else "variance"
 
 
 def _check_finite(moments: Moments, site: str) -> None:

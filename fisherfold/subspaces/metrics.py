@@ -85,8 +85,14 @@ def svd_llm(sources: MetricSources, layer: LinearLayer) -> tuple[Metric, Metric]
 
 @METRICS.register("kfac")
 def kfac(sources: MetricSources, layer: LinearLayer) -> tuple[Metric, Metric]:
-    """A = E[x xᵀ], B = E[d dᵀ]: the token-wise Kronecker factors (K-FAC, arXiv 1503.05671)."""
-    return sources.statistics.input_covariance(layer), sources.statistics.output_covariance(layer)
+    """A = E[x xᵀ], B = E[d dᵀ]: the token-wise Kronecker factors (K-FAC, arXiv 1503.05671).
+
+    Of an expert that sees N_e of N tokens, B is the mean over those it sees: A ⊗ B, with both over all tokens, would count N_e / N twice.
+    """
+    A, B = sources.statistics.input_covariance(layer), sources.statistics.output_covariance(layer)
+    if layer.stack:
+        B = B * (sources.statistics.tokens / max(1, sources.statistics.tokens_seen(layer)))
+    return A, B
 
 
 @METRICS.register("gfwsvd")

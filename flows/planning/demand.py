@@ -65,9 +65,13 @@ class StageCost:
 
 
 def forward_operations(shapes: ModelShapes, tokens: int, length: int, logits: bool = True) -> float:
-    """2 N (Σ n m + V h) for the products and 4 N T a for scores and values of every block, a heads' width together."""
+    """2 N (Σ n m + V h) for the products and 4 N T a for scores and values of every block, a heads' width together.
+
+    Of experts, n m counts for the tokens that come to them.
+    """
     head = shapes.vocabulary * shapes.hidden if logits else 0
-    return 2.0 * tokens * (shapes.targeted + head) + 4.0 * tokens * length * shapes.attention_width * shapes.blocks
+    products = sum(shapes.seen(layer) * layer.dense_numbers for layer in shapes.layers)
+    return 2.0 * tokens * (products + head) + 4.0 * tokens * length * shapes.attention_width * shapes.blocks
 
 
 def pass_operations(shapes: ModelShapes, tokens: int, length: int) -> float:
@@ -76,7 +80,7 @@ def pass_operations(shapes: ModelShapes, tokens: int, length: int) -> float:
     return 2 * forward_operations(shapes, tokens, length) + attention
 
 
-def gram_operations(tokens: int, size: int) -> float:
+def gram_operations(tokens: float, size: int) -> float:
     """Σ xᵀx in stripes of the upper block triangle: (1 + 1/stripes) N p²."""
     stripes = -(-size // max(NARROWEST, -(-size // STRIPES)))
     return tokens * size * size * (1 + 1 / stripes)

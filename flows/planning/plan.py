@@ -186,7 +186,8 @@ def total(stages: Sequence[StagePlan]) -> float | None:
 def print_plans(shapes: ModelShapes, plans: dict[int, list[StagePlan]], profile: str) -> None:
     """For every number of devices a table of what each stage costs, and one of what limits it."""
     targeted = f"{shapes.targeted / 1e9:.3g} B in {len(shapes.layers)} targeted layers"
-    print(f"{shapes.name}: {shapes.parameters / 1e9:.3g} B parameters, {targeted}")
+    active = f" ({shapes.active / shapes.parameters:.0%} of them active for a token)" if shapes.chosen else ""
+    print(f"{shapes.name}: {shapes.parameters / 1e9:.3g} B parameters{active}, {targeted}")
     numbers = ("time", "units", "workers", "disk", "published", "network", "memory")
     for devices, stages in plans.items():
         moved = _bytes(sum(stage.network for stage in stages))
@@ -232,6 +233,7 @@ def as_json(shapes: ModelShapes, plans: dict[int, list[StagePlan]], profile: str
             "model": shapes.name,
             "parameters": shapes.parameters,
             "targeted_parameters": shapes.targeted,
+            **({"active_parameters": shapes.active} if shapes.chosen else {}),
             "hardware": profile,
             "plans": {
                 str(devices): {

@@ -1,16 +1,20 @@
 """The shapes of a model without its weights: from a configuration, on fake tensors, so a model of any size takes no memory."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from ruamel.yaml import YAML
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from fisherfold.network.layers import LinearLayer, find_layers, read_layers
+from fisherfold.network.experts import ExpertLinear, expert_modules, unfold_experts
+from fisherfold.network.layers import LinearLayer, describe_layers, find_layers, linear_modules, read_layers
 from fisherfold.run.errors import InputError
 from fisherfold.run.workspace import Workspace
 
@@ -26,6 +30,7 @@ class ModelShapes:
         vocabulary, hidden: V and the width h of the output embedding [V, h].
         blocks: decoder blocks.
         attention_width: heads times their size.
+        chosen: by stack of experts, how many a token goes to.
     """
 
     name: str
@@ -35,11 +40,26 @@ class ModelShapes:
     hidden: int
     blocks: int
     attention_width: int
+    chosen: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def targeted(self) -> int:
         """Σ n m over the targeted layers."""
         return sum(layer.dense_numbers for layer in self.layers)
+
+    def seen(self, layer: LinearLayer) -> float:
+        """The share of the tokens that come to a layer: k / E for each of E experts, if all are used alike."""
+        return min(1.0, self.chosen[layer.stack] / self.experts[layer.stack]) if layer.stack else 1.0
+
+    @cached_property
+    def experts(self) -> Counter[str]:
+        """E by stack."""
+        return Counter(layer.stack for layer in self.layers if layer.stack)
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token meets."""
+        return self.parameters - round(sum((1 - self.seen(layer)) * layer.dense_numbers for layer in self.layers))
 
 
 def find_shapes(workspace: Workspace, name: str) -> ModelShapes:
@@ -87,7 +107,8 @@ def shapes_of(name: str, config: PreTrainedConfig, targets: Sequence[LinearLayer
     with FakeTensorMode(), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()
-        layers = tuple(find_layers(model) if targets is None else targets)
+        layers = tuple(_find_layers(model) if targets is None else targets)
+        chosen = {layer.stack: _chosen(config.get_text_config()) for layer in layers if layer.stack}
         vocabulary, hidden = model.get_output_embeddings().weight.shape
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -99,4 +120,26 @@ def shapes_of(name: str, config: PreTrainedConfig, targets: Sequence[LinearLayer
         hidden=hidden,
         blocks=text.num_hidden_layers,
         attention_width=head * text.num_attention_heads,
+        chosen=chosen,
     )
+
+
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "num_experts_per_token")
+"""Names that configurations have for k, the number of experts of a token."""
+
+
+def _chosen(config: PreTrainedConfig) -> int:
+    found = next((getattr(config, name) for name in CHOSEN if getattr(config, name, None)), 1)
+    return max(found) if isinstance(found, list | tuple) else found
+
+
+def _find_layers(model: PreTrainedModel) -> Iterator[LinearLayer]:
+    """The linear layers in model order, experts among them, of which none runs: on fake tensors no router can choose."""
+    for _, module, _ in expert_modules(model):
+        module.forward = lambda hidden_states, *routing: torch.zeros_like(hidden_states)
+    found = {layer.name: layer for layer in find_layers(model)}
+    unfold_experts(model)
+    modules = linear_modules(model)
+    experts = {name: module for name, module in modules.items() if isinstance(module, ExpertLinear)}
+    found |= {layer.name: layer for layer in describe_layers(experts, dict.fromkeys(experts, ()))}
+    yield from (found[name] for name in modules)

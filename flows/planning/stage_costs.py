@@ -13,6 +13,7 @@ from fisherfold.evaluation.knowledge import QUESTIONS_PER_UNIT
 from fisherfold.evaluation.text import BATCHES_PER_SHARD
 from fisherfold.network.layers import LinearLayer, by_group
 from fisherfold.network.models import DTYPES
+from fisherfold.network.sites import bundles
 from fisherfold.run.params import CaptureParams, Params
 from fisherfold.run.registry import Registry
 from fisherfold.run.unit_work import share
@@ -119,11 +120,12 @@ def shard_demand(shapes: ModelShapes, layers: Sequence[LinearLayer], params: Cap
     products, traffic = 0.0, 0.0
     form = GRADIENT_FORMS.lookup(params.gradients)
     for members in by_group(layers).values():
-        products += gram_operations(tokens, members[0].inputs) * (2 if len(members) > 1 else 1)
+        seen = shapes.seen(members[0]) * tokens
+        products += gram_operations(seen, members[0].inputs) * (2 if len(members) > 1 else 1)
     for layer in layers:
-        n, m = layer.outputs, layer.inputs
-        products += gram_operations(tokens, n)
-        traffic += 4 * tokens * (n + m)
+        n, m, seen = layer.outputs, layer.inputs, shapes.seen(layer) * tokens
+        products += gram_operations(seen, n)
+        traffic += 4 * seen * (n + m)
         if form is not None:
             one = form(layer, 1, 0)
             sketched = (
@@ -138,7 +140,8 @@ def shard_demand(shapes: ModelShapes, layers: Sequence[LinearLayer], params: Cap
 
 def activation_bytes(shapes: ModelShapes, tokens: int, dtype: str) -> float:
     """What a forward pass leaves for the backward pass: inputs and outputs of every layer, and logits with their gradient."""
-    per_token = sum(layer.outputs + layer.inputs for layer in shapes.layers) + 4 * shapes.vocabulary
+    per_token = sum(shapes.seen(layer) * (layer.outputs + layer.inputs) for layer in shapes.layers)
+    per_token += 4 * shapes.vocabulary
     return tokens * per_token * DTYPES[dtype].itemsize
 
 
@@ -164,9 +167,10 @@ def kronecker_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
         4 * (2 * (x.outputs**2 + x.inputs**2) + sequences * own.sketch_rank * (x.outputs + x.inputs))
         for x in shapes.layers
     )
-    units = shared(layers, {layer.name: layer.dense_numbers for layer in shapes.layers})
+    units = of_bundles(layers, shapes.layers)
     if own.tokens_per_sequence:
-        groups = {f"dependence.{name}": members for name, members in by_group(shapes.layers).items()}
+        inputs = by_group(layer for layer in shapes.layers if not layer.stack)
+        groups = {f"dependence.{name}": members for name, members in inputs.items()}
         scores = {name: dependence_demand(members, params) for name, members in groups.items()}
         units |= shared(scores, {name: sum(one.dense_numbers for one in members) for name, members in groups.items()})
     return StageCost(units, peak=published, published=published, memory=largest)
@@ -175,6 +179,15 @@ def kronecker_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
 def shared(demands: Mapping[str, Demand], sizes: Mapping[str, int]) -> dict[str, tuple[Demand, tuple[str, ...]]]:
     """Units of pieces, of which small ones share one; see `Scratch.map`."""
     return {names[0]: (sum((demands[name] for name in names), Demand()), ()) for names in share(sizes)}
+
+
+def of_bundles(
+    demands: Mapping[str, Demand], layers: Sequence[LinearLayer]
+) -> dict[str, tuple[Demand, tuple[str, ...]]]:
+    """Units of layers, some experts together."""
+    pieces = bundles(layers)
+    together = {name: sum((demands[layer.name] for layer in some), Demand()) for name, some in pieces.items()}
+    return shared(together, {name: sum(layer.dense_numbers for layer in some) for name, some in pieces.items()})
 
 
 def dependence_demand(members: Sequence[LinearLayer], params: Params) -> Demand:
@@ -193,11 +206,14 @@ def dependence_demand(members: Sequence[LinearLayer], params: Params) -> Demand:
 def subspace_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
     """One group of layers that share their input a unit: roots of both metrics, the products, the decomposition."""
     inputs, outputs = METRIC_ROOTS.get(params.subspace.metric, (True, True))
+    groups = by_group(shapes.layers)
     units = {}
-    for name, members in by_group(shapes.layers).items():
-        own = input_group_demand(members[0], inputs)
-        for layer in members:
-            own = own + basis_demand(layer, outputs)
+    for name, some in bundles(members[0] for members in groups.values()).items():
+        own = Demand()
+        for first in some:
+            own = own + input_group_demand(first, inputs)
+            for layer in groups[first.name]:
+                own = own + basis_demand(layer, outputs)
         units[name] = (own, ())
     bases = [basis_shapes(members) for members in by_group(shapes.layers).values()]
     published = gathered_bytes(bases, joined_bytes)
@@ -256,7 +272,7 @@ def factorize_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
     """Layer by layer: cut, pivot, round, measure; in float64 on a processor. Then the checkpoint, on the head."""
     keep = 1 - params.ranks.ratio
     gauges = {layer.name: gauge_demand(layer, keep, params.ranks.storage) for layer in shapes.layers}
-    units = shared(gauges, {layer.name: layer.dense_numbers for layer in shapes.layers})
+    units = of_bundles(gauges, shapes.layers)
     dense = shapes.parameters * DTYPES[params.factorize.dtype or params.prepare.dtype].itemsize
     written = dense - shapes.targeted * params.ranks.ratio * dense / shapes.parameters
     exports = written + (dense if params.factorize.dense_export else 0)

@@ -181,7 +181,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, monkeypatch, es
     run(reference, estimator=estimator)
     tiny = make(tmp_path / "killed")
     monkeypatch.setattr(unit_work, "SMALL", 1)  # a unit each
-    work, calls = kronecker.estimate_layer, []
+    work, calls = kronecker.estimate_layers, []
 
     def interrupted(folder: Path, *arguments: object) -> None:
         calls.append(folder.name)
@@ -189,7 +189,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, monkeypatch, es
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(kronecker, "estimate_layer", interrupted)
+    monkeypatch.setattr(kronecker, "estimate_layers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tiny, estimator=estimator)
     assert not tiny.workspace.out("kronecker").exists()

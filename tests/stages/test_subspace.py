@@ -202,7 +202,7 @@ def test_a_weight_that_is_not_finite_names_the_layer(tmp_path: Path) -> None:
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, monkeypatch) -> None:
     reference = run(make(tmp_path / "reference"))
     tiny = make(tmp_path / "killed")
-    work, calls = subspace.decompose_group, []
+    work, calls = subspace.decompose_groups, []
 
     def interrupted(folder: Path, *arguments: object) -> None:
         calls.append(folder.name)
@@ -210,7 +210,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, monkeypatch) ->
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(subspace, "decompose_group", interrupted)
+    monkeypatch.setattr(subspace, "decompose_groups", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tiny)
     assert not tiny.workspace.out("subspace").exists()

@@ -30,7 +30,9 @@ LAYERS = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj")
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Workspace:
     workspace = tiny.tiny_workspace(tmp_path_factory.mktemp("passes"), "qwen2", SEQUENCES, LENGTH)
-    params = CaptureParams(gradients="none", tokens_per_sequence=LENGTH, token_dtype="float32", knowledge_questions=0)
+    params = CaptureParams(
+        labels="data", gradients="none", tokens_per_sequence=LENGTH, token_dtype="float32", knowledge_questions=0
+    )
     capture.run(workspace, params)
     return workspace
 
@@ -132,6 +134,6 @@ def test_parts_hold_whole_batches_and_every_sequence_once():
 
 def test_clipping_needs_sampled_tokens(tmp_path: Path):
     workspace = tiny.tiny_workspace(tmp_path, sequences=2)
-    capture.run(workspace, CaptureParams(gradients="none", tokens_per_sequence=0, knowledge_questions=0))
+    capture.run(workspace, CaptureParams(labels="data", gradients="none", tokens_per_sequence=0, knowledge_questions=0))
     with pytest.raises(ParameterError, match=r"capture\.tokens_per_sequence"):
         estimated(workspace, LAYERS[0], clip=3.0)

@@ -14,7 +14,7 @@ from fisherfold.statistics.layer_sums import ModelSums
 from stages import capture
 
 ALL = CaptureParams(
-    batch_size=2, sequences_per_shard=2, gradients="exact", tokens_per_sequence=99, token_dtype="float32"
+    labels="data", batch_size=2, sequences_per_shard=2, gradients="exact", tokens_per_sequence=99, token_dtype="float32"
 )
 
 
@@ -87,7 +87,7 @@ def test_views_change_no_sum(family):
 
 def test_needs_gradients_and_tokens(tmp_path):
     workspace = tiny_workspace(tmp_path, sequences=2)
-    capture.run(workspace, CaptureParams(gradients="none", tokens_per_sequence=0))
+    capture.run(workspace, CaptureParams(labels="data", gradients="none", tokens_per_sequence=0))
     statistics = Statistics(workspace.out("capture"))
     group = next(iter(by_group(statistics.layers).values()))
     with pytest.raises(InputError, match=r"capture\.gradients"):

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from project import ROOT
+from tiny_families import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
@@ -20,6 +21,7 @@ from fisherfold.run.params import (
     KroneckerParams,
     Params,
     PrepareParams,
+    RefineParams,
     SubspaceParams,
     load_params,
 )
@@ -132,7 +134,14 @@ def test_bytes_of_every_group_are_exact(tmp_path, changes):
 
 def test_the_recorded_demo_run_was_foreseen(demo_shapes):
     params = load_params(ROOT / "params.yaml")
-    params = params.model_copy(update={"capture": params.capture.model_copy(update=DEMO["capture"])})
+    recorded = {  # what has changed since among the defaults
+        "prepare": {"calibration_sequences": 48},
+        "capture": DEMO["capture"],
+        "factorize": {"refine": RefineParams(passes=0)},
+    }
+    params = params.model_copy(
+        update={block: getattr(params, block).model_copy(update=values) for block, values in recorded.items()}
+    )
     plans = {one.stage: one for one in plan_run(demo_shapes, params, read_hardware(HERE, "cpu"), 1)}
     assert tuple(plans) == STAGES
     for stage in DEMO["seconds"].keys() - DEMO["outdated"].keys():
@@ -212,3 +221,12 @@ def test_a_plan_needs_no_network_and_no_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a plan went to the network"))
     shapes = find_shapes(HERE, str(tmp_path))
     assert total(plan_run(shapes, Params(), read_hardware(HERE, "cpu"), 1)) > 0
+
+
+def test_a_mixture_is_planned_and_what_of_it_a_token_meets():
+    shapes = shapes_of("mixture", tiny_config("gpt_oss"))
+    experts = [layer for layer in shapes.layers if layer.stack]
+    assert len(experts) == 2 * 2 * 4 and all(shapes.seen(layer) == 0.5 for layer in experts)
+    assert shapes.active == shapes.parameters - sum(layer.dense_numbers for layer in experts) // 2
+    stages = plan_run(shapes, Params(), read_hardware(HERE, "h100"), 1)
+    assert next(stage.units for stage in stages if stage.stage == "subspace") < len(shapes.layers)

@@ -1,0 +1,98 @@
+"""A layer as stage `factorize` keeps it on its way into the checkpoint: a folder of tensors and a record."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fisherfold.export.gauges import product, right_factor
+from fisherfold.export.refined_blocks import LowRank
+from fisherfold.network.layers import LinearLayer
+from fisherfold.network.sites import Site
+from fisherfold.run.checkpoint import StoredTensor, read_tensors
+
+OWN_BIAS = frozenset({"pivoted_outputs", "zero"})  # kinds whose bias is not that of `up`
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer that is no longer dense: where its tensors are, and its record (kind, rank, source, errors).
+
+    Attributes:
+        source: the layer that holds its right factor, if another does.
+    """
+
+    layer: LinearLayer
+    folder: Path
+    record: dict
+    source: "StoredLayer | None" = None
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The tensors of the layer in the checkpoint."""
+        return read_tensors(self.folder)
+
+    @property
+    def factors(self) -> dict[str, StoredTensor]:
+        """Its tensors but for the bias, which a refined layer has among them."""
+        return {name: tensor for name, tensor in self.tensors.items() if name not in ("bias", "up.bias")}
+
+    def product(self) -> np.ndarray:
+        """Its weight multiplied out, float64 [n, m]."""
+        parameters = {name: exact(tensor.read()) for name, tensor in self.factors.items()}
+        if self.source:
+            shared = right_factor(self.source.tensors)
+            parameters |= {name: exact(tensor.read()) for name, tensor in shared.items()}
+        return product(self.record["kind"], parameters, self.layer.outputs, self.layer.inputs)
+
+
+def stored_site(site: Site, folder: Path) -> dict[str, StoredLayer]:
+    """The layers of a site by name."""
+    found: dict[str, StoredLayer] = {}
+    for layer in site.layers:
+        record = json.loads((folder / layer.name / "layer.json").read_text(encoding="utf-8"))
+        found[layer.name] = StoredLayer(layer, folder / layer.name, record, found.get(record.get("source")))
+    return found
+
+
+def low_rank_layers(compressed: Mapping[str, StoredLayer]) -> dict[str, LowRank]:
+    """The same for what trains them."""
+    return {
+        name: LowRank(
+            stored.folder,
+            {key: stored.record[key] for key in ("kind", "rank", "source") if key in stored.record},
+            bias_place(stored) if stored.layer.bias else None,
+        )
+        for name, stored in compressed.items()
+    }
+
+
+def bias_place(stored: StoredLayer) -> str:
+    """Where the layer keeps its bias in the checkpoint."""
+    return "bias" if stored.record["kind"] in OWN_BIAS else "up.bias"
+
+
+def replaced(
+    compressed: Mapping[str, StoredLayer],
+    folders: Mapping[str, Path],
+    dense: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+) -> tuple[dict[str, StoredLayer], dict[str, StoredTensor]]:
+    """Layers read from other folders, and the dense tensors with the biases that lie there."""
+    layers, tensors = dict(compressed), dict(dense)
+    for name, folder in folders.items():
+        layers[name] = replace(compressed[name], folder=folder)
+        if layers[name].layer.bias:
+            tensors[f"{name}.bias"] = layers[name].tensors[bias_place(layers[name])].cast(dtype)
+    for name, stored in layers.items():
+        if "source" in stored.record:
+            layers[name] = replace(stored, source=layers[stored.record["source"]])
+    return layers, tensors
+
+
+def exact(tensor: torch.Tensor) -> np.ndarray:
+    """Its values in float64; integers as they are."""
+    return (tensor.double() if tensor.dtype.is_floating_point else tensor).numpy()
