@@ -38,9 +38,9 @@ def run(
     stages = stages_until(until)
     _, params = assigned(workspace.root / PARAMS_FILE, assignments)
     if not quiet:  # what follows imports for seconds
-        print(f"fisherfold: looks at what is to do in {workspace.root}", file=sys.stderr, flush=True)
         own = ", ".join(own_values(params.preset, params.model_dump(mode="json")))
-        print(f"fisherfold: preset {params.preset}{own and f', but {own}'}", file=sys.stderr, flush=True)
+        preset = f"preset {params.preset}{own and f', but {own}'}"
+        print(f"fisherfold: looks at what is to do in {workspace.root} ({preset})", file=sys.stderr, flush=True)
     from fisherfold.run.progress import be_quiet
     from flows.dry_run import print_dry_run
     from flows.outcome import tell_outcome

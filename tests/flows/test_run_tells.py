@@ -37,7 +37,7 @@ def test_a_run_is_told_from_its_first_line_to_its_outcome(project, tell):
     """One after the other: a failure, the rest, another parameter, the first one again, a failure that is told quietly."""
     status, out, lines = tell(STAND_IN_FAIL="capture")
     assert (status, out) == (1, "")
-    assert lines[0] == f"fisherfold: looks at what is to do in {project}"
+    assert lines[0] == f"fisherfold: looks at what is to do in {project} (preset balanced)"
     assert "prepare: stage 1 of 2 (never run)" in lines
     assert [line for line in lines if "fails" in line] == ["error: capture fails, as asked"] == lines[-1:]
 
