@@ -74,7 +74,9 @@ def make_mixture(folder: Path, steps: int) -> None:
     texts = [article.text for article in read_articles(find_corpus(Workspace(HERE), CORPUS))]
     seen, held_out = texts[:-HELD_OUT], texts[-HELD_OUT:]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "held-out.txt").write_text("\n\n".join(" ".join(text.split()) for text in held_out) + "\n", encoding="utf-8")
+    (folder / "held-out.txt").write_text(
+        "\n\n".join(" ".join(text.split()) for text in held_out) + "\n", encoding="utf-8"
+    )
     tokenizer = make_tokenizer(seen)
     model = train(empty_mixture(), torch.tensor(tokenizer("\n".join(seen[:6000])).input_ids), steps)
     model.save_pretrained(folder / "mixture")

@@ -39,6 +39,9 @@ GRADIENTS = {
 }
 """What capture.gradients has to be for a method; by default nothing of gradients is kept, which is a third of the capture's time."""
 
+LABELS = {("ranks", "allocator", "zero_sum"): "data"}
+"""What capture.labels has to be for a method."""
+
 
 def check_methods(params: Params) -> None:
     """Look every named method up in its registry, and see that the capture keeps what it reads.
@@ -54,4 +57,10 @@ def check_methods(params: Params) -> None:
             raise ParameterError(
                 f"{block}.{key} = {method!r} reads the gradients of sequences, and capture.gradients is {params.capture.gradients!r}. "
                 f"Set it to {' or '.join(map(repr, forms))}, for instance with --set capture.gradients={forms[0]}."
+            )
+    for (block, key, method), labels in LABELS.items():
+        if attrgetter(key)(getattr(params, block)) == method and params.capture.labels != labels:
+            raise ParameterError(
+                f"{block}.{key} = {method!r} reads the slope of the text's loss, and with labels drawn from the model its mean is zero. "
+                f"Set it with --set capture.labels={labels}."
             )

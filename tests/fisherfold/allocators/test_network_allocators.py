@@ -40,7 +40,10 @@ MEASURING = ("fermigrad", "sensitivity", "ilp")
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Workspace:
     workspace = tiny.tiny_workspace(tmp_path_factory.mktemp("workspace"), "qwen2")
-    capture.run(workspace, CaptureParams(sequences_per_shard=4, gradients="sums", sketch_rank=4, knowledge_questions=0))
+    capture.run(
+        workspace,
+        CaptureParams(labels="data", sequences_per_shard=4, gradients="sums", sketch_rank=4, knowledge_questions=0),
+    )
     kronecker.run(workspace, KroneckerParams())
     subspace.run(workspace, SubspaceParams())
     return workspace
@@ -117,7 +120,7 @@ def shared(tmp_path_factory) -> Workspace:
     """A capture as above, and a subspace whose layers share right factors."""
     workspace = subspace_workspace(tmp_path_factory.mktemp("shared"), shared=True)
     write_sequences(workspace.table("calibration"), tiny.random_ids(4, 12).numpy(), [["a"]] * 4, tiny.VOCABULARY)
-    capture.run(workspace, CaptureParams(gradients="sums", sketch_rank=4, knowledge_questions=0))
+    capture.run(workspace, CaptureParams(labels="data", gradients="sums", sketch_rank=4, knowledge_questions=0))
     return workspace
 
 
