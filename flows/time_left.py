@@ -37,6 +37,10 @@ class TimeLeft:
         self._taken: dict[str, float] = {}
         self._started = time.monotonic()
 
+    def __getstate__(self) -> dict:
+        """Without the plan in the making: Prefect sends a task's parameters to wherever its units run."""
+        return self.__dict__ | {"_planning": None}
+
     def __enter__(self) -> "TimeLeft":
         return self
 

@@ -1,6 +1,8 @@
 """What `fisherfold run` says: how far it is, what was computed, restored or failed, once each; and how little with -q."""
 
 import json
+import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -104,3 +106,9 @@ def test_only_what_a_stage_said_itself_is_not_said_again(monkeypatch):
     assert is_told(own) and not is_told(other) and not is_told("stage 'ranks' failed and did not say why")
     monkeypatch.setattr("flows.stage_run.is_quiet", lambda: True)
     assert not is_told(own)
+
+
+def test_what_tells_the_time_left_goes_wherever_units_run(project):
+    with TimeLeft(Workspace(project), ["prepare"]) as left:
+        left._planning = subprocess.Popen([sys.executable, "-c", ""])
+        assert pickle.loads(pickle.dumps(left)).__dict__ == left.__dict__ | {"_planning": None}

@@ -15,6 +15,7 @@ from fisherfold.run.params import STAGES, load_params
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics.layer_statistics import Statistics
 from fisherfold.statistics.shard import loaded_model
+from flows.checked import write_checked
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.slow
 def run_stages(folder: Path) -> None:
     """Run every stage in this process."""
     workspace, params = Workspace(folder), load_params(folder / "params.yaml")
+    write_checked(workspace)
     for stage in STAGES:
         importlib.import_module(f"stages.{stage}").run(workspace, getattr(params, stage))
     loaded_model.cache_clear()

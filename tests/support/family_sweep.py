@@ -55,6 +55,7 @@ PROJECT = Path(__file__).parents[2]
 PARAMS = {
     "prepare": {
         "model": "model",
+        "experts": "dense",  # those that are layers have tests of their own
         "corpus": "corpus.txt",
         "questions": "questions.jsonl",
         "question_count": 2,

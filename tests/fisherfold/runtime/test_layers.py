@@ -6,9 +6,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fisherfold.export.gauges import gauge, product
+from fisherfold.export.stored_layer import OWN_BIAS
 from fisherfold.runtime import fast_cpu
 from fisherfold.runtime import modeling_fisherfold as plain
-from stages.factorize import OWN_BIAS
 
 CASES = [
     ("factors", 12, 20, 3),
