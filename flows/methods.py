@@ -51,16 +51,20 @@ def check_methods(params: Params) -> None:
     """
     for (block, key), location in REGISTRIES.items():
         module, _, name = location.partition(":")
-        getattr(importlib.import_module(module), name).lookup(attrgetter(key)(getattr(params, block)))
+        getattr(importlib.import_module(module), name).lookup(_value(params, block, key))
     for (block, key, method), forms in GRADIENTS.items():
-        if attrgetter(key)(getattr(params, block)) == method and params.capture.gradients not in forms:
+        if _value(params, block, key) == method and params.capture.gradients not in forms:
             raise ParameterError(
                 f"{block}.{key} = {method!r} reads the gradients of sequences, and capture.gradients is {params.capture.gradients!r}. "
                 f"Set it to {' or '.join(map(repr, forms))}, for instance with --set capture.gradients={forms[0]}."
             )
     for (block, key, method), labels in LABELS.items():
-        if attrgetter(key)(getattr(params, block)) == method and params.capture.labels != labels:
+        if _value(params, block, key) == method and params.capture.labels != labels:
             raise ParameterError(
                 f"{block}.{key} = {method!r} reads the slope of the text's loss, and with labels drawn from the model its mean is zero. "
                 f"Set it with --set capture.labels={labels}."
             )
+
+
+def _value(params: Params, block: str, key: str) -> object:
+    return attrgetter(f"{block}.{key}")(params)

@@ -77,30 +77,7 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         dtype = DTYPES[params.dtype or architecture.dtype]
         dense = {name: tensor.cast(dtype) for name, tensor in stored.items()}
         scratch.require_disk(count_bytes(dense) * (2 + params.dense_export + params.gguf_export))
-        low_rank = [site for site in sites if plan[site.name]["storage"] != DENSE]
-        bases = workspace.out("subspace") / "bases"
-        by_first = {site.layers[0].name: site for site in low_rank}
-        pieces = {
-            name: [by_first[first.name] for first in some]
-            for name, some in bundles(site.layers[0] for site in low_rank).items()
-        }
-        units = {
-            name: (
-                bases,
-                workspace.model,
-                [(site, plan[site.name]["rank"], plan[site.name]["storage"]) for site in some],
-                dtype,
-            )
-            for name, some in pieces.items()
-        }
-        sizes = {name: sum(site.dense_numbers for site in some) for name, some in pieces.items()}
-        folders = scratch.map("factorizing layers", factorize_sites, units, sizes)
-        compressed = {
-            name: layer
-            for unit, some in pieces.items()
-            for site in some
-            for name, layer in stored_site(site, folders[unit]).items()
-        }
+        compressed = _factorized(scratch, workspace, sites, plan, dtype)
         layers = [layer for site in sites for layer in site.layers]
         compressed, dense, rows, healing = _trained(scratch, workspace, compressed, dense, params, dtype)
         stacks = find_stacks(layers, compressed)
@@ -126,6 +103,36 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
                 write_lineage(out / "dense", workspace, inputs)
             if params.gguf_export:
                 write_gguf(out / "model.gguf", architecture.config, workspace.model, whole, dtype)
+
+
+def _factorized(
+    scratch: Scratch, workspace: Workspace, sites: Sequence[Site], plan: Mapping[str, dict], dtype: torch.dtype
+) -> dict[str, StoredLayer]:
+    """Every layer that is planned to be low-rank, by name; a bundle of sites is a unit."""
+    low_rank = [site for site in sites if plan[site.name]["storage"] != DENSE]
+    bases = workspace.out("subspace") / "bases"
+    by_first = {site.layers[0].name: site for site in low_rank}
+    pieces = {
+        name: [by_first[first.name] for first in some]
+        for name, some in bundles(site.layers[0] for site in low_rank).items()
+    }
+    units = {
+        name: (
+            bases,
+            workspace.model,
+            [(site, plan[site.name]["rank"], plan[site.name]["storage"]) for site in some],
+            dtype,
+        )
+        for name, some in pieces.items()
+    }
+    sizes = {name: sum(site.dense_numbers for site in some) for name, some in pieces.items()}
+    folders = scratch.map("factorizing layers", factorize_sites, units, sizes)
+    return {
+        name: layer
+        for unit, some in pieces.items()
+        for site in some
+        for name, layer in stored_site(site, folders[unit]).items()
+    }
 
 
 def _trained(
@@ -246,11 +253,7 @@ def write_model(
     """The checkpoint with low-rank layers: weights, configuration, its own code, and the dense model's other files."""
     folder.mkdir(parents=True)
     write_tensors(folder, compressed_tensors(dense, compressed, dtype, stacks), shard_bytes)
-    layers = {
-        name: {key: stored.record[key] for key in ("kind", "rank", "source") if key in stored.record}
-        for name, stored in compressed.items()
-        if not stored.layer.stack
-    }
+    layers = {name: stored.entry for name, stored in compressed.items() if not stored.layer.stack}
     write_config(folder, architecture, dtype, layers, stacks)
     write_code(folder, architecture)
     copy_companions(workspace.model, folder)

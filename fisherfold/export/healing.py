@@ -14,16 +14,16 @@ Shapes: S sequences of T tokens, B of them a step.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fisherfold.export.refined_blocks import LowRank, compress_block, write_layers_of
-from fisherfold.export.refinement import BETAS, batches_of, schedule
-from fisherfold.network.models import load_model
+from fisherfold.export.refined_blocks import PARTS, LowRank, compress_block, write_layers_of
+from fisherfold.export.refinement import adamw, batches_of, descend
+from fisherfold.network.models import input_embedding, load_model
 from fisherfold.run.checkpoint import read_tensors
 from fisherfold.run.determinism import computing_threads
 from fisherfold.run.group_writer import write_arrays
@@ -68,11 +68,16 @@ def heal_unit(
         compressed = compress_block(dense, "", layers)
         for file in rest:
             compressed.load_state_dict({name: t.read() for name, t in read_tensors(file).items()}, strict=False)
-        ids = {name: read_sequences(workspace.table(name), len(dense.get_input_embeddings().weight)) for name in ("calibration", "tuning")}  # fmt: skip
+        vocabulary = len(input_embedding(dense))
+        calibration, tuning = (read_sequences(workspace.table(name), vocabulary) for name in PARTS)
+
+        def loss(batch: torch.Tensor) -> torch.Tensor:
+            return divergence(dense, compressed, batch).mean()
+
         factors = factors_of(compressed, layers)
-        before = held_out(dense, compressed, ids["tuning"], params)
-        steps = train(Savepoints(place, folder), factors, lambda batch: divergence(dense, compressed, batch).mean(), ids["calibration"], params)  # fmt: skip
-        after = held_out(dense, compressed, ids["tuning"], params)
+        before = held_out(dense, compressed, tuning, params)
+        steps = train(Savepoints(place, folder), factors, loss, calibration, params)
+        after = held_out(dense, compressed, tuning, params)
     found = Healing(before, after, after < before, steps)
     if found.accepted:
         write_layers_of(folder, compressed.state_dict(), "", layers)
@@ -110,25 +115,18 @@ def train(
     ids: torch.Tensor,
     params: HealParams,
 ) -> int:
-    """Descend on `loss` of batches of `ids` [S, T], from the newest savepoint if there is one; steps in all.
-
-    AdamW, its rate rising over the first steps, then half a cosine; gradients clipped to norm 1.
-    """
-    for factor in factors.values():
-        factor.requires_grad_(True)
-    optimizer = torch.optim.AdamW(factors.values(), lr=params.rate, betas=BETAS, weight_decay=0.0)
+    """Descend on `loss` of batches of `ids` [S, T], from the newest savepoint if there is one; steps in all."""
+    optimizer = adamw(factors.values(), params.rate)
     batches = list(batches_of(len(ids), params.passes, params.batch_size))
     done = _resume(points, optimizer, factors)
-    for step in track_lines("factorize", "healing, step", range(done, len(batches)), len(batches) - done):
-        if step > done and points.due():
-            _save(points, step, optimizer, factors)
-        optimizer.param_groups[0]["lr"] = params.rate * schedule(step, len(batches))
-        loss(ids[batches[step]]).backward()
-        nn.utils.clip_grad_norm_(factors.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    for factor in factors.values():
-        factor.requires_grad_(False)
+
+    def steps() -> Iterator[int]:
+        for step in track_lines("factorize", "healing, step", range(done, len(batches)), len(batches) - done):
+            if step > done and points.due():
+                _save(points, step, optimizer, factors)
+            yield step
+
+    descend(optimizer, lambda numbers: loss(ids[numbers]), batches, params.rate, steps())
     return len(batches)
 
 

@@ -53,10 +53,23 @@ def refine(
 ) -> dict[str, Path]:
     """Refine every block; return the folder of each block's unit, by the block's name. None, where blocks cannot be run by themselves."""
     try:
-        names = list(find_blocks(_dense(workspace.model)))
+        names = _block_names(workspace.model)
+        return _refined(scratch, workspace, names, layers, params) if names else {}
+    finally:
+        _dense.cache_clear()
+
+
+def _block_names(model: Path) -> list[str]:
+    try:
+        return list(find_blocks(_dense(model)))
     except InputError as error:
         announce("factorize", f"blocks are not refined: {error}")
-        return {}
+        return []
+
+
+def _refined(
+    scratch: Scratch, workspace: Workspace, names: list[str], layers: Mapping[str, LowRank], params: RefineParams
+) -> dict[str, Path]:
     units, before = {}, None
     for name in names:
         own = {layer: found for layer, found in layers.items() if layer.startswith(f"{name}.")}
@@ -69,7 +82,6 @@ def refine(
         for earlier in done[-1:]:
             scratch.drop(earlier, HIDDEN)  # the next block alone has read it
         done.append(unit)
-    _dense.cache_clear()
     return {name: scratch.units / f"refined.{name}" for name in names}
 
 

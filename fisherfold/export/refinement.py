@@ -12,7 +12,7 @@ Shapes: S sequences of T tokens, h hidden dimensions.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -83,21 +83,40 @@ def _mean_loss(block: nn.Module, run: Callable, sequences: tuple[Sequences, int]
 def _train(block: nn.Module, run: Callable, sequences: tuple[Sequences, int], params: RefineParams) -> int:
     read, count = sequences
     trained = [p for p in block.parameters() if p.is_floating_point() and p.numel()]
+    batches = list(batches_of(count, params.passes, params.batch_size))
+
+    def loss(numbers: list[int]) -> torch.Tensor:
+        x, y = read(numbers)
+        return relative_error(run(block, x), y)
+
+    descend(adamw(trained, params.rate), loss, batches, params.rate, range(len(batches)))
+    return len(batches)
+
+
+def adamw(trained: Iterable[nn.Parameter], rate: float) -> torch.optim.AdamW:
+    """The optimiser of all training here, without weight decay."""
+    return torch.optim.AdamW(trained, lr=rate, betas=BETAS, weight_decay=0.0)
+
+
+def descend(
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[list[int]], torch.Tensor],
+    batches: list[list[int]],
+    rate: float,
+    steps: Iterable[int],
+) -> None:
+    """Take the given steps of a descent over `batches`: the rate by `schedule`, gradients clipped to norm 1. Parameters are frozen after."""
+    trained = optimizer.param_groups[0]["params"]
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, lr=params.rate, betas=BETAS, weight_decay=0.0)
-    steps, step = params.passes * -(-count // params.batch_size), 0
-    for numbers in batches_of(count, params.passes, params.batch_size):
-        optimizer.param_groups[0]["lr"] = params.rate * schedule(step, steps)
-        x, y = read(numbers)
-        relative_error(run(block, x), y).backward()
+    for step in steps:
+        optimizer.param_groups[0]["lr"] = rate * schedule(step, len(batches))
+        loss(batches[step]).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
     for parameter in trained:
         parameter.requires_grad_(False)
-    return step
 
 
 def schedule(step: int, steps: int) -> float:

@@ -31,6 +31,11 @@ class StoredLayer:
     source: "StoredLayer | None" = None
 
     @property
+    def entry(self) -> dict:
+        """What the checkpoint's configuration says of it."""
+        return {key: self.record[key] for key in ("kind", "rank", "source") if key in self.record}
+
+    @property
     def tensors(self) -> dict[str, StoredTensor]:
         """The tensors of the layer in the checkpoint."""
         return read_tensors(self.folder)
@@ -63,7 +68,7 @@ def low_rank_layers(compressed: Mapping[str, StoredLayer]) -> dict[str, LowRank]
     return {
         name: LowRank(
             stored.folder,
-            {key: stored.record[key] for key in ("kind", "rank", "source") if key in stored.record},
+            stored.entry,
             bias_place(stored) if stored.layer.bias else None,
         )
         for name, stored in compressed.items()

@@ -4,13 +4,14 @@ Shapes: X [B, T, m] layer inputs of B sequences, D [B, T, n] gradients of the la
 R [B, m, k], Omega [max(n, m), k].
 """
 
-import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+
+from fisherfold.run.determinism import seeded_generator
 
 SHIFT = 1e-14  # of the trace, added before a Cholesky factorization in float64: 50 times its rounding
 
@@ -79,9 +80,9 @@ def sketch_width(outputs: int, inputs: int, rank: int) -> int:
 
 def gaussian_probes(outputs: int, inputs: int, rank: int, seed: int, name: str) -> torch.Tensor:
     """Gaussian Omega in float32, the same for every sequence and batch of the layer `name`."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-    return torch.randn(max(outputs, inputs), sketch_width(outputs, inputs, rank), generator=generator)
+    return torch.randn(
+        max(outputs, inputs), sketch_width(outputs, inputs, rank), generator=seeded_generator(seed, name)
+    )
 
 
 def products_need_gradient(tokens: int, outputs: int, inputs: int) -> bool:

@@ -8,10 +8,11 @@ wrongly. One draw a token is an unbiased estimate at no cost: the probabilities 
 Shapes: T tokens that are predicted, over a vocabulary of V.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
+
+from fisherfold.run.determinism import seeded_generator
 
 Labels = Callable[[int, torch.Tensor], torch.Tensor]
 """(place in the batch, p [T, V]) -> labels [T]."""
@@ -28,8 +29,7 @@ def drawn_labels(numbers: Sequence[int], seed: int) -> Labels:
     """
 
     def draw(place: int, p: torch.Tensor) -> torch.Tensor:
-        digest = hashlib.sha256(f"{seed}/labels/{numbers[place]}".encode()).digest()
-        u = torch.rand(len(p), 1, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1))
+        u = torch.rand(len(p), 1, generator=seeded_generator(seed, f"labels/{numbers[place]}"))
         total = p.cumsum(-1)
         found = torch.searchsorted(total, u.to(total) * total[:, -1:])
         return found[:, 0].clamp(max=p.shape[-1] - 1)

@@ -4,6 +4,7 @@ The order in which floats are added up depends on the number of threads and not 
 one, N threads give the same bits. So N is a parameter of every stage that computes (tests/fisherfold/run/test_determinism.py).
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from threadpoolctl import ThreadpoolController
 
 DEVICE_VARIABLE = (
@@ -65,6 +67,14 @@ def compute_deterministically() -> None:
     # use_deterministic_algorithms does no more, for this, and imports the compiler
     torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def seeded_generator(seed: int, name: str) -> "torch.Generator":
+    """A generator on the CPU that `seed` and `name` determine: what is drawn for one thing depends on no other."""
+    import torch
+
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
 @contextmanager

@@ -23,14 +23,14 @@ BALANCED: Values = {
 """The shipped values."""
 
 PRESETS: dict[str, Values] = {
-    "fast": {
+    "fast": BALANCED
+    | {
         ("prepare", "calibration_sequences"): 32,
         ("prepare", "tuning_sequences"): 8,
         ("prepare", "evaluation_sequences"): 16,
         ("prepare", "question_count"): 100,
         ("prepare", "held_out_prompts"): 8,
         ("kronecker", "dependence_draws"): 0,
-        ("ranks", "allocator"): "fisher",
         ("factorize", "refine", "passes"): 0,
         ("evaluate", "answer_tokens"): 32,
     },

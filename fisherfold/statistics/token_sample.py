@@ -4,10 +4,11 @@ Shapes: B sequences of T tokens in a batch, t <= T sampled positions of each, R 
 sees, p features.
 """
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
+
+from fisherfold.run.determinism import seeded_generator
 
 
 def sample_positions(sequences: Sequence[int], length: int, count: int, seed: int) -> torch.Tensor:
@@ -19,8 +20,7 @@ def sample_positions(sequences: Sequence[int], length: int, count: int, seed: in
 
 
 def _positions(sequence: int, length: int, seed: int) -> torch.Tensor:
-    digest = hashlib.sha256(f"{seed}/positions/{sequence}".encode()).digest()
-    return torch.randperm(length, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1))
+    return torch.randperm(length, generator=seeded_generator(seed, f"positions/{sequence}"))
 
 
 class TokenSample:

@@ -309,6 +309,14 @@ def test_refined_blocks_are_what_is_saved(calibrated):
     }
 
 
+def digests_and_nothing_left(workspace):
+    """Of the published output; that, and every unit, is removed."""
+    found = digests(workspace.out("factorize"))
+    shutil.rmtree(workspace.out("factorize"))
+    shutil.rmtree(workspace.artifacts / "factorize.partial")
+    return found
+
+
 def orders_of(workspace):
     saved = load_file(workspace.out("factorize") / "model" / "model.safetensors")
     return {name: tensor for name, tensor in saved.items() if name.endswith("order")}
@@ -316,9 +324,7 @@ def orders_of(workspace):
 
 def test_a_kill_between_blocks_changes_no_bit(calibrated, monkeypatch):
     whole, _ = factorized(calibrated, refine=REFINE)
-    expected = digests(whole.out("factorize"))
-    shutil.rmtree(whole.out("factorize"))
-    shutil.rmtree(whole.artifacts / "factorize.partial")
+    expected = digests_and_nothing_left(whole)
     real, calls = refined_blocks.refine_block, []
 
     def killed(*arguments):
@@ -382,9 +388,7 @@ def test_healing_that_helps_nobody_is_not_kept(calibrated):
 
 def test_a_killed_healing_goes_on_with_the_same_bits(calibrated, monkeypatch):
     whole, _ = factorized(calibrated, heal=HEAL)
-    expected = digests(whole.out("factorize"))
-    shutil.rmtree(whole.out("factorize"))
-    shutil.rmtree(whole.artifacts / "factorize.partial")
+    expected = digests_and_nothing_left(whole)
     real, calls = healing.divergence, []
 
     def killed(*arguments):
