@@ -255,7 +255,7 @@ def write_model(
     write_tensors(folder, compressed_tensors(dense, compressed, dtype, stacks), shard_bytes)
     layers = {name: stored.entry for name, stored in compressed.items() if not stored.layer.stack}
     write_config(folder, architecture, dtype, layers, stacks)
-    write_code(folder, architecture)
+    write_code(folder, architecture, mixture=bool(stacks))
     copy_companions(workspace.model, folder)
 
 

@@ -18,12 +18,8 @@ from fisherfold.export.tensor_parallel import split_plan
 from fisherfold.run.errors import InputError
 
 TEMPLATE = Path(runtime.__file__).with_name("modeling_fisherfold.py")
-BASE_CLASS = "FisherfoldModel"
-AUTO_CLASSES = {
-    "AutoConfig": "FisherfoldConfig",
-    "AutoModel": BASE_CLASS,
-    "AutoModelForCausalLM": "FisherfoldForCausalLM",
-}
+MIXTURE = TEMPLATE.with_name("modeling_fisherfold_experts.py")
+"""What a checkpoint with low-rank experts carries beside it."""
 OWN_FILES = {"config.json", "README.md"}  # of a checkpoint folder, never copied from another
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 CHAT_TEMPLATES = "additional_chat_templates"  # the folder in which transformers saves all but the first
@@ -86,8 +82,18 @@ def base_class(model: PreTrainedModel) -> str | None:
     return base.__name__ if base in (known if isinstance(known, tuple) else (known,)) else None
 
 
-def write_code(folder: Path, architecture: DenseArchitecture) -> None:
-    """Write the template with the model's own classes in place of the example's, which it names once each."""
+def auto_classes(mixture: bool) -> dict[str, str]:
+    """The classes of a checkpoint's own code, as `auto_map` in its config.json has them."""
+    model = f"{MIXTURE.stem}.FisherfoldMixture" if mixture else f"{TEMPLATE.stem}.Fisherfold"
+    return {
+        "AutoConfig": f"{TEMPLATE.stem}.FisherfoldConfig",
+        "AutoModel": f"{model}Model",
+        "AutoModelForCausalLM": f"{model}ForCausalLM",
+    }
+
+
+def write_code(folder: Path, architecture: DenseArchitecture, mixture: bool = False) -> None:
+    """Write the template with the model's own classes in place of the example's, which it names once each; for a mixture, its experts, too."""
     text = TEMPLATE.read_text(encoding="utf-8")
     names = {
         "LlamaConfig": architecture.config_class,
@@ -97,6 +103,8 @@ def write_code(folder: Path, architecture: DenseArchitecture) -> None:
     for example, own in names.items():
         text = text.replace(f"import {example} as", f"import {own} as")
     (folder / TEMPLATE.name).write_text(text, encoding="utf-8")
+    if mixture:
+        shutil.copyfile(MIXTURE, folder / MIXTURE.name)
 
 
 def write_config(
@@ -109,12 +117,13 @@ def write_config(
     """Write config.json: the dense model's, the low-rank layers and stacks of experts, the classes in the folder's own code, and a method of quantization
     that keeps programs which know the dense model alone from taking this for one.
     """
-    classes = {auto: f"{TEMPLATE.stem}.{own}" for auto, own in AUTO_CLASSES.items()}
+    classes = auto_classes(mixture=bool(stacks))
+    architectures = [classes["AutoModelForCausalLM"].rpartition(".")[2]]
     model = architecture.empty_model()
     if base_class(model) is None:
         del classes["AutoModel"]
     own = {
-        "architectures": [AUTO_CLASSES["AutoModelForCausalLM"]],
+        "architectures": architectures,
         "auto_map": classes,
         "dtype": str(dtype).removeprefix("torch."),
         "fisherfold": {"layers": dict(layers), "tensor_parallel": None if stacks else split_plan(model, layers)}

@@ -5,6 +5,7 @@ does not, they are whatever the memory held, and the model is wrong in silence. 
 that the model card names, with tensors of the right shapes that hold nothing, so that models of any size are checked in little memory.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import fisherfold.runtime  # noqa: F401  one of the ways of loading
-from fisherfold.export.architecture import AUTO_CLASSES, TEMPLATE, DenseArchitecture
+from fisherfold.export.architecture import DenseArchitecture
 from fisherfold.run.checkpoint import StoredTensor, read_tensors
 from fisherfold.run.errors import InputError
 
@@ -27,8 +28,11 @@ def check_buffers(folder: Path, dense: Mapping[str, StoredTensor], architecture:
     """
     own = getattr(transformers, architecture.model_class)
     expected = buffers(own, architecture.read_config(), dense)
-    classes = {name: get_class_from_dynamic_module(f"{TEMPLATE.stem}.{name}", folder) for name in AUTO_CLASSES.values()}
-    remote = classes[AUTO_CLASSES["AutoModelForCausalLM"]], classes[AUTO_CLASSES["AutoConfig"]].from_pretrained(folder)
+    classes = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    model, config = (
+        get_class_from_dynamic_module(classes[name], folder) for name in ("AutoModelForCausalLM", "AutoConfig")
+    )
+    remote = model, config.from_pretrained(folder)
     registered = own, AutoConfig.from_pretrained(folder)
     tensors = read_tensors(folder)
     for way, (model, config) in {"trust_remote_code": remote, "import fisherfold.runtime": registered}.items():

@@ -55,8 +55,8 @@ LOW_RANK = TEMPLATES.from_string(
 # {{ model.name | inline }}, low-rank
 
 {{ model.name | inline }} from {{ model.place | inline }} (licence: {{ model.licence | inline }}; digest `{{ model.digest }}`) with its linear
-layers replaced by low-rank products, compressed by Fisherfold. `config.json` lists the layers; `modeling_fisherfold.py`, in this folder, is
-all the code it needs besides torch and transformers.
+layers replaced by low-rank products, compressed by Fisherfold. `config.json` lists the layers; the Python code
+in this folder, `modeling_fisherfold.py` first, is all that it needs besides torch and transformers.
 
 | | dense | this model | kept |
 |---|---|---|---|
@@ -87,7 +87,7 @@ answer = model.generate(**inputs, max_new_tokens=40, do_sample=False)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-`trust_remote_code=True` runs `modeling_fisherfold.py`; without it transformers refuses to load the folder, unless the program has imported
+`trust_remote_code=True` runs that code; without it transformers refuses to load the folder, unless the program has imported
 `fisherfold.runtime`, which loads it without code from the folder. Adapters and quantizers find ordinary `nn.Linear` layers inside (PEFT:
 `target_modules="all-linear"`).
 {% if beside %}

@@ -5,7 +5,7 @@
 The import registers a quantizer named "fisherfold" with transformers. A checkpoint then is an ordinary model of the dense architecture
 whose listed layers the quantizer replaces before weights are loaded. Without the import transformers refuses the folder's weights,
 unless it may run the file that lies in it (`trust_remote_code=True`). `modeling_fisherfold` is that
-file, layers as plain as they can be; `fast_cpu` has the same layers for inference on a CPU, which models loaded in this way get.
+file, layers as plain as they can be, `modeling_fisherfold_experts` a second one that mixtures carry; `fast_cpu` has the same layers for inference on a CPU, which models loaded in this way get.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fisherfold.run.errors import CorruptArtifact
 from fisherfold.runtime.fast_cpu import replace_layers
-from fisherfold.runtime.modeling_fisherfold import low_rank_experts, low_rank_layers, replace_experts
+from fisherfold.runtime.modeling_fisherfold import low_rank_layers, own_names
+from fisherfold.runtime.modeling_fisherfold_experts import replace_experts
 
 METHOD = "fisherfold"
 
@@ -65,7 +66,7 @@ class LowRankQuantizer(HfQuantizer):
         config = model.config
         config.fisherfold = getattr(config, METHOD, None) or {"layers": self.quantization_config.layers}
         layers = low_rank_layers(model)
-        experts = low_rank_experts(model)
+        experts = own_names(model, "experts")
         replace_layers(model, layers)
         replace_experts(model, experts)
         if layers and checkpoint_files:

@@ -34,6 +34,8 @@ def logits(name, **options):
 dense = logits("dense")
 remote = AutoModelForCausalLM.from_pretrained(f"{folder}/model", trust_remote_code=True)
 remote.save_pretrained(f"{folder}/again")
+read_map = lambda name: json.load(open(f"{folder}/{name}/config.json"))["auto_map"]
+assert read_map("again") == {way: own for way, own in read_map("model").items() if way in read_map("again")}
 found = {"remote": remote(input_ids=ids).logits, "again": logits("again", trust_remote_code=True)}
 assert "fisherfold.runtime" not in sys.modules
 import fisherfold.runtime

@@ -166,8 +166,10 @@ def test_companions_and_card(llama):
     config = json.loads((workspace.out("factorize") / "model" / "config.json").read_text())
     assert config["model_type"] == "llama"
     assert config["quantization_config"] == {"quant_method": "fisherfold"}
-    code = (workspace.out("factorize") / "model" / "modeling_fisherfold.py").read_text()
+    path = workspace.out("factorize") / "model" / "modeling_fisherfold.py"
+    code = path.read_text()
     assert "from stages" not in code
+    assert [path.name for path in path.parent.glob("*.py")] == [path.name]  # a mixture's has one more
 
 
 def test_the_template_takes_the_names_of_each_family(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fisherfold.export.gauges import gauge, product
-from fisherfold.runtime.modeling_fisherfold import ExpertStack
+from fisherfold.runtime.modeling_fisherfold_experts import ExpertStack
 
 E, N, M = 5, 9, 7
 CLASSES = {
