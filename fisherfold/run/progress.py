@@ -87,7 +87,7 @@ def track_lines(stage: str, doing: str, items: Iterable[Item], total: int) -> It
     for done, item in enumerate(_recorded(stage, doing, items, total), start=1):
         yield item
         now = time.monotonic()
-        if done == total or now - last >= PLAIN_INTERVAL:
+        if not is_quiet() and (done == total or now - last >= PLAIN_INTERVAL):
             left = timedelta(seconds=round((now - start) / done * (total - done)))
             print(f"{stage}: {doing} {done}/{total}, {left} left", file=sys.stderr, flush=True)
             last = now
