@@ -8,6 +8,7 @@ import (import contracts in pyproject.toml).
 `import fisherfold.runtime` lets transformers load compressed checkpoints without running code from their folder.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +20,5 @@ __all__ = ["Basis", "Compression", "compress"]
 def __getattr__(name: str) -> Any:
     """The interface is imported when it is asked for: the command line has no need of torch."""
     if name in __all__:
-        from fisherfold import interface
-
-        return getattr(interface, name)
+        return getattr(import_module("fisherfold.interface"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
