@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from fisherfold import runtime
+import fisherfold.runtime as runtime
 from fisherfold.export.expert_tensors import Stack, expert_records
 from fisherfold.export.tensor_parallel import split_plan
 from fisherfold.run.errors import InputError
