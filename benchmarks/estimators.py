@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from fisherfold.allocators.cost import rank_costs
-from fisherfold.fisher.estimators import ESTIMATORS, Evidence
+from fisherfold.fisher.estimators import ESTIMATORS, CapturedLayer
 from fisherfold.network.layers import LinearLayer, linear_modules
 from fisherfold.network.models import load_model
 from fisherfold.network.sites import Site
@@ -139,7 +139,7 @@ def estimated(
     bench: Bench, layer: LinearLayer, metric: str, params: KroneckerParams
 ) -> tuple[list[Eigen | None], list[FactorSampling]]:
     """Eigenvalues and vectors of A and B (None for the identity) and what is known of their sampling."""
-    estimate = ESTIMATORS.lookup(params.estimator).estimate(Evidence(bench.statistics, layer, params))
+    estimate = ESTIMATORS.lookup(params.estimator).estimate(CapturedLayer(bench.statistics, layer, params))
     variances = estimate.variances or (None, None)
     eigen = [
         torch.linalg.eigh(estimate.A.float()),

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import torch
 
 from fisherfold.cli import own_code
-from fisherfold.fisher.estimators import ESTIMATORS, Estimate, Evidence
+from fisherfold.fisher.estimators import ESTIMATORS, CapturedLayer, Estimate
 from fisherfold.network.layers import LinearLayer, by_group, read_layers
 from fisherfold.run.disk import empty_folder
 from fisherfold.run.errors import InputError, NumericalError, ParameterError
@@ -140,7 +140,7 @@ class Compression:
             raise ParameterError(
                 f"kronecker.estimator = {self.params.kronecker.estimator!r} passes over the text again, for all layers at once: use `allocate`."
             )
-        return estimator.estimate(Evidence(self._statistics(), self._layer(layer), self.params.kronecker))
+        return estimator.estimate(CapturedLayer(self._statistics(), self._layer(layer), self.params.kronecker))
 
     def decompose(self, layer: LinearLayer | str, **subspace: Any) -> Basis:
         """The weight of one layer as components, ordered by what each costs under `metric`; see ``fisherfold.linalg.weighted_svd``.

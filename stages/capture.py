@@ -29,7 +29,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fisherfold.network.layers import LAYERS_FILE, LinearLayer, write_layers
+from fisherfold.network.layers import LAYERS_FILE, LinearLayer, input_embedding, write_layers
 from fisherfold.network.models import DTYPES
 from fisherfold.run.engine import Unit, current_engine
 from fisherfold.run.errors import NumericalError
@@ -44,10 +44,10 @@ from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics.gradient_forms import GRADIENT_FORMS
 from fisherfold.statistics.kept import gradient_shapes, numbers_bytes, token_shapes
-from fisherfold.statistics.knowledge import ANSWERS, TABLE, ask
+from fisherfold.statistics.knowledge import ANSWERS, TABLE, measure_questions
 from fisherfold.statistics.layer_statistics import Statistics
 from fisherfold.statistics.leaf import FACTS_FILE, capture_leaf, shard_group
-from fisherfold.statistics.shard import layer_slices, loaded_model, vocabulary
+from fisherfold.statistics.shard import layer_slices, loaded_model
 from fisherfold.statistics.stored_sums import SUMS, sum_shapes
 from fisherfold.statistics.tree_sum import Leaf, add_leaves, cut_leaves, portions
 
@@ -83,7 +83,7 @@ def run(workspace: Workspace, params: CaptureParams) -> None:
 
 def _capture(scratch: Scratch, model_folder: Path, table: Path, questions: Path | None, params: CaptureParams) -> None:
     model, layers = loaded_model(model_folder, params.dtype)
-    sequences, length = read_sequences(table, vocabulary(model)).shape
+    sequences, length = read_sequences(table, len(input_embedding(model))).shape
     shards = -(-sequences // params.sequences_per_shard)
     leaves, slices = cut_leaves(shards, params.leaves), layer_slices(layers, params.layers_per_pass)
     scratch.require_disk(disk_bytes(layers, params, sequences, current_engine().slots))
@@ -98,7 +98,7 @@ def _capture(scratch: Scratch, model_folder: Path, table: Path, questions: Path 
         for part in parts:
             part.drop_added(name)
     answers = {"questions": (model_folder, questions, params)} if questions else {}
-    asked = scratch.map("knowledge questions" if answers else None, ask, answers)
+    asked = scratch.map("knowledge questions" if answers else None, measure_questions, answers)
     _publish(scratch, layers, params, length, parts, asked.get("questions"))
 
 

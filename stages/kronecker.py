@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from fisherfold.fisher.estimators import ESTIMATORS, Estimate, Evidence
+from fisherfold.fisher.estimators import ESTIMATORS, CapturedLayer, Estimate
 from fisherfold.fisher.fisher_diagnostics import LEVELS, describe_estimate, describe_layer
 from fisherfold.fisher.token_pass import TokenPass, part_bounds, pass_part, slices
 from fisherfold.linalg.leading_pairs import SOLVERS
@@ -205,26 +205,26 @@ def _factors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The factors of each layer, one layer in memory at a time; `found` gets its diagnostics."""
     for layer in layers:
-        evidence = Evidence(Statistics(capture), layer, params, token_sums=token_sums[layer.name])
-        estimate, facts = _estimate(evidence)
+        captured = CapturedLayer(Statistics(capture), layer, params, token_sums=token_sums[layer.name])
+        estimate, facts = _estimate(captured)
         found.append(facts)
         if estimate is not None:
             yield f"{layer.name}/A", estimate.A.float()
             yield f"{layer.name}/B", estimate.B.float()
 
 
-def _estimate(evidence: Evidence) -> tuple[Estimate | None, dict]:
+def _estimate(captured: CapturedLayer) -> tuple[Estimate | None, dict]:
     """The chosen estimate of one layer, if it makes factors of its own, and the diagnostics."""
-    layer, params = evidence.layer, evidence.params
+    layer, params = captured.layer, captured.params
     rows, kept = [], None
     try:
-        for name in LEVELS.lookup(params.diagnostics).compared(evidence):
+        for name in LEVELS.lookup(params.diagnostics).compared(captured):
             estimator = ESTIMATORS.lookup(name)
-            estimate = estimator.estimate(evidence)
-            rows.append({"module": layer.name, **describe_estimate(evidence, name, estimate)})
+            estimate = estimator.estimate(captured)
+            rows.append({"module": layer.name, **describe_estimate(captured, name, estimate)})
             if name == params.estimator and estimator.makes_factors:
                 kept = estimate
-        about = describe_layer(evidence)
+        about = describe_layer(captured)
     except (NumericalError, torch.linalg.LinAlgError) as error:
         raise NumericalError(f"Stage 'kronecker', module {layer.name!r}: {error}. {NOT_FINITE}") from error
     _check_finite([about, *rows], layer)
@@ -232,7 +232,7 @@ def _estimate(evidence: Evidence) -> tuple[Estimate | None, dict]:
     facts = {
         key: chosen[key] for key in ("module", "estimator", "scale", "norm", "residual", "iterations", "converged")
     }
-    diagnostics = {**facts, **about, "sequences": evidence.statistics.sequences}
+    diagnostics = {**facts, **about, "sequences": captured.statistics.sequences}
     return kept, {"diagnostics": diagnostics, "comparison": rows}
 
 

@@ -7,7 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("steady", deadline=None, derandomize=True)  # a busy machine fails no test
 settings.load_profile("steady")
 
-pytest_plugins = ["object_storage", "prefect_server", "tiny_project"]
+pytest_plugins = ["object_storage", "prefect_server", "tiny_project", "wheel_alone"]
 
 ASKED_FOR = ("families", "llama_cpp")  # markers of what runs only where `-m` names it
 LAST = ("test_pipeline", "test_demo")  # whole runs come after what can fail in a second

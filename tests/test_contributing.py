@@ -58,10 +58,10 @@ def test_the_allocator():
 
 
 def test_the_estimator(tiny):
-    from fisherfold.fisher.estimators import Evidence
+    from fisherfold.fisher.estimators import CapturedLayer
 
     layer = tiny_capture.LAYERS[0]
-    samples = Evidence(Statistics(tiny.workspace.out("capture")), layer, KroneckerParams())
+    samples = CapturedLayer(Statistics(tiny.workspace.out("capture")), layer, KroneckerParams())
     estimate = ESTIMATORS.lookup("output_only").estimate(samples)
     x = tiny.inputs[layer.name].double().reshape(-1, layer.inputs)
     torch.testing.assert_close(

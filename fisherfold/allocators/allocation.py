@@ -114,7 +114,7 @@ def pose(
     """
     limits = limits or Limits.of(params)
     limits.check_patterns(sites)
-    budget = budget or parameters(sites)
+    budget = budget or parameters(sites, None)
     shape = len(sites), max(site.full_rank for site in sites) + 1
     costs, allowed = np.zeros(shape, np.int64), np.zeros(shape, bool)
     for row, site in enumerate(sites):
@@ -139,7 +139,7 @@ def allocate(task: Allocation, allocator: Allocator) -> np.ndarray:
     free = task.allowed.sum(1) > 1
     ranks = np.argmax(task.allowed, axis=1)
     spent = int(pick(task.costs, ranks)[~free].sum())
-    chosen = np.flatnonzero(free)
+    chosen, settled = np.flatnonzero(free).tolist(), np.flatnonzero(~free).tolist()
     part = replace(
         task,
         sites=[task.sites[index] for index in chosen],
@@ -147,7 +147,7 @@ def allocate(task: Allocation, allocator: Allocator) -> np.ndarray:
         costs=task.costs[free],
         allowed=task.allowed[free],
         budget=task.budget - spent,
-        settled={task.sites[index].name: int(ranks[index]) for index in np.flatnonzero(~free)},
+        settled={task.sites[index].name: int(ranks[index]) for index in settled},
     )
     ranks[free] = allocator(part)
     _check_ranks(task, ranks)

@@ -31,6 +31,7 @@ from fisherfold.allocators.fermigrad import (
     soften,
 )
 from fisherfold.network.experts import unfold_experts
+from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES, load_model
 from fisherfold.network.sites import read_sites
 from fisherfold.run.errors import NumericalError
@@ -101,9 +102,10 @@ def trajectory(allocation: Allocation, rows: Sequence[dict[str, Any]]) -> pa.Tab
 
 def measure_step(allocation: Allocation, state: Descent, tau: float) -> tuple[float, torch.Tensor]:
     """Mean loss and mean ∂L/∂μ over the step's batches."""
-    params, scratch = allocation.params.fermigrad, allocation.scratch
+    params, scratch, workspace = allocation.params.fermigrad, allocation.scratch, allocation.workspace
+    assert scratch is not None and workspace is not None
     softened = Softened(
-        allocation.workspace,
+        workspace,
         params.dtype,
         tuple(site.name for site in allocation.sites),
         tuple(sorted(allocation.settled.items())),
@@ -201,5 +203,5 @@ def softened_model(softened: Softened) -> SoftModel:
     truncated = {name: rank for name, rank in softened.settled if rank < sites[name].full_rank}
     settled = soften_named(truncated)
     set_ranks(settled, torch.tensor(list(truncated.values())), SHARP)
-    sequences = read_sequences(workspace.table("tuning"), model.get_input_embeddings().num_embeddings)
+    sequences = read_sequences(workspace.table("tuning"), len(input_embedding(model)))
     return SoftModel(model, soften_named(softened.sites), settled, sequences)

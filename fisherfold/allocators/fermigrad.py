@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -70,6 +71,9 @@ class SoftTruncatedLinear(nn.Module):
         left, right: [n, r] and [r, m]; `right` and `rank` may be those of other layers too.
     """
 
+    left: torch.Tensor
+    right: torch.Tensor
+
     def __init__(self, dense: nn.Module, left: torch.Tensor, right: torch.Tensor, rank: SoftRank) -> None:
         super().__init__()
         self.dense, self.rank = dense, rank
@@ -81,7 +85,11 @@ class SoftTruncatedLinear(nn.Module):
         if not self.rank.soft:
             return self.dense(x)
         kept = self.rank.occupations().to(x.dtype)
-        return linear(linear(x, self.right[: len(kept)]) * kept, self.left[: len(kept)].T, self.dense.bias)
+        return linear(
+            linear(x, self.right[: len(kept)]) * kept,
+            self.left[: len(kept)].T,
+            cast(torch.Tensor | None, self.dense.bias),
+        )
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,7 @@ def soften(model: nn.Module, bases: Basis, sites: Sequence[Site]) -> list[SoftRa
 
 
 def _soften_site(model: nn.Module, site: Site, lefts: Sequence[torch.Tensor], right: torch.Tensor) -> SoftRank:
-    weight = model.get_submodule(site.name).weight
+    weight = cast(torch.Tensor, model.get_submodule(site.name).weight)
     right, rank = right.to(weight.device, weight.dtype), SoftRank(len(right), weight.device)
     for layer, left in zip(site.layers, lefts, strict=True):
         dense = model.get_submodule(layer.name)
@@ -238,7 +246,7 @@ def set_ranks(ranks: Sequence[SoftRank], mu: torch.Tensor, tau_share: float) -> 
 
 def potential_gradient(ranks: Sequence[SoftRank]) -> torch.Tensor:
     """∂L/∂μ of all sites after a backward pass, float64 [L]: the only vector that data-parallel workers exchange."""
-    return torch.stack([rank.mu.grad.cpu() for rank in ranks])
+    return torch.stack([cast(torch.Tensor, rank.mu.grad).cpu() for rank in ranks])
 
 
 def divergence(dense_logits: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

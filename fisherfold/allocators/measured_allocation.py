@@ -99,15 +99,16 @@ def measure_losses(allocation: Allocation) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         NumericalError: every candidate of a site has a loss that is not finite; names the module.
     """
-    params = allocation.params.measured
+    params, scratch, workspace = allocation.params.measured, allocation.scratch, allocation.workspace
+    assert scratch is not None and workspace is not None
     names = tuple(site.name for site in allocation.sites)
-    softened = Softened(allocation.workspace, params.dtype, names)
+    softened = Softened(workspace, params.dtype, names)
     offered = [candidate_ranks(allowed, params.levels).tolist() for allowed in allocation.allowed]
     units = {
         f"losses-{name}": (softened, params.sequences, index, ranks)
         for index, (name, ranks) in enumerate(zip(names, offered, strict=True))
     }
-    folders = allocation.scratch.map("measuring layers", measure_site, units)
+    folders = scratch.map("measuring layers", measure_site, units)
     shape = len(names), params.levels + 1
     candidates, losses = np.full(shape, -1, np.int64), np.full(shape, np.inf)
     for row, (name, folder, ranks) in enumerate(zip(names, folders.values(), offered, strict=True)):

@@ -16,6 +16,7 @@ def zero_sum(allocation: Allocation) -> np.ndarray:
     Dropping component i changes the loss by δ_i = −Σ_c ⟨Ḡ_c, left_ci right_i⟩ to first order, Ḡ_c [n_c, m] the mean gradient of
     layer c of the site. What is left of the budget goes where σ² per number is largest.
     """
+    assert allocation.workspace is not None
     statistics = Statistics(allocation.workspace.out("capture"))
     effects = [
         first_order_effects(allocation, statistics, site)
@@ -27,6 +28,7 @@ def zero_sum(allocation: Allocation) -> np.ndarray:
 
 def first_order_effects(allocation: Allocation, statistics: Statistics, site: Site) -> np.ndarray:
     """δ_i of every component, float64 [k]."""
+    assert allocation.workspace is not None
     lefts, right = site.read_basis(allocation.workspace.out("subspace") / "bases")
     gain = torch.zeros_like(right, dtype=torch.float64)
     for layer, left in zip(site.layers, lefts, strict=True):

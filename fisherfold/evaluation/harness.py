@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from fisherfold.network.layers import input_embedding
 from fisherfold.network.shortcuts import attempt, reproduces
 from fisherfold.run.errors import InputError
 from fisherfold.run.progress import track_lines
@@ -130,7 +131,7 @@ class SharedContextModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         """Whether continuations of a context computed once have the log-likelihoods of plain passes with this model."""
         if not self.cache_name:
             return False
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        vocabulary = len(input_embedding(self.model))
         tokens = [(11 * i + 5) % vocabulary for i in range(2 * (PROBE_CONTEXT + 2 * PROBE_CONTINUATION))]
         contexts = [(g, [tokens.pop() for _ in range(PROBE_CONTEXT)]) for g in range(2)]
         requests = [

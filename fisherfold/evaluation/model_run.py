@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 import fisherfold.runtime  # noqa: F401  checkpoints of ours are loaded by its classes, never by code from their folder
 from fisherfold.network.generation import GreedyDecoder
-from fisherfold.network.models import DTYPES, input_embedding, load_model
+from fisherfold.network.layers import input_embedding
+from fisherfold.network.models import DTYPES, load_model
 from fisherfold.network.overflow import first_overflow
 from fisherfold.run.errors import InputError, NumericalError
 

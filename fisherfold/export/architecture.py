@@ -60,13 +60,16 @@ def dense_architecture(folder: Path) -> DenseArchitecture:
         InputError: its classes are not transformers' own, so a checkpoint could not extend them.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config_class = None if "auto_map" in config else type(AutoConfig.from_pretrained(folder, local_files_only=True))
-    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    config_class: Any = (
+        None if "auto_map" in config else type(AutoConfig.from_pretrained(folder, local_files_only=True))
+    )
+    if config_class not in known:
         raise InputError(
             f"Stage 'factorize': {folder} is a {config.get('model_type')!r} model with code of its own. The compressed checkpoint extends "
             "a class of transformers, so only architectures that transformers itself knows can be factorized."
         )
-    names = config_class.__name__, MODEL_FOR_CAUSAL_LM_MAPPING[config_class].__name__
+    names = config_class.__name__, known[config_class].__name__
     for name in names:
         if not hasattr(transformers, name):
             raise InputError(

@@ -8,10 +8,11 @@ that the model card names, with tensors of the right shapes that hold nothing, s
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import fisherfold.runtime  # noqa: F401  one of the ways of loading
@@ -26,21 +27,20 @@ def check_buffers(folder: Path, dense: Mapping[str, StoredTensor], architecture:
     Raises:
         InputError: a buffer differs.
     """
-    own = getattr(transformers, architecture.model_class)
-    expected = buffers(own, architecture.read_config(), dense)
+    dense_model = getattr(transformers, architecture.model_class)
+    expected = buffers(dense_model, architecture.read_config(), dense)
     classes = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
-    model, config = (
-        get_class_from_dynamic_module(classes[name], folder) for name in ("AutoModelForCausalLM", "AutoConfig")
-    )
-    remote = model, config.from_pretrained(folder)
-    registered = own, AutoConfig.from_pretrained(folder)
+    own_model: Any = get_class_from_dynamic_module(classes["AutoModelForCausalLM"], folder)
+    own_config: Any = get_class_from_dynamic_module(classes["AutoConfig"], folder)
+    remote = own_model, own_config.from_pretrained(folder)
+    registered = dense_model, AutoConfig.from_pretrained(folder)
     tensors = read_tensors(folder)
     for way, (model, config) in {"trust_remote_code": remote, "import fisherfold.runtime": registered}.items():
         _compare(way, buffers(model, config, tensors), expected)
 
 
 def buffers(
-    model: type[PreTrainedModel], config: object, tensors: Mapping[str, StoredTensor]
+    model: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, torch.Tensor]:
     """The buffers that are in no file, after loading."""
     state = {name: torch.empty((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in tensors.items()}

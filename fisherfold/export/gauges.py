@@ -1,12 +1,13 @@
 """How a low-rank product is stored: the parameters of the checkpoint's layer of each kind.
 
 `left` [n, r] and `right` [r, m] are the product's factors in float64; the parameters are named and shaped as in
-templates/modeling_fisherfold.py.
+fisherfold/runtime/modeling_fisherfold.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class GaugedLayer:
     largest_coefficient: float = 0.0
 
 
+Values = TypeVar("Values")
 Gauge = Callable[[np.ndarray, np.ndarray, torch.dtype], GaugedLayer]
 GAUGES: Registry[Gauge] = Registry("ranks.storage")
 """By value of ``storage`` in ranks.parquet: (left, right, stored dtype) -> the layer; rank 0 needs none."""
@@ -61,18 +63,19 @@ def gauge(left: np.ndarray, right: np.ndarray, storage: str, dtype: torch.dtype)
     return GAUGES.lookup(storage)(left, right, dtype)
 
 
-Shared = Callable[[np.ndarray, np.ndarray, torch.dtype], tuple[str, np.ndarray, dict[str, np.ndarray], float]]
+SharedGauge = tuple[str, np.ndarray, dict[str, np.ndarray], float]
+Shared = Callable[[np.ndarray, np.ndarray, torch.dtype], SharedGauge]
 SHARED_GAUGES: Registry[Shared] = Registry("ranks.storage")
 """As GAUGES, for layers that share `right`; left is [Σ n, r]: -> kind, stacked up.weight, the right factor, largest coefficient."""
 
 
 @SHARED_GAUGES.register("factors")
-def shared_factors(left: np.ndarray, right: np.ndarray, dtype: torch.dtype):
+def shared_factors(left: np.ndarray, right: np.ndarray, dtype: torch.dtype) -> SharedGauge:
     """The factors as they are, rounded to nearest."""
     return "shared_factors", nearest(left, dtype), {"down.weight": nearest(right, dtype)}, 0.0
 
 
-def shared_pivoted_factors(left: np.ndarray, right: np.ndarray, dtype: torch.dtype):
+def shared_pivoted_factors(left: np.ndarray, right: np.ndarray, dtype: torch.dtype) -> SharedGauge:
     """The pivoted gauge on the side of the inputs, which the layers share: z = x_pivot + rest x_rest."""
     stored = round_pivoted(pivot_factors(left, right, "inputs"), dtype)
     right_factor = {"down.rest.weight": stored.rest, "down.order": stored.order}
@@ -94,7 +97,7 @@ def gauge_site(lefts: Sequence[np.ndarray], right: np.ndarray, storage: str, dty
     return [GaugedLayer(kind, {"up.weight": first, **down}, coefficient), *members]
 
 
-def right_factor(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def right_factor(parameters: Mapping[str, Values]) -> dict[str, Values]:
     """The part of a site's first layer that its other layers read."""
     return {name: values for name, values in parameters.items() if name.startswith("down.")}
 

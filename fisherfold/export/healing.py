@@ -23,7 +23,8 @@ from torch import nn
 
 from fisherfold.export.refined_blocks import PARTS, LowRank, compress_block, write_layers_of
 from fisherfold.export.refinement import adamw, batches_of, descend
-from fisherfold.network.models import input_embedding, load_model
+from fisherfold.network.layers import input_embedding
+from fisherfold.network.models import load_model
 from fisherfold.run.checkpoint import read_tensors
 from fisherfold.run.determinism import computing_threads
 from fisherfold.run.group_writer import write_arrays

@@ -12,22 +12,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from fisherfold.export.refinement import refine_block
 from fisherfold.network.blocks import BlockCall, find_blocks
+from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import load_model
 from fisherfold.run.checkpoint import StoredTensor, read_tensors, write_tensors
 from fisherfold.run.determinism import computing_threads
 from fisherfold.run.engine import Unit
 from fisherfold.run.errors import InputError
+from fisherfold.run.group_writer import GroupWriter, group_file
 from fisherfold.run.params import RefineParams
 from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
-from fisherfold.run.store import GroupWriter, group_file, read_array
+from fisherfold.run.store import read_array
 from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
 from fisherfold.runtime.modeling_fisherfold import replace_layers
@@ -44,7 +46,7 @@ class LowRank:
     """A layer as it was factorized: where its tensors are, and its entry in the checkpoint's configuration."""
 
     folder: Path
-    entry: dict
+    entry: dict[str, Any]
     bias: str | None
 
 
@@ -70,7 +72,8 @@ def _block_names(model: Path) -> list[str]:
 def _refined(
     scratch: Scratch, workspace: Workspace, names: list[str], layers: Mapping[str, LowRank], params: RefineParams
 ) -> dict[str, Path]:
-    units, before = {}, None
+    units: dict[str, Unit] = {}
+    before: str | None = None
     for name in names:
         own = {layer: found for layer, found in layers.items() if layer.startswith(f"{name}.")}
         unit = f"refined.{name}"
@@ -105,7 +108,7 @@ def _refine(
     model = _dense(workspace.model)
     dense = model.get_submodule(name)
     compressed = compress_block(dense, name, layers)
-    ids = {part: read_sequences(workspace.table(part), model.get_input_embeddings().num_embeddings) for part in PARTS}
+    ids = {part: read_sequences(workspace.table(part), len(input_embedding(model))) for part in PARTS}
     hidden = Hidden(model, dense, ids, before)
     call = BlockCall(model, dense, ids["calibration"][:1])
     reading = {part: (lambda numbers, part=part: hidden.pair(part, numbers, call), len(ids[part])) for part in PARTS}
@@ -126,7 +129,7 @@ def compress_block(dense: nn.Module, name: str, layers: Mapping[str, LowRank]) -
     """A copy of a dense block (or model, with the empty name) with its low-rank layers in place."""
     block, prefix = copy.deepcopy(dense), f"{name}." if name else ""
     entries = {layer.removeprefix(prefix): dict(found.entry) for layer, found in layers.items()}
-    biases = {layer: dense.get_submodule(layer).bias for layer in entries}
+    biases = {layer: cast(torch.Tensor, dense.get_submodule(layer).bias) for layer in entries}
     for entry in entries.values():
         if "source" in entry:
             entry["source"] = entry["source"].removeprefix(prefix)
@@ -145,7 +148,7 @@ class Hidden:
     """Hidden states before a block, of both networks: those of the unit before, or the embedding's."""
 
     def __init__(
-        self, model: nn.Module, block: nn.Module, ids: Mapping[str, torch.Tensor], before: Path | None
+        self, model: "PreTrainedModel", block: nn.Module, ids: Mapping[str, torch.Tensor], before: Path | None
     ) -> None:
         self.model, self.block, self.ids, self.before = model, block, ids, before
 
@@ -154,10 +157,11 @@ class Hidden:
         if self.before is None:
             x = BlockCall(self.model, self.block, self.ids[part][list(numbers)]).entered
             return x, x
-        return tuple(
+        dense, own = (
             torch.stack([read_array(self.before / "hidden", f"{part}.{number}/{which}") for number in numbers])
             for which in ("dense", "compressed")
         )
+        return dense, own
 
     def pair(self, part: str, numbers: list[int], call: BlockCall) -> tuple[torch.Tensor, torch.Tensor]:
         """x of the compressed network, y of the dense one."""
@@ -179,9 +183,9 @@ def write_layers_of(folder: Path, state: dict[str, torch.Tensor], prefix: str, l
     for layer in layers:
         own = f"{layer.removeprefix(prefix)}."
         tensors = {key.removeprefix(own): state.pop(key) for key in list(state) if key.startswith(own)}
-        tensors = {key: _stored(value) for key, value in tensors.items() if value.numel() and key != "weight"}
+        stored = {key: _stored(value) for key, value in tensors.items() if value.numel() and key != "weight"}
         (folder / "layers" / layer).mkdir(parents=True)
-        write_tensors(folder / "layers" / layer, tensors)
+        write_tensors(folder / "layers" / layer, stored)
 
 
 def _stored(values: torch.Tensor) -> StoredTensor:

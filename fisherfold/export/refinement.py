@@ -29,6 +29,9 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 Sequences = Callable[[list[int]], Batch]
 """Gives the sequences of these numbers; so that no more than a batch is in memory."""
 
+Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+"""(block, x̂) -> ŷ."""
+
 
 @dataclass(frozen=True)
 class Refinement:
@@ -48,7 +51,7 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 def refine_block(
     block: nn.Module,
-    run: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+    run: Run,
     training: tuple[Sequences, int],
     held_out: tuple[Sequences, int],
     params: RefineParams,
@@ -57,7 +60,7 @@ def refine_block(
 
     Args:
         block: f̂; every floating-point parameter of it is trained.
-        run: (block, x̂) -> ŷ.
+        run: what the block is run by.
         training: sequences and how many there are; so `held_out`.
     """
     before = _mean_loss(block, run, held_out, params)
@@ -71,7 +74,7 @@ def refine_block(
 
 
 @torch.no_grad()
-def _mean_loss(block: nn.Module, run: Callable, sequences: tuple[Sequences, int], params: RefineParams) -> float:
+def _mean_loss(block: nn.Module, run: Run, sequences: tuple[Sequences, int], params: RefineParams) -> float:
     read, count = sequences
     total = 0.0
     for numbers in _batches(list(range(count)), params.batch_size):
@@ -80,7 +83,7 @@ def _mean_loss(block: nn.Module, run: Callable, sequences: tuple[Sequences, int]
     return total / count
 
 
-def _train(block: nn.Module, run: Callable, sequences: tuple[Sequences, int], params: RefineParams) -> int:
+def _train(block: nn.Module, run: Run, sequences: tuple[Sequences, int], params: RefineParams) -> int:
     read, count = sequences
     trained = [p for p in block.parameters() if p.is_floating_point() and p.numel()]
     batches = list(batches_of(count, params.passes, params.batch_size))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fisherfold.export.expert_tensors import Stack, stored_numbers
 from fisherfold.network.layers import LinearLayer
@@ -12,10 +13,10 @@ from fisherfold.run.errors import CorruptArtifact
 def count_sizes(
     model: Path,
     dense: Mapping[str, StoredTensor],
-    plan: Mapping[str, dict],
+    plan: Mapping[str, dict[str, Any]],
     layers: Sequence[LinearLayer],
     stacks: Sequence[Stack],
-) -> dict:
+) -> dict[str, Any]:
     """Parameters and bytes of the dense and of the saved model, of all of it and of the targeted layers, from the headers of what was saved.
 
     Args:

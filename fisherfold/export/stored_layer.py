@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,11 @@ class StoredLayer:
 
     layer: LinearLayer
     folder: Path
-    record: dict
+    record: dict[str, Any]
     source: "StoredLayer | None" = None
 
     @property
-    def entry(self) -> dict:
+    def entry(self) -> dict[str, Any]:
         """What the checkpoint's configuration says of it."""
         return {key: self.record[key] for key in ("kind", "rank", "source") if key in self.record}
 

@@ -45,8 +45,8 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What the estimators and diagnostics of one layer read; what two of them share is made once.
+class CapturedLayer:
+    """A layer as it was captured, which its estimators and diagnostics read; what two of them share is made once.
 
     Attributes:
         half: 0 or 1 to see every second sequence only; None for all.
@@ -80,7 +80,10 @@ class Evidence:
         return fisher_of(self.samples.token_blocks)
 
     def nearest(
-        self, fisher: StreamedFisher | SpannedFisher, start: torch.Tensor | None = None, **options: object
+        self,
+        fisher: StreamedFisher | SpannedFisher,
+        start: torch.Tensor | None = None,
+        with_variances: bool = False,
     ) -> KroneckerPair:
         """The nearest pair by the parameters' method.
 
@@ -90,7 +93,7 @@ class Evidence:
         if start is None and isinstance(fisher, StreamedFisher):
             start = self.statistics.input_covariance(self.layer)
         limits = self.params.iterations, self.params.tolerance, self.params.method
-        return nearest_kronecker(fisher, start, *limits, with_norm=False, **options)
+        return nearest_kronecker(fisher, start, *limits, with_norm=False, with_variances=with_variances)
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,12 @@ class Estimator:
         estimate: the function that does it, for one layer.
         reads: what it needs of the capture, a property of `Statistics` (has_sequence_gradients, has_tokens); None for sums alone.
         fisher: the Fisher that it is the nearest pair of; None if it is not defined so, or not kept.
-        passes: whether it needs passes over the calibration text (`Evidence.token_sums`).
+        passes: whether it needs passes over the calibration text (`CapturedLayer.token_sums`).
     """
 
-    estimate: Callable[[Evidence], Estimate]
+    estimate: Callable[[CapturedLayer], Estimate]
     reads: str | None = None
-    fisher: Callable[[Evidence], StreamedFisher | SpannedFisher] | None = None
+    fisher: Callable[[CapturedLayer], StreamedFisher | SpannedFisher] | None = None
     passes: bool = False
 
     @property
@@ -118,64 +121,65 @@ class Estimator:
 ESTIMATORS: Registry[Estimator] = Registry("kronecker.estimator")
 
 
-def kfac(evidence: Evidence) -> Estimate:
+def kfac(captured: CapturedLayer) -> Estimate:
     """Token-wise factors A = E[x xᵀ], B = E[d dᵀ] (K-FAC, arXiv 1503.05671), over all tokens: neither trimmed nor clipped."""
-    statistics, layer = evidence.statistics, evidence.layer
+    statistics, layer = captured.statistics, captured.layer
     A, B = statistics.input_covariance(layer), statistics.output_covariance(layer)
     variances = None
     if statistics.has_tokens:
-        tokens = evidence.samples.tokens
-        variances = tuple(gram_variance(tokens(side), M, statistics) for side, M in (("x", A), ("d", B)))
+        tokens = captured.samples.tokens
+        of_A, of_B = (gram_variance(tokens(side), M, statistics) for side, M in (("x", A), ("d", B)))
+        variances = None if of_A is None or of_B is None else (of_A, of_B)
     seen = statistics.tokens_seen(layer)
     return Estimate(A, B, (seen, seen), variances)
 
 
-def sequence(evidence: Evidence) -> Estimate:
+def sequence(captured: CapturedLayer) -> Estimate:
     """The Kronecker product nearest to the per-sequence Fisher (GFWSVD, arXiv 2505.17974).
 
     With kronecker.sequences_per_gradient = c, to that of gradients averaged over c sequences, as the paper did (c = 32).
     """
-    pair = evidence.nearest(evidence.fisher, with_variances=True)
-    facts, layer, together = evidence.statistics.facts, evidence.layer, evidence.params.sequences_per_gradient
+    pair = captured.nearest(captured.fisher, with_variances=True)
+    facts, layer, together = captured.statistics.facts, captured.layer, captured.params.sequences_per_gradient
     of_sequence = facts["sketch_rank" if facts["gradients"] == "sketch" else "sequence_length"]
     rank = min(together * of_sequence, layer.outputs, layer.inputs)
     return replace(
-        _of_pair(evidence, pair, evidence.fisher.count * rank),
-        nearest_norm=None if evidence.params.prior else pair.norm,
+        _of_pair(captured, pair, captured.fisher.count * rank),
+        nearest_norm=None if captured.params.prior else pair.norm,
     )
 
 
-def token(evidence: Evidence) -> Estimate:
+def token(captured: CapturedLayer) -> Estimate:
     """The Kronecker product nearest to the Fisher of single tokens, (1/N) Σ_t vec(d_t x_tᵀ) vec(d_t x_tᵀ)ᵀ, of the sampled tokens.
 
     Each step is two weighted Gram products, and nothing is formed for pairs of tokens of different sequences. A few tokens with
     huge gradients rule this Fisher (their norms count to the fourth power), so they are clipped to kronecker.clip times the
     median norm, and kronecker.trim_tokens leaves out the first tokens of every sequence.
     """
-    pair = evidence.nearest(evidence.token_fisher, with_variances=True)
-    return _of_pair(evidence, pair, evidence.token_fisher.count)
+    pair = captured.nearest(captured.token_fisher, with_variances=True)
+    return _of_pair(captured, pair, captured.token_fisher.count)
 
 
-def every_token(evidence: Evidence) -> Estimate:
+def every_token(captured: CapturedLayer) -> Estimate:
     """The nearest Kronecker pair of the Fisher of single tokens, of all calibration tokens: power steps by `fisherfold.fisher.token_pass`.
 
     Both factors get the norm √σ, σ = √(‖R Â‖ ‖Rᵀ B̂‖) with the unit factors that the last pass started from; σ₁ once the steps converge.
     """
-    statistics, trimmed = evidence.statistics, evidence.params.trim_tokens
+    statistics, trimmed = captured.statistics, captured.params.trim_tokens
     tokens = statistics.tokens - statistics.sequences * min(trimmed, statistics.facts["sequence_length"])
-    A, B = (M / max(1, tokens) for M in step_sums(evidence.token_sums, evidence.layer))
+    A, B = (M / max(1, tokens) for M in step_sums(captured.token_sums, captured.layer))
     sizes = [torch.linalg.vector_norm(M).item() for M in (A, B)]
     sigma = (sizes[0] * sizes[1]) ** 0.5
     if sigma > 0:
         A, B = (M * (sigma**0.5 / size) for M, size in zip((A, B), sizes, strict=True))
-    pair = KroneckerPair(A, B, sigma, None, evidence.params.token_pass.passes, True)
-    return _of_pair(evidence, pair, tokens)
+    pair = KroneckerPair(A, B, sigma, None, captured.params.token_pass.passes, True)
+    return _of_pair(captured, pair, tokens)
 
 
-def _of_pair(evidence: Evidence, pair: KroneckerPair, samples: int) -> Estimate:
-    A, B, variances, prior = pair.A, pair.B, pair.variances, evidence.params.prior
+def _of_pair(captured: CapturedLayer, pair: KroneckerPair, samples: int) -> Estimate:
+    A, B, variances, prior = pair.A, pair.B, pair.variances, captured.params.prior
     if prior:
-        statistics, layer = evidence.statistics, evidence.layer
+        statistics, layer = captured.statistics, captured.layer
         A, of_A = shrink(A, statistics.input_covariance(layer), prior)
         B, of_B = shrink(B, statistics.output_covariance(layer), prior)
         variances = variances and (of_A * variances[0], of_B * variances[1])
@@ -198,6 +202,6 @@ def shrink(factor: torch.Tensor, target: torch.Tensor, share: float) -> tuple[to
 
 
 ESTIMATORS.register("kfac")(Estimator(kfac))
-ESTIMATORS.register("sequence")(Estimator(sequence, "has_sequence_gradients", lambda evidence: evidence.fisher))
+ESTIMATORS.register("sequence")(Estimator(sequence, "has_sequence_gradients", lambda captured: captured.fisher))
 ESTIMATORS.register("every_token")(Estimator(every_token, passes=True))
-ESTIMATORS.register("token")(Estimator(token, "has_tokens", lambda evidence: evidence.token_fisher))
+ESTIMATORS.register("token")(Estimator(token, "has_tokens", lambda captured: captured.token_fisher))

@@ -5,7 +5,7 @@ Shapes: n outputs, m inputs, S gradients of one block, k sketch rank, t tokens o
 
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -23,15 +23,13 @@ def symmetric_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def symmetric_sum(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """Σ P Qᵀ [p, p] of products that are symmetric, one pair (P, Q) [p, q] in memory at a time."""
-    total = None
+    total: torch.Tensor | None = None
     for left, right in pairs:
-        if total is None:
-            size = len(left)
-            total, beta = left.new_empty(size, size), 0
-            edges = [size * i // STRIPES for i in range(STRIPES + 1)]
-        for low, high in pairwise(edges):
+        beta, size = int(total is not None), len(left)
+        total = left.new_empty(size, size) if total is None else total
+        for low, high in pairwise(size * i // STRIPES for i in range(STRIPES + 1)):
             total[low:high, low:].addmm_(left[low:high], right[low:].T, beta=beta)
-        beta = 1
+    assert total is not None
     return mirror(total)
 
 
@@ -54,8 +52,8 @@ class Gradients(Protocol):
     def overlap(self, A: torch.Tensor, B: torch.Tensor) -> float:
         """Σ_s ⟨G_s, B G_s A⟩."""
 
-    def products(self, other: "Gradients") -> torch.Tensor:
-        """⟨G_s, G_t⟩ [S, S'] for s of this block and t of the other, in float64."""
+    def products(self, other: Any) -> torch.Tensor:
+        """⟨G_s, G_t⟩ [S, S'] for s of this block and t of another of its class, in float64."""
 
     def squares(self, A: torch.Tensor, B: torch.Tensor) -> tuple[float, float]:
         """Σ_c ‖A_c‖² and Σ_c ‖B_c‖² over clusters c of gradients: A_c = Σ_{s∈c} G_sᵀ B G_s, B_c = Σ_{s∈c} G_s A G_sᵀ."""

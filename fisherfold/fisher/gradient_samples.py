@@ -49,7 +49,7 @@ class GradientSamples:
         for arrays in regroup(self.statistics.gradient_shards(self.layer), self._sequences_per_block):
             arrays = self._every_second(averaged(self._moved(arrays), self.params.sequences_per_gradient))
             if len(arrays[0]):
-                yield (ExactGradients if len(arrays) == 1 else SketchedGradients)(*arrays)
+                yield ExactGradients(*arrays) if len(arrays) == 1 else SketchedGradients(*arrays)
 
     def token_blocks(self) -> Iterator[TokenGradients]:
         """Gradients of single tokens, trimmed and clipped."""
@@ -77,14 +77,13 @@ class GradientSamples:
         Raises:
             ParameterError: kronecker.trim_tokens leaves no token.
         """
-        norms = [
-            token_norms(x, d)[positions >= self.params.trim_tokens]
-            for x, d, positions in self.statistics.token_shards(self.layer)
-        ]
-        norms = torch.cat(norms)
+        trim = self.params.trim_tokens
+        norms = torch.cat(
+            [token_norms(x, d)[positions >= trim] for x, d, positions in self.statistics.token_shards(self.layer)]
+        )
         if not len(norms):
             raise ParameterError(
-                f"kronecker.trim_tokens = {self.params.trim_tokens} leaves no token of the capture's sequences of "
+                f"kronecker.trim_tokens = {trim} leaves no token of the capture's sequences of "
                 f"{self.statistics.facts['sequence_length']}. Lower it."
             )
         seen = norms[norms > 0]
@@ -140,7 +139,8 @@ def averaged(arrays: Arrays, together: int) -> Arrays:
 
 def regroup(shards: Iterable[Arrays], block_size: Callable[[Arrays], int]) -> Iterator[Arrays]:
     """Shards of arrays [S, …] cut and joined to blocks of equal numbers of sequences."""
-    pieces, held = [], 0
+    pieces: list[Arrays] = []
+    held = 0
     for shard in shards:
         size = block_size(shard)
         while held + len(shard[0]) >= size:

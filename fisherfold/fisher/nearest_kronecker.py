@@ -45,8 +45,8 @@ class KroneckerPair:
 
     @property
     def residual(self) -> float | None:
-        """‖F − A ⊗ B‖ / ‖F‖, None for F = 0. In float32, values below 1e-3 are rounding."""
-        return relative_residual(self.norm, self.fisher_norm)
+        """‖F − A ⊗ B‖ / ‖F‖, None for F = 0 or ‖F‖ not asked for. In float32, values below 1e-3 are rounding."""
+        return None if self.fisher_norm is None else relative_residual(self.norm, self.fisher_norm)
 
 
 def relative_residual(norm: float, fisher_norm: float) -> float | None:

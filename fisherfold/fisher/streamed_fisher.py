@@ -115,11 +115,13 @@ class StreamedFisher:
         return B.trace().item()
 
     def _mean(self, term: Callable[[Gradients], torch.Tensor]) -> torch.Tensor:
-        total, sequences = None, 0
+        total: torch.Tensor | None = None
+        sequences = 0
         for block in self.blocks():
             part = term(block)
             total = part.double() if total is None else total.add_(part)
             sequences += len(block)
+        assert total is not None
         self._count = sequences
         return total / sequences
 
@@ -137,7 +139,8 @@ def relative_variance(inputs: float, outputs: float, clusters: int, size: float)
     """
     if clusters < 2:
         return None
-    return tuple((squares / size**2 - 1 / clusters) * clusters / (clusters - 1) for squares in (inputs, outputs))
+    of_A, of_B = ((squares / size**2 - 1 / clusters) * clusters / (clusters - 1) for squares in (inputs, outputs))
+    return of_A, of_B
 
 
 @dataclass(frozen=True)

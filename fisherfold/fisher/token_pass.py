@@ -10,10 +10,11 @@ Source: YAQA's Sketch A (arXiv 2505.22988); taking both steps at once, clipping,
 Shapes: N tokens, x [N, m] and d [N, n] of one layer; A [m, m], B [n, n] of unit norm.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -21,14 +22,14 @@ from fisherfold.fisher.gradient_samples import GradientSamples, token_norms
 from fisherfold.linalg.gram import add_gram, mirror
 from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.labels import LABELS
-from fisherfold.network.layers import LinearLayer, forward_hooks, linear_modules
+from fisherfold.network.layers import LinearLayer, forward_hooks, input_embedding, linear_modules
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.group_writer import write_arrays
 from fisherfold.run.params import KroneckerParams
 from fisherfold.run.store import read_array
 from fisherfold.run.tables import read_sequences
 from fisherfold.statistics.layer_statistics import Statistics
-from fisherfold.statistics.shard import layer_slices, loaded_model, vocabulary
+from fisherfold.statistics.shard import layer_slices, loaded_model
 
 PARTS = 4  # of the sequences, each a unit with sums of its own
 GROUP = "sums"
@@ -54,13 +55,15 @@ class TokenPass:
     def start(self, statistics: Statistics, layer: LinearLayer) -> Pair:
         """A and B of unit norm that the tokens are weighed by; zeros where they vanish."""
         if self.before:
-            return tuple(_unit(M) for M in step_sums(self.before, layer))
-        return _unit(statistics.input_covariance(layer)), _unit(statistics.output_covariance(layer))
+            A, B = step_sums(self.before, layer)
+        else:
+            A, B = statistics.input_covariance(layer), statistics.output_covariance(layer)
+        return _unit(A), _unit(B)
 
 
 def step_sums(parts: Sequence[Path], layer: LinearLayer) -> Pair:
     """Σ_t (d_tᵀ B d_t) x_t x_tᵀ and Σ_t (x_tᵀ A x_t) d_t d_tᵀ of all parts, added in their order in float64."""
-    return tuple(_added(parts, f"{layer.name}/{side}") for side in "AB")
+    return _added(parts, f"{layer.name}/A"), _added(parts, f"{layer.name}/B")
 
 
 def _added(parts: Sequence[Path], name: str) -> torch.Tensor:
@@ -112,8 +115,9 @@ def pass_part(folder: Path, source: TokenPass, layers: Sequence[LinearLayer], lo
     model, _ = loaded_model(source.model, options.dtype)
     modules = linear_modules(model)
     watched = {layer.name: modules[layer.name] for layer in layers}
-    sums = {layer.name: _sums(source, statistics, layer, watched[layer.name].weight.device) for layer in layers}
-    ids = read_sequences(source.table, vocabulary(model))
+    devices = {name: cast(torch.device, module.weight.device) for name, module in watched.items()}
+    sums = {layer.name: _sums(source, statistics, layer, devices[layer.name]) for layer in layers}
+    ids = read_sequences(source.table, len(input_embedding(model)))
     skipped = {sequence["sequence"] for sequence in statistics.facts["skipped"]}
     numbers = [number for number in range(low, min(high, len(ids))) if number not in skipped]
     for first in range(0, len(numbers), options.batch_size):
@@ -124,7 +128,7 @@ def pass_part(folder: Path, source: TokenPass, layers: Sequence[LinearLayer], lo
     write_arrays(folder / GROUP, _arrays(sums))
 
 
-def _adder(sums: dict[str, WeightedSums], shape: tuple[int, int]):
+def _adder(sums: dict[str, WeightedSums], shape: tuple[int, int]) -> Callable[[str, torch.Tensor, torch.Tensor], None]:
     """A hook that adds a layer's tokens as soon as their gradients are there."""
 
     def on_forward(name: str, x: torch.Tensor, output: torch.Tensor) -> None:

@@ -217,6 +217,7 @@ def _hub_entries(corpus: Corpus) -> Iterator[Entry]:
 
     datasets.disable_progress_bars()
     hub = corpus.hub
+    assert hub is not None
     try:
         rows = datasets.load_dataset(
             hub.name, hub.config, split=hub.split, revision=hub.commit, streaming=not is_offline()

@@ -77,7 +77,7 @@ def _resolve(kind: str, name: str, revision: str | None) -> HubEntry:
     except Exception as error:  # whatever the hub client's HTTP library raises: there was no answer
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise HubUnknown(f"the hub cannot be asked ({reason})") from None
-    return HubEntry(info.sha, info.card_data.get("license") if info.card_data else None)
+    return HubEntry(info.sha or "", info.card_data.get("license") if info.card_data else None)
 
 
 def _cached(name: str, revision: str | None) -> Path | None:

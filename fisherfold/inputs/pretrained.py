@@ -34,6 +34,7 @@ from fisherfold.inputs.hub import HubUnknown, resolve_model
 from fisherfold.inputs.model_folders import refuse_other_folders
 from fisherfold.inputs.packages import fetch_file
 from fisherfold.inputs.recipes import ModelRecipe, Source, find_path, find_recipe, recipe_names, unknown_input
+from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES
 from fisherfold.run.errors import FisherfoldError, InputError
 from fisherfold.run.params import PrepareParams
@@ -168,7 +169,7 @@ def read_config(model: ModelSource) -> PreTrainedConfig:
 
 def _require_known_class(name: str, config: PreTrainedConfig) -> None:
     """Refuse a model that `AutoModelForCausalLM` would not load, or would not load again once it is saved."""
-    loaded = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    loaded: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if loaded is None and getattr(config, "auto_map", None):
         known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         raise InputError(
@@ -219,7 +220,7 @@ def write_model(folder: Path, model: ModelSource, dtype: str) -> None:
     transformers_logging.disable_progress_bar()
     tokenizer = load_tokenizer(model)
     loaded = _load_weights(model, DTYPES[dtype])
-    embeddings = loaded.get_input_embeddings().weight.shape[0]
+    embeddings = len(input_embedding(loaded))
     added = set(
         tokenizer.get_added_vocab().values()
     )  # an image's place, padding: they do no harm until a text holds one

@@ -74,7 +74,7 @@ def draw_questions(questions: QuestionSet | None, count: int, seed: int) -> list
     """
     if questions is None:
         return []
-    found = _matching(questions, seed) if questions.recipe else _shuffled(_read(questions), seed)
+    found = _matching(questions, questions.recipe, seed) if questions.recipe else _shuffled(_read(questions), seed)
     rows = [row for row, _ in zip(found, range(count))]
     if len(rows) < count:
         raise InputError(
@@ -89,10 +89,9 @@ def _shuffled(rows: list[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]
     yield from rows
 
 
-def _matching(questions: QuestionSet, seed: int) -> Iterator[dict[str, Any]]:
+def _matching(questions: QuestionSet, recipe: QuestionsRecipe, seed: int) -> Iterator[dict[str, Any]]:
     """Questions "which answer belongs to this title", distractors from the title's topic where that holds enough."""
-    recipe = questions.recipe
-    records = _recipe_records(questions)
+    records = _recipe_records(questions, recipe)
     pools: dict[str, dict[str, str]] = defaultdict(dict)
     for record in records:
         for pool in (record[recipe.topic_field], ""):  # "" pools all topics
@@ -111,9 +110,8 @@ def _matching(questions: QuestionSet, seed: int) -> Iterator[dict[str, Any]]:
         yield {"question": question, "choices": choices, "answer": choices.index(answer), "article": title}
 
 
-def _recipe_records(questions: QuestionSet) -> list[dict[str, Any]]:
+def _recipe_records(questions: QuestionSet, recipe: QuestionsRecipe) -> list[dict[str, Any]]:
     """The records of a recipe's JSON file that have a title and an answer."""
-    recipe = questions.recipe
     rows = [_fields(row, where) for where, row in read_records(questions.files[0])]
     records = [row for row in rows if row.get(recipe.title_field) and row.get(recipe.answer_field)]
     if len({row[recipe.answer_field].casefold() for row in records}) < CHOICES:

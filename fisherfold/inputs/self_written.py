@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, islice, repeat
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -106,7 +107,8 @@ def _sample_with_cache(
         eos_token_id=ends[0] if ends else None,
         pad_token_id=ends[0] if ends else 0,
     )
-    return model.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
+    generate: Any = model.generate
+    return generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
 
 
 def _draw(logits: torch.Tensor) -> torch.Tensor:

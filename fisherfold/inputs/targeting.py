@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fisherfold.network.coverage import measure_coverage
 from fisherfold.network.experts import unfold_experts, unknown_stacks
-from fisherfold.network.layers import write_dense_layers, write_layers
+from fisherfold.network.layers import input_embedding, write_dense_layers, write_layers
 from fisherfold.network.models import load_model
 from fisherfold.network.targets import find_targets
 from fisherfold.run.errors import InputError
@@ -45,8 +45,8 @@ def write_targets(
             f"Transformers cannot load what it has saved of the model itself ({type(error).__name__}: {next(iter(str(error).splitlines()), '')}). "
             "Choose another model, or another version of transformers."
         ) from error
-    weight = loaded.get_input_embeddings().weight
-    ids = text_tokens(tokenizer, weight.shape[0], min(TOKENS, sequence_length))
+    weight = input_embedding(loaded)
+    ids = text_tokens(tokenizer, len(weight), min(TOKENS, sequence_length))
     open_experts(loaded, experts)
     targets = find_targets(loaded, torch.tensor([ids], device=weight.device), gates)
     write_layers(folder, targets.layers)

@@ -95,7 +95,6 @@ def power(map: PairMap, start: Vector, iterations: int, tolerance: float) -> Lea
     return LeadingPairs(((A, B),), (float(sigma),), done, settled)
 
 
-@SOLVERS.register("lanczos")
 def lanczos(map: PairMap, start: Vector, iterations: int, tolerance: float, count: int = 1) -> LeadingPairs:
     """Golub-Kahan bidiagonalisation with thick restarts, in the form that keeps its left vectors only.
 
@@ -126,6 +125,9 @@ def lanczos(map: PairMap, start: Vector, iterations: int, tolerance: float, coun
         basis.append(image / length)
     lefts = [combine(basis, Y[:, i]) for i in range(min(count, len(basis))) if theta[i] > UNSEEN**2 * theta[0]]
     return _finish(map, lefts, done, converged)
+
+
+SOLVERS.register("lanczos")(lanczos)
 
 
 def _project_out(image: Vector, basis: Sequence[Vector]) -> tuple[Vector, np.ndarray]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fisherfold.network.layers import input_embedding
 from fisherfold.run.errors import InputError
 
 PROBE = 8  # tokens of each of two sequences: a block called with what belongs to one must give the outputs of both
@@ -39,7 +40,7 @@ def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def _require_separable(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> None:
-    ids = torch.arange(2 * PROBE).view(2, PROBE) % model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(2 * PROBE).view(2, PROBE) % len(input_embedding(model))
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     handles = [
         block.register_forward_hook(
@@ -68,7 +69,7 @@ def _runs_alone(
         return False
 
 
-def _hidden(args: tuple, kwargs: dict) -> Any:
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states")
 
 
@@ -85,7 +86,7 @@ class BlockCall:
     """
 
     def __init__(self, model: PreTrainedModel, block: nn.Module, ids: torch.Tensor) -> None:
-        def take(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.entered, self.args, self.kwargs = _hidden(args, kwargs), args[1:], dict(kwargs)
             self.kwargs.pop("hidden_states", None)
             raise _Reached

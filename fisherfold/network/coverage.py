@@ -3,7 +3,9 @@
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,7 +14,7 @@ from fisherfold.network.targets import Targets
 INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$")
 
 
-def measure_coverage(model: PreTrainedModel, targets: Targets, unknown: Collection[str] = ()) -> dict:
+def measure_coverage(model: PreTrainedModel, targets: Targets, unknown: Collection[str] = ()) -> dict[str, Any]:
     """Parameters by what becomes of them; names with `*` for the number of a block or an expert.
 
         {"model_parameters": …, "targeted_parameters": …, "targeted_layers": …,
@@ -24,7 +26,7 @@ def measure_coverage(model: PreTrainedModel, targets: Targets, unknown: Collecti
     """
     linear = {id(model.get_submodule(name).weight): name for name in targets.dense}
     targeted = {id(model.get_submodule(layer.name).weight) for layer in targets.layers}
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
     embeddings = {id(module.weight) for module in ends if module is not None}
     parts: dict[str, int] = defaultdict(int)
     for matrices in model.parameters():
@@ -33,7 +35,7 @@ def measure_coverage(model: PreTrainedModel, targets: Targets, unknown: Collecti
         "model_parameters": sum(parts.values()),
         "targeted_parameters": sum(layer.dense_numbers for layer in targets.layers),
         "targeted_layers": len(targets.layers),
-        "dense": list(_by_reason(model, targets.dense)),
+        "dense": _by_reason(model, targets.dense),
         **{part: parts[part] for part in ("embeddings", "stacked_matrices", "other")},
         **({"unknown_stacks": sorted({INDEX.sub("*", name) for name in unknown})} if unknown else {}),
     }
@@ -47,26 +49,28 @@ def _part(matrices: nn.Parameter, linear: Mapping[int, str], targeted: set[int],
     return "stacked_matrices" if matrices.dim() == 3 and matrices.shape[-1] > 8 else "other"
 
 
-def _by_reason(model: nn.Module, dense: Mapping[str, str]) -> Iterator[dict]:
+def _by_reason(model: nn.Module, dense: Mapping[str, str]) -> list[dict[str, Any]]:
     """The dense linear layers of each reason, the reason with most parameters first."""
+
+    def weight(name: str) -> torch.Tensor:
+        return cast(torch.Tensor, model.get_submodule(name).weight)
+
     found: dict[str, list[str]] = defaultdict(list)
     for name, reason in dense.items():
         found[reason].append(name)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "reason": reason,
             "layers": len(names),
-            "parameters": sum(
-                {id(w): w.numel() for w in (model.get_submodule(name).weight for name in names)}.values()
-            ),
+            "parameters": sum({id(w): w.numel() for w in map(weight, names)}.values()),
             "names": sorted({INDEX.sub("*", name) for name in names}),
         }
         for reason, names in found.items()
     ]
-    yield from sorted(rows, key=lambda row: (-row["parameters"], row["reason"]))
+    return sorted(rows, key=lambda row: (-row["parameters"], row["reason"]))
 
 
-def describe_coverage(coverage: Mapping) -> Iterator[str]:
+def describe_coverage(coverage: Mapping[str, Any]) -> Iterator[str]:
     """The same in lines."""
     whole, targeted = coverage["model_parameters"], coverage["targeted_parameters"]
     yield (

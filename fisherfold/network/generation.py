@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from fisherfold.network.models import input_embedding
+from fisherfold.network.layers import input_embedding
 from fisherfold.network.shortcuts import attempt, reproduces
 
 Tokens = list[int]

@@ -8,12 +8,13 @@ Shapes: B sequences of T tokens over a vocabulary of V.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fisherfold.network.labels import Labels
+from fisherfold.network.layers import input_embedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +45,7 @@ def gradient_pass(
     """
     if any(parameter.requires_grad for parameter in model.parameters()):
         raise RuntimeError("freeze the model's parameters first: model.requires_grad_(False)")
-    ids = ids.to(model.get_input_embeddings().weight.device)
+    ids = ids.to(input_embedding(model).device)
     with _leaves(model) as embedded:
         logits = model(input_ids=ids, use_cache=False).logits
     losses, gradient = loss_gradient(logits.detach(), ids.to(logits.device), first, labels)
@@ -60,7 +61,7 @@ def _leaves(model: "PreTrainedModel") -> Iterator[list[torch.Tensor]]:
     """Inside, the outputs of the input embedding ask for gradients and are collected; the model gets copies, as some scale them in place."""
     collected: list[torch.Tensor] = []
 
-    def give_copy(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
+    def give_copy(module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         collected.append(output.detach().requires_grad_())
         return collected[-1].clone()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -92,9 +92,8 @@ def describe_layers(modules: Mapping[str, nn.Module], reads: Mapping[str, Sequen
 
 def linear_modules(model: "PreTrainedModel") -> dict[str, nn.Module]:
     """The modules behind `find_layers`, by name; modules that carry an embedding's weight are not among them."""
-    embeddings = {
-        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module
-    }
+    ends: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = {id(module.weight) for module in ends if module}
     return {
         name: module
         for name, module in model.named_modules()
@@ -186,23 +185,30 @@ def by_group(layers: Iterable[LinearLayer]) -> dict[str, list[LinearLayer]]:
     return groups
 
 
+def input_embedding(model: "PreTrainedModel") -> torch.Tensor:
+    """The input embedding's weight [V, h]: its rows are the vocabulary, its device is where token ids go."""
+    return cast(torch.Tensor, model.get_input_embeddings().weight)
+
+
 @torch.no_grad()
 def _read_inputs(model: "PreTrainedModel", modules: dict[str, nn.Module]) -> dict[str, list[torch.Tensor]]:
     """The tensors that each layer reads in one small pass, held, so that no two share an address."""
     reads: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
-    ids = torch.arange(PROBE_LENGTH, device=model.get_input_embeddings().weight.device)[None]
+    embedding = input_embedding(model)
+    ids = torch.arange(PROBE_LENGTH, device=embedding.device)[None] % len(embedding)
     with forward_hooks(modules, lambda name, x, output: reads[name].append(x)):
-        model(input_ids=ids % model.get_input_embeddings().weight.shape[0], use_cache=False)
+        model(input_ids=ids, use_cache=False)
     return reads
 
 
-def _describe(name: str, module: nn.Module, group: str) -> LinearLayer:
+def _describe(name: str, module: Any, group: str) -> LinearLayer:
     if not LAYER_NAME.fullmatch(name):
         raise InputError(f"The model has a linear layer called {name!r}, a name that cannot become a path.")
+    outputs, inputs = module.weight.shape
     if isinstance(module, ExpertLinear):
-        return LinearLayer(name, *module.weight.shape, False, module.transposed, group, name.rpartition(".")[0])
+        return LinearLayer(name, outputs, inputs, False, module.transposed, group, name.rpartition(".")[0])
     transposed = _is_transposed(module)
-    outputs, inputs = module.weight.shape[::-1] if transposed else module.weight.shape
+    outputs, inputs = (inputs, outputs) if transposed else (outputs, inputs)
     return LinearLayer(name, outputs, inputs, module.bias is not None, transposed, group)
 
 

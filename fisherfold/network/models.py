@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -35,11 +35,6 @@ def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
         folder, dtype=dtype, device_map=chosen_device(), trust_remote_code=trust_remote_code, local_files_only=True
     )
     return model.eval().requires_grad_(False)
-
-
-def input_embedding(model: "PreTrainedModel") -> torch.Tensor:
-    """The input embedding's weight [V, h]: its rows are the vocabulary, its device is where token ids go."""
-    return cast(torch.Tensor, model.get_input_embeddings().weight)
 
 
 def read_weight(folder: Path, layer: LinearLayer) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fisherfold.network.models import input_embedding
+from fisherfold.network.layers import input_embedding
 
 
 @dataclass(frozen=True)

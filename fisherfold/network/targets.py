@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from fisherfold.network.experts import ExpertStack
-from fisherfold.network.layers import LinearLayer, describe_layers, linear_modules
+from fisherfold.network.layers import LinearLayer, describe_layers, input_embedding, linear_modules
 from fisherfold.network.trial import Trial, try_layers
 from fisherfold.run.errors import InputError
 
@@ -62,9 +63,9 @@ def find_targets(model: PreTrainedModel, ids: torch.Tensor, gates: Collection[st
     return Targets(describe_layers(targets, trial.reads), reasons)
 
 
-def _reasons(model: PreTrainedModel, modules: Mapping[str, nn.Module], trial: Trial) -> Iterator[tuple[str, str]]:
+def _reasons(model: PreTrainedModel, modules: Mapping[str, Any], trial: Trial) -> Iterator[tuple[str, str]]:
     """(name, why it stays dense) of the layers that do: the first reason that holds."""
-    vocabulary, width = model.get_input_embeddings().weight.shape
+    vocabulary, width = input_embedding(model).shape
     few = min(FEW, width // 8)
     routed, shared, choices = set(_routed(model, modules, trial)), _shared(modules), _numbers_of_experts(model)
     for name, module in modules.items():

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,7 +83,8 @@ def try_layers(model: PreTrainedModel, modules: dict[str, nn.Module], ids: torch
         with _further_calls(modules, maps, trial), torch.no_grad():
             with _training(model):
                 attempt(lambda: model(input_ids=ids, use_cache=False))
-            attempt(lambda: model.generate(ids[:1], max_new_tokens=WRITTEN, do_sample=False, pad_token_id=0))
+            generate: Any = model.generate
+            attempt(lambda: generate(ids[:1], max_new_tokens=WRITTEN, do_sample=False, pad_token_id=0))
     return trial
 
 
@@ -95,7 +97,7 @@ class LinearMap:
     believed: bool
 
     @classmethod
-    def of(cls, module: nn.Module) -> "LinearMap":
+    def of(cls, module: Any) -> "LinearMap":
         """What a module with the weight of a linear layer should compute."""
         weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
         return cls(weight, module.bias, type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module))
@@ -243,10 +245,13 @@ class ChoiceWatch(TorchFunctionMode):
         self.outputs: dict[object, tuple[str, int]] = {}
         self.chosen_from = chosen_from
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
         if func in CHOICES:
             self._note(args[0] if args else kwargs["input"])
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def _note(self, scores: torch.Tensor) -> None:
         """Go back from the scores to the products that they are made of."""

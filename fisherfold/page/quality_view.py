@@ -2,9 +2,12 @@
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from markupsafe import Markup
 
 from fisherfold.page.answers_view import sources_table
-from fisherfold.page.page import Markup, details, element, figure, join, number, percent, section, table
+from fisherfold.page.page import details, element, figure, join, number, percent, section, table
 from fisherfold.page.pictures import Line, legend, line_chart
 from fisherfold.page.record import MODELS, Record
 
@@ -27,7 +30,7 @@ def ratio_of(compressed: float | None, dense: float | None) -> float | None:
     return None if compressed is None or not dense else compressed / dense
 
 
-def at(facts: object, *keys: str) -> float | None:
+def at(facts: Any, *keys: str) -> Any:
     """A nested fact, or None where the record does not go so deep."""
     for key in keys:
         facts = facts.get(key) if isinstance(facts, Mapping) else None
@@ -52,8 +55,8 @@ def quality_view(record: Record) -> Markup:
     )
 
 
-def _quality_rows(record: Record) -> Iterator[tuple]:
-    text, knowledge = (record.facts["evaluate"].get(part) for part in ("text", "knowledge"))
+def _quality_rows(record: Record) -> Iterator[tuple[object, ...]]:
+    text, knowledge = (at(record.facts["evaluate"], part) for part in ("text", "knowledge"))
     errors = [at(text, "perplexity_standard_error", model) for model in MODELS]
     perplexities = [record.metrics[model]["perplexity"] for model in MODELS]
     yield "perplexity", *map(_figure, perplexities, errors), f"{times(record)} ×"
@@ -66,7 +69,7 @@ def _quality_rows(record: Record) -> Iterator[tuple]:
         yield name, *(_accuracy(knowledge, rule, which) for which in COMPARED)
 
 
-def _accuracy(knowledge: Mapping, rule: str, which: str) -> Markup:
+def _accuracy(knowledge: Mapping[str, Any], rule: str, which: str) -> Markup:
     value, error = (knowledge[statistic][rule][which] for statistic in ("mean", "standard_error"))
     shown = points(value) if which == "difference" else percent(value)
     return _with_error(shown, None if error is None else f"{100 * error:.1f}")
@@ -86,7 +89,7 @@ def _task_table(record: Record) -> Markup | None:
     return join([table("Further lm-eval tasks", header, whole), folded])
 
 
-def _task_rows(results: Mapping, names: Iterable[str]) -> Iterator[tuple]:
+def _task_rows(results: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[object, ...]]:
     """One row for each metric of each of `names`, which lm-eval gives to tasks and groups."""
     for name in names:
         entries = [results[model].get(name, {}) for model in MODELS]

@@ -5,7 +5,7 @@ the run, see ``flows``.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -280,7 +280,7 @@ def check_params(document: dict[str, Any], source: str) -> Params:
         raise ParameterError(f"{source}: " + "; ".join(lines)) from None
 
 
-def _explain(issue: dict[str, Any]) -> str:
+def _explain(issue: Mapping[str, Any]) -> str:
     """One validation issue as a sentence: the dotted key, what is wrong, the nearest valid key."""
     location = [part for part in issue["loc"] if isinstance(part, str)]
     key = ".".join(location)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,10 +47,10 @@ def array_names(group: Path) -> list[str]:
 def _array_names(stored: ObjectGroup) -> list[str]:
     end = f"/{METADATA}"
     nodes = (key for key in stored.entries if key.endswith(end))
-    return [key.removesuffix(end) for key in nodes if json.loads(stored.read(key))["node_type"] == "array"]
+    return [key.removesuffix(end) for key in nodes if json.loads(stored.read(key) or b"{}")["node_type"] == "array"]
 
 
-def read_array(group: Path, name: str, where: object = ...) -> torch.Tensor:
+def read_array(group: Path, name: str, where: Any = ...) -> torch.Tensor:
     """Read one array (or the part that `where` selects).
 
     Raises:
@@ -64,7 +65,7 @@ def read_array(group: Path, name: str, where: object = ...) -> torch.Tensor:
             values, attributes = opened.read(name, where), opened.metadata(name)["attributes"]
         else:
             array = zarr.open_array(store=opened, path=name, mode="r")
-            values, attributes = array[where], array.attrs
+            values, attributes = np.asarray(array[where]), array.attrs
     except (KeyError, FileNotFoundError):
         raise CorruptArtifact(f"{path} holds no array {name!r}. Write it again with `dvc repro --force`.") from None
     except (ValueError, RuntimeError, OSError, zipfile.BadZipFile) as error:
@@ -85,7 +86,7 @@ def read_in_turn(groups: Sequence[Path], names: Sequence[str]) -> Iterator[tuple
         yield from (tuple(read_array(group, name) for name in names) for group in groups)
         return
     with ThreadPoolExecutor(2 * len(names)) as pool:
-        ahead: list[Future] = []
+        ahead: list[Future[torch.Tensor]] = []
         for group in groups:
             waiting, ahead = ahead, [pool.submit(read_array, group, name) for name in names]
             if waiting:

@@ -134,7 +134,7 @@ def measure_dependence(x: torch.Tensor, g: torch.Tensor, draws: int, seed: int) 
         a row of the table but for the module; without any ρ where x or g is zero throughout.
     """
     sequences, length, dimension = x.shape
-    row = {"dimension": dimension, "tokens": sequences * length}
+    row: dict[str, float] = {"dimension": dimension, "tokens": sequences * length}
     if not x.any() or not g.any():
         return row
     found, count = kernels(x.flatten(0, 1).double(), g.flatten(0, 1).double()), sequences * length

@@ -95,4 +95,5 @@ class ExactGradient:
         return True
 
     def arrays(self, batch: GradientBatch) -> Arrays:
+        assert batch.G is not None  # as `needs_gradients` asks
         return {"gradient": batch.G}

@@ -92,7 +92,7 @@ def token_shapes(layers: Sequence[LinearLayer], tokens: int) -> Shapes:
     """Shapes of the sampled tokens of one sequence, by name, without their positions [t]."""
     if not tokens:
         return {}
-    inputs = {f"{layer.name}/x": (tokens, layer.inputs) for layer in layers if layer.group == layer.name}
+    inputs: Shapes = {f"{layer.name}/x": (tokens, layer.inputs) for layer in layers if layer.group == layer.name}
     return inputs | {f"{layer.name}/d": (tokens, layer.outputs) for layer in layers}
 
 

@@ -49,7 +49,7 @@ ANSWERS = pa.schema(
 layer."""
 
 
-def ask(folder: Path, model_folder: Path, table: Path, params: CaptureParams) -> None:
+def measure_questions(folder: Path, model_folder: Path, table: Path, params: CaptureParams) -> None:
     """Unit of work: the first `capture.knowledge_questions` questions, one at a time.
 
     Raises:

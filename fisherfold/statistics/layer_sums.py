@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -21,6 +21,7 @@ from fisherfold.network.layers import (
     LinearLayer,
     by_group,
     forward_hooks,
+    input_embedding,
     input_gradient_hooks,
     layer_modules,
 )
@@ -62,7 +63,8 @@ class InputSums:
             self.absolute += some.abs().sum(0)
 
     def add_gradient(self, g: torch.Tensor) -> None:
-        """Add the tokens of g [..., m]."""
+        """Add the tokens of g [..., m]; they are of a shared group."""
+        assert self.gradient_gram is not None
         with exact_products(g):
             add_gram(self.gradient_gram, g.flatten(0, -2).to(self.gram))
 
@@ -106,6 +108,7 @@ class OutputSums:
 
     def add_gradients(self, D: torch.Tensor, X: torch.Tensor) -> None:
         """Add the gradients of a batch, from D [B, T, n] in float32 and X [B, T, m]."""
+        assert self.form is not None
         exact = exact_products(X)  # a linear layer's output, and so its gradient, has its input's dtype
         X = X.to(self.gram)
         needed = self.form.needs_gradients(D.shape[1])
@@ -200,9 +203,9 @@ class ModelSums:
             name: [self.modules[layer.name] for layer in group] for name, group in groups.items() if len(group) > 1
         }
         for layer in layers:
-            device = modules[layer.name].weight.device
+            device = cast(torch.device, modules[layer.name].weight.device)
             shapes = form.shapes(layer, rank) if form else {}
-            self.outputs[layer.name] = OutputSums(layer, device, form and form(layer, rank, seed), shapes)
+            self.outputs[layer.name] = OutputSums(layer, device, form(layer, rank, seed) if form else None, shapes)
             if token_dtype:
                 self.samples[f"{layer.name}/d"] = TokenSample(layer.outputs, token_dtype, device)
             if layer.group == layer.name:
@@ -236,7 +239,7 @@ class ModelSums:
         for name, before in kept.items():
             if len(self.outputs[name].kept["norm"]) == before:
                 self.outputs[name].keep_zeros(len(ids))
-        if self.samples:
+        if self.samples and positions is not None:
             self.positions.append(positions.int())
             for sample in self.samples.values():
                 sample.end_pass(positions)
@@ -245,8 +248,8 @@ class ModelSums:
     @cached_property
     def by_sequence(self) -> bool:
         """Whether every layer sees the tokens of a batch in their order, tried on two sequences, or says which it sees, as experts do."""
-        width = self.model.get_input_embeddings().weight.shape[0]
-        ids = torch.arange(2 * PROBE_LENGTH, device=self.model.get_input_embeddings().weight.device).view(2, -1) % width
+        embedding = input_embedding(self.model)
+        ids = torch.arange(2 * PROBE_LENGTH, device=embedding.device).view(2, -1) % len(embedding)
         seen = {name: hasattr(module, "rows") for name, module in self.modules.items()}
 
         def look(name: str, x: torch.Tensor, output: torch.Tensor) -> None:
@@ -258,7 +261,7 @@ class ModelSums:
 
     def finite(self) -> bool:
         """Whether all sums of squares are finite, and with them everything that was ever added."""
-        sums = (*self.inputs.values(), *self.outputs.values())
+        sums: tuple[InputSums | OutputSums, ...] = (*self.inputs.values(), *self.outputs.values())
         return all(bool(gram.diagonal().isfinite().all()) for each in sums for gram in each.grams())
 
     def arrays(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -303,6 +306,7 @@ class ModelSums:
             output.register_hook(lambda d: self._on_gradient(name, call, use, d))
 
     def _sample(self, kind: str, use: int, values: torch.Tensor, rows: torch.Tensor | None) -> None:
+        assert self._positions is not None
         self.samples[kind].see(use, self._by_sequence(kind, values, rows), self._positions)
 
     def _on_gradient(self, name: str, call: Call, use: int, d: torch.Tensor) -> None:
@@ -319,7 +323,7 @@ class ModelSums:
         uses = [
             (self._by_sequence(name, call.d, call.rows), self._by_sequence(name, call.x, call.rows))
             for call in self._calls[name]
-            if call.d is not None
+            if call.d is not None and call.x is not None
         ]
         for call in self._calls[name]:
             call.x = call.d = None

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.group_writer import write_arrays
@@ -22,7 +24,7 @@ from fisherfold.run.tables import read_sequences
 from fisherfold.statistics.gradient_forms import GRADIENT_FORMS, Shapes
 from fisherfold.statistics.kept import kept_shapes
 from fisherfold.statistics.layer_sums import ModelSums
-from fisherfold.statistics.shard import NonFiniteBatch, add_shard, explain, layer_slices, loaded_model, vocabulary
+from fisherfold.statistics.shard import NonFiniteBatch, add_shard, explain, layer_slices, loaded_model
 from fisherfold.statistics.stored_sums import SUMS
 from fisherfold.statistics.tree_sum import Leaf
 
@@ -40,7 +42,7 @@ class LeafState:
     """
 
     sums: ModelSums
-    shards: list[dict] = field(default_factory=list)
+    shards: list[dict[str, Any]] = field(default_factory=list)
     saved: int = 0
 
 
@@ -58,9 +60,9 @@ def capture_leaf(
         NumericalError: a sequence's loss or gradient is not finite, and capture.skip_nonfinite is off.
         InputError: the table does not fit the model, see `read_sequences`; or see `ModelSums.add`.
     """
-    model, layers = loaded_model(model_folder, params.dtype)
-    layers = layer_slices(layers, params.layers_per_pass)[part]
-    ids = read_sequences(table, vocabulary(model))
+    model, targets = loaded_model(model_folder, params.dtype)
+    layers = layer_slices(targets, params.layers_per_pass)[part]
+    ids = read_sequences(table, len(input_embedding(model)))
     shapes = kept_shapes(layers, params, ids.shape[1], with_positions=part == 0)
     points, left_out = Savepoints(place, folder), dict[int, str]()
     form, token_dtype = GRADIENT_FORMS.lookup(params.gradients), DTYPES[params.token_dtype]
@@ -109,7 +111,7 @@ def _add(
     sequences: Mapping[int, torch.Tensor],
     shapes: Shapes,
     left_out: Mapping[int, str],
-) -> dict:
+) -> dict[str, Any]:
     """Add one shard without the sequences that are left out; its facts."""
     kept = {number: ids for number, ids in sequences.items() if number not in left_out}
     losses = add_shard(sums, shard_group(folder, shard), params, kept, shapes, f"shard {shard}, batch")

@@ -51,11 +51,6 @@ def loaded_model(folder: Path, dtype: str) -> tuple["PreTrainedModel", tuple[Lin
     return model, layers
 
 
-def vocabulary(model: "PreTrainedModel") -> int:
-    """Rows of the input embedding."""
-    return model.get_input_embeddings().weight.shape[0]
-
-
 def layer_slices(layers: Sequence[LinearLayer], layers_per_pass: int | None) -> list[list[LinearLayer]]:
     """Layers in slices of at most `layers_per_pass` (all in one, if None); groups stay whole, even a larger one."""
     slices: list[list[LinearLayer]] = [[]]

@@ -18,12 +18,13 @@ Source: FASC's objective as METHODS section 4 states it. Shapes: m inputs, x [N,
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
 
+from fisherfold.linalg.weighted_svd import MetricRoot
 from fisherfold.statistics.input_gradients import Moments
 
 Tokens = Iterator[tuple[torch.Tensor, torch.Tensor]]
@@ -136,10 +137,11 @@ class Empirical:
 
 def _mean(tokens: Tokens, sums: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The mean over all tokens of what `sums` adds up over some of them."""
-    total, count = 0.0, 0
+    total: torch.Tensor | float = 0.0
+    count = 0
     for x, g in tokens:
         total, count = total + sums(x, g), count + len(x)
-    return total / count
+    return cast(torch.Tensor, total / count)
 
 
 def printed_surrogate(moments: Moments, M: torch.Tensor) -> float:
@@ -149,7 +151,7 @@ def printed_surrogate(moments: Moments, M: torch.Tensor) -> float:
 
 def variance_basis(moments: Moments) -> Basis:
     """The principal components of x: eigenvectors of S_xx, largest first."""
-    vectors = moments.input_root.vectors.flip(1)
+    vectors = _eigenvectors(moments.input_root).flip(1)
     return Basis(vectors, vectors.T)
 
 
@@ -183,8 +185,14 @@ def printed_basis(moments: Moments, orthonormal: bool) -> Basis:
 def _root_and_inverse(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     """R and R⁻¹ [m, m]; directions in which x is zero are given a variance that rounding could."""
     root = moments.input_root
-    scales = root.scales.clamp(min=TINY * max(root.scales.max().item(), TINY))
-    return root.vectors * scales, (root.vectors / scales).T
+    vectors, scales = _eigenvectors(root), cast(torch.Tensor, root.scales)
+    scales = scales.clamp(min=TINY * max(scales.max().item(), TINY))
+    return vectors * scales, (vectors / scales).T
+
+
+def _eigenvectors(root: MetricRoot) -> torch.Tensor:
+    """Of a root that is neither diagonal nor the identity, as E[x xᵀ] never is."""
+    return cast(torch.Tensor, root.vectors)
 
 
 def _sorted_basis(forward: torch.Tensor, backward: torch.Tensor, weighted: torch.Tensor) -> Basis:
@@ -284,7 +292,7 @@ def descend(objective: Objective, basis: Basis, rank: int, steps: int, orthonorm
         P = _projector(parts[0], parts[-1].T if orthonormal else parts[-1])
         loss, gradient = inside.loss_and_gradient(torch.eye(size).to(P) - P.detach())
         P.backward(-gradient)
-        slopes = [(part.grad * scale).flatten() for part, scale in zip(parts, scales)]
+        slopes = [(cast(torch.Tensor, part.grad) * scale).flatten() for part, scale in zip(parts, scales)]
         return loss / unit, torch.cat(slopes).cpu().double().numpy() / unit
 
     unit = 1.0

@@ -103,6 +103,7 @@ def read_sampling(kronecker: Path, metric: str, module: str) -> tuple[FactorSamp
         raise ParameterError(
             f"A damping chosen from data needs the diagnostics of estimator {estimator!r}. Set kronecker.diagnostics to 'basic'."
         )
-    return tuple(
+    of_inputs, of_outputs = (
         FactorSampling(rows[0][f"{side}_samples"], rows[0][f"{side}_variance"]) for side in ("input", "output")
     )
+    return of_inputs, of_outputs

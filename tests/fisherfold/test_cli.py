@@ -2,7 +2,7 @@
 
 import os
 import sys
-import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -72,23 +72,6 @@ def test_a_folder_that_only_looks_like_a_project_is_none(tmp_path):
     assert cli.find_project(tmp_path / "below") == tmp_path
 
 
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory) -> Path:
-    """A folder that holds what the wheel installs, and nothing else of ours."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = clone(folder / "source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        (source / name).write_bytes((ROOT / name).read_bytes())
-    built = command(
-        folder, sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "built", "./source"
-    )
-    assert built.returncode == 0, built.stderr
-    (wheel,) = (folder / "built").glob("*.whl")
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(folder / "installed")
-    return folder / "installed"
-
-
 def test_the_wheel_carries_nothing_at_top_level_but_fisherfold(installed):
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"fisherfold"}
 
@@ -105,3 +88,13 @@ def test_the_wheel_carries_all_of_our_code(installed):
         for name, file in code(ROOT / each, Path("_orchestration", each)).items()
     }
     assert code(installed / "fisherfold", Path()) == ours
+
+
+def test_the_wheel_alone_says_its_version_and_how_to_get_a_project(wheel_alone, tmp_path):
+    isolated = {"PYTHONPATH": ""}
+    version = command(tmp_path, str(wheel_alone / "fisherfold"), "--version", environment=isolated)
+    assert version.stdout.strip().endswith(metadata.version("fisherfold"))
+    refused = command(tmp_path, str(wheel_alone / "fisherfold"), "run", environment=isolated)
+    assert refused.returncode != 0
+    (line,) = refused.stderr.strip().splitlines()
+    assert "git clone" in line

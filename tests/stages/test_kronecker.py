@@ -12,7 +12,7 @@ from dense_fisher import dense_fisher, symmetric_sigmas, van_loan
 from tiny_capture import LAYERS, TinyCapture
 
 from fisherfold.fisher import gradient_samples
-from fisherfold.fisher.estimators import ESTIMATORS, Evidence
+from fisherfold.fisher.estimators import ESTIMATORS, CapturedLayer
 from fisherfold.fisher.fisher_diagnostics import describe_estimate
 from fisherfold.linalg.leading_pairs import SOLVERS
 from fisherfold.run import store, unit_work
@@ -133,12 +133,12 @@ def test_shards_change_nothing(tmp_path: Path) -> None:
 def test_streamed_over_blocks_equals_one_block(tmp_path: Path, monkeypatch, form: str, estimator: str) -> None:
     statistics = Statistics(make(tmp_path, form, tokens_kept=7).workspace.out("capture"))
     params = KroneckerParams(estimator=estimator, **{**PRECISE, "tolerance": 1e-7}, clip=2.0, trim_tokens=1)
-    evidence = Evidence(statistics, LAYERS[0], params)
-    estimate = ESTIMATORS.lookup(estimator).estimate(evidence)
-    whole = describe_estimate(evidence, estimator, estimate)
+    captured = CapturedLayer(statistics, LAYERS[0], params)
+    estimate = ESTIMATORS.lookup(estimator).estimate(captured)
+    whole = describe_estimate(captured, estimator, estimate)
     monkeypatch.setattr(gradient_samples, "BLOCK_COLUMNS", 20)  # four sequences and two; two of seven tokens
     monkeypatch.setattr(gradient_samples, "BLOCK_NUMBERS", 120)
-    blocks = Evidence(statistics, LAYERS[0], params)
+    blocks = CapturedLayer(statistics, LAYERS[0], params)
     assert len(list(blocks.samples.blocks())) == 2 and len(list(blocks.samples.token_blocks())) == 3
     other = ESTIMATORS.lookup(estimator).estimate(blocks)
     streamed = describe_estimate(blocks, estimator, other)
@@ -358,8 +358,8 @@ def test_a_step_reads_every_shard_once_and_holds_two_blocks_at_most(tmp_path: Pa
     monkeypatch.setattr(gradient_samples, "BLOCK_COLUMNS", 5)  # one sequence a block
     reads, alive, most = [], weakref.WeakSet(), []
     monkeypatch.setattr(store, "read_array", lambda shard, name: (reads.append(name), read_array(shard, name))[1])
-    evidence = Evidence(statistics, LAYERS[0], KroneckerParams())
-    fisher = evidence.fisher
+    captured = CapturedLayer(statistics, LAYERS[0], KroneckerParams())
+    fisher = captured.fisher
     blocks = fisher.blocks
 
     def watched():

@@ -50,9 +50,9 @@ def command(
     )
 
 
-def last_line(folder: Path, *words: str, hub: Path) -> dict:
+def last_line(folder: Path, *words: str, hub: Path, python: str | Path = sys.executable) -> dict:
     """What a fresh Python without a hub prints last, as JSON; a question on the terminal finds no one there."""
     environment = {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
-    process = command(folder, sys.executable, *words, environment=environment, stdin=subprocess.DEVNULL)
+    process = command(folder, str(python), *words, environment=environment, stdin=subprocess.DEVNULL)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])

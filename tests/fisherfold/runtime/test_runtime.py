@@ -1,4 +1,4 @@
-"""The registered quantizer: with `import fisherfold.runtime` checkpoints load without remote code, in a fresh interpreter."""
+"""The registered quantizer: with `import fisherfold.runtime` checkpoints load without remote code, from the wheel alone."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def check(folder):
     import fisherfold.runtime
 
     model = load(folder / "model")
-    found = {"class": type(model).__module__, "difference": difference(model, dense)}
+    found = {"file": fisherfold.__file__, "class": type(model).__module__, "difference": difference(model, dense)}
     found["trusted too"] = difference(load(folder / "model", trust_remote_code=True), remote)
     found["bfloat16"] = str(load(folder / "model", dtype=torch.bfloat16).to(torch.float16).dtype)
     found["generates"] = torch.equal(*(m.generate(IDS, max_new_tokens=5, do_sample=False) for m in (model, dense)))
@@ -84,7 +84,7 @@ def tear(folder: Path, target: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def outcomes(tmp_path_factory, wheel_alone):
     root = tmp_path_factory.mktemp("registered")
     users = root / "users"
     for family in CHECKED:
@@ -98,7 +98,8 @@ def outcomes(tmp_path_factory):
         tear(users / family / "model", users / family / "torn")
     found = {}
     for mode in ("check", "check_without_import"):
-        for family, row in last_line(Path.cwd(), "-c", SCRIPT, mode, str(root / "users"), hub=root / "hub").items():
+        words = "-I", "-c", SCRIPT, mode, str(root / "users")
+        for family, row in last_line(root, *words, hub=root / "hub", python=wheel_alone / "python").items():
             found[family] = found.get(family, {}) | row
     return found
 
@@ -106,6 +107,10 @@ def outcomes(tmp_path_factory):
 @pytest.fixture(params=CHECKED)
 def found(request, outcomes):
     return outcomes[request.param]
+
+
+def test_the_library_is_the_wheel_s(found, wheel_alone):
+    assert Path(found["file"]).is_relative_to(wheel_alone.parent)
 
 
 def test_it_is_refused_before_the_import(found):
