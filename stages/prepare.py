@@ -204,7 +204,7 @@ def draw_all(
     reserved: set[str],
     written: Mapping[str, Sequence[Path]],
 ) -> dict[str, Split]:
-    """The three splits: each corpus's share, and what the model has written itself, mixed evenly.
+    """The three splits: each corpus's share, and what the model has written itself, mixed evenly; unseen corpora give to evaluation alone.
 
     Raises:
         InputError: a corpus is too small.
@@ -222,7 +222,12 @@ def draw_all(
         "calibration": params.calibration_sequences,
     }
     wanted = {name: size - (len(own[name].articles) if name in own else 0) for name, size in sizes.items()}
-    shares = {name: portions([entry.share for entry in params.corpora], size) for name, size in wanted.items()}
+    unseen = portions([entry.share for entry in params.unseen_corpora], params.unseen_sequences)
+    shares = {
+        name: portions([entry.share for entry in params.corpora], size)
+        + (unseen if name == "evaluation" else [0] * len(unseen))
+        for name, size in wanted.items()
+    }
     seen: set[bytes] = set()
     drawn = [
         draw_splits(
@@ -276,6 +281,6 @@ def _trial(model: Path, params: PrepareParams) -> tuple:
 
 def _bytes_needed(model: ModelSource, params: PrepareParams) -> int:
     """What the stage will write; the published output is hard-linked to it."""
-    sequences = params.calibration_sequences + params.tuning_sequences + params.evaluation_sequences
+    sequences = params.calibration_sequences + params.tuning_sequences + params.evaluated_sequences
     weights = count_parameters(model) * DTYPES[params.dtype].itemsize
     return weights + TOKENIZER_BYTES + sequences * params.sequence_length * TOKEN_BYTES

@@ -3,13 +3,13 @@
 import json
 import sys
 
-import pytest
 from project import clone, command
 
 SMALL = (
     "prepare.calibration_sequences=8",
     "prepare.tuning_sequences=1",
     "prepare.evaluation_sequences=8",
+    "prepare.unseen_sequences=4",
     "prepare.question_count=40",
     "prepare.self_written=0.25",
     "prepare.held_out_prompts=8",
@@ -35,7 +35,6 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=12, do_sample=False)[0
 RECOVERY = 1.8  # times the dense perplexity at ratio 0.2; the full demo run reaches about 1.2
 
 
-@pytest.mark.slow
 def test_demo_model_is_compressed_and_answers(tmp_path):
     folder = clone(tmp_path / "project")
     overrides = [word for assignment in SMALL for word in ("--set", assignment)]
@@ -48,6 +47,10 @@ def test_demo_model_is_compressed_and_answers(tmp_path):
     assert size["targeted_parameters_compressed"] > 0.799 * size["targeted_parameters_dense"]
     assert size["model_bytes_compressed"] < 0.9 * size["model_bytes_dense"]
     assert compressed["perplexity"] < RECOVERY * dense["perplexity"]
+    assert {name: source["calibrated"] for name, source in metrics["by_source"].items()} == {
+        "electronic-texts": False,
+        "wikipedia-leads": True,
+    }
     assert dense["knowledge_accuracy"] > 0.4  # chance is 0.25
     assert 0 < compressed["kl_to_dense"] < 1.5
     spoken = command(tmp_path, sys.executable, "-c", GENERATE, str(folder / "artifacts/factorize/model"))

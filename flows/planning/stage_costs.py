@@ -323,7 +323,7 @@ def kept_rank(n: float, m: float, keep: float, storage: str) -> float:
 @STAGE_COSTS.register("evaluate")
 def evaluate_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
     """Both models on the evaluation sequences and the questions, a few batches a unit."""
-    own, length, sequences = params.evaluate, params.prepare.sequence_length, params.prepare.evaluation_sequences
+    own, length, sequences = params.evaluate, params.prepare.sequence_length, params.prepare.evaluated_sequences
     step = own.batch_size * BATCHES_PER_SHARD
     asked = params.prepare.question_count if params.prepare.questions else 0
     units = {}

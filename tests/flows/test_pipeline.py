@@ -51,6 +51,7 @@ def test_metrics_and_plots_are_dvc_s(finished):
     assert plots.returncode == 0, plots.stderr
 
 
+@pytest.mark.slow
 def test_set_reruns_only_what_it_affects_and_back_restores(finished, prefect_url, tmp_path):
     folder = copy(finished, tmp_path / "project")
     before = published(folder)
@@ -94,6 +95,7 @@ def test_ray_gives_the_same_bits_in_every_stage_though_the_run_was_killed(
     assert stages_that("is up to date", fisherfold(folder, "run", url=prefect_url).stderr) == list(STAGES)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_or_told_to_end_resumes_with_the_same_bits(
     fresh, finished, prefect_home, prefect_url, tmp_path
 ):

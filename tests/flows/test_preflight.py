@@ -102,7 +102,14 @@ def test_names_mean_something_without_a_download(project, monkeypatch, tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     check_inputs(Workspace(project), Params())
     assert list(tmp_path.iterdir()) == []
-    for key, value in (("model", "no/such"), ("corpus", "no such.txt"), ("questions", "nothing"), ("prompts", "none")):
+    wrong = {
+        "model": "no/such",
+        "corpus": "no such.txt",
+        "unseen": "gone.txt",
+        "questions": "nothing",
+        "prompts": "none",
+    }
+    for key, value in wrong.items():
         with pytest.raises(InputError, match=key):
             check_inputs(Workspace(project), check_params({"prepare": {key: value}}, "test"))
 

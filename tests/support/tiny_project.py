@@ -19,6 +19,7 @@ PARAMS = {
     "prepare": {
         "model": "tiny-model",
         "corpus": "corpus.txt",
+        "unseen": None,
         "questions": "questions.jsonl",
         "question_count": 6,
         "sequence_length": 16,

@@ -1,6 +1,8 @@
 """Files from packages: joined, checked, cached, never half there."""
 
 import hashlib
+import io
+import tarfile
 import threading
 
 import pytest
@@ -31,12 +33,12 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("FISHERFOLD_CACHE", str(tmp_path / "cache"))
     calls = []
 
-    def download(requirement, target):
-        calls.append(requirement)
-        name = f"{requirement.replace('==', '-').replace('-part', '_part')}-py3-none-any.whl"
+    def download(member, target):
+        calls.append(member.requirement)
+        name = f"{member.requirement.replace('==', '-').replace('-part', '_part')}-py3-none-any.whl"
         (target / name).write_bytes((folder / name).read_bytes())
 
-    monkeypatch.setattr(packages, "download_wheel", download)
+    monkeypatch.setattr(packages, "download", download)
     return calls
 
 
@@ -96,10 +98,28 @@ def test_pip_downloads_the_wheel_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     target = tmp_path / "target"
-    packages.download_wheel("demo-part1==1.0", target)
+    packages.download(packaged().packages[0], target)
     assert [path.name for path in target.iterdir()] == ["demo_part1-1.0-py3-none-any.whl"]
+    absent = PackagedMember(name="demo-absent", version="2.0", member="data.bin")
     with pytest.raises(InputError, match=r"Package demo-absent==2.0 could not be downloaded .*PIP_FIND_LINKS"):
-        packages.download_wheel("demo-absent==2.0", target)
+        packages.download(absent, target)
+
+
+def test_a_member_of_a_source_archive(tmp_path, monkeypatch):
+    def download(member, target):
+        with tarfile.open(target / "demo-1.0.tar.gz", "w:gz") as archive:
+            entry = tarfile.TarInfo("demo-1.0/text.txt")
+            entry.size = len(WHOLE)
+            archive.addfile(entry, io.BytesIO(WHOLE))
+
+    monkeypatch.setenv("FISHERFOLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(packages, "download", download)
+    part = PackagedMember(name="demo", version="1.0", member="demo-1.0/text.txt", form="sdist")
+    file = PackagedFile(name="text.txt", bytes=len(WHOLE), sha256=DIGEST, packages=[part])
+    assert fetch_file(file).read_bytes() == WHOLE
+    missing = part.model_copy(update={"member": "demo-1.0/other.txt"})
+    with pytest.raises(InputError, match=r"The sdist of demo==1\.0 holds no readable"):
+        fetch_file(file.model_copy(update={"sha256": "0" * 64, "packages": (missing,)}))
 
 
 def test_cache_follows_the_environment(tmp_path, monkeypatch):
