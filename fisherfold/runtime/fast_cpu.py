@@ -44,14 +44,14 @@ class FastPivotedInputLinear(plain.PivotedInputLinear):
     """y = up(p + down(q))."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(fold(x, self.down, self.order))
+        return self.up(fold(x, self.down, self.order, self.rank))
 
 
 class FastFoldedInputs(plain.FoldedInputs):
     """z = p + rest(q)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return fold(x, self.rest, self.order)
+        return fold(x, self.rest, self.order, self.rank)
 
 
 class OncePerPass(plain.LowRankLinear):
@@ -162,11 +162,11 @@ def is_bare(x: torch.Tensor, linear: nn.Module) -> bool:
     return type(x) is torch.Tensor and type(own["_parameters"]["weight"]) is nn.Parameter
 
 
-def fold(x: torch.Tensor, rest: nn.Linear, order: torch.Tensor) -> torch.Tensor:
+def fold(x: torch.Tensor, rest: nn.Linear, order: torch.Tensor, rank: int) -> torch.Tensor:
     """p + rest(q), p and q the first r and the other inputs of x[order]."""
     if not is_bare(x, rest):
-        return plain.fold(x, rest, order)
-    rank, shape = len(rest.weight), (*x.shape[:-1], len(rest.weight))
+        return plain.fold(x, rest, order, rank)
+    shape = *x.shape[:-1], rank
     if is_token(x):
         x = x.reshape(-1).index_select(0, order)
         return torch.addmv(x[:rank], rest.weight, x[rank:]).view(shape)

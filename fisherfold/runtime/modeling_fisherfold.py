@@ -60,12 +60,13 @@ class PivotedInputLinear(nn.Module):
 
     def __init__(self, n: int, m: int, rank: int, bias: bool) -> None:
         super().__init__()
+        self.rank = rank
         self.down = nn.Linear(m - rank, rank, bias=False)
         self.up = nn.Linear(rank, n, bias=bias)
         self.register_buffer("order", torch.arange(m))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(fold(x, self.down, self.order))
+        return self.up(fold(x, self.down, self.order, self.rank))
 
 
 class ZeroLinear(nn.Module):
@@ -86,11 +87,12 @@ class FoldedInputs(nn.Module):
 
     def __init__(self, m: int, rank: int) -> None:
         super().__init__()
+        self.rank = rank
         self.rest = nn.Linear(m - rank, rank, bias=False)
         self.register_buffer("order", torch.arange(m))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return fold(x, self.rest, self.order)
+        return fold(x, self.rest, self.order, self.rank)
 
 
 class SharedPivotedInputLinear(LowRankLinear):
@@ -133,10 +135,9 @@ def permute(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return x.gather(-1, order.expand(x.shape))
 
 
-def fold(x: torch.Tensor, rest: nn.Module, order: torch.Tensor) -> torch.Tensor:
+def fold(x: torch.Tensor, rest: nn.Module, order: torch.Tensor, rank: int) -> torch.Tensor:
     """p + rest(q), p and q the first r and the other inputs of x[order]."""
     x = permute(x, order)
-    rank = len(order) - rest.in_features
     return x[..., :rank] + rest(x[..., rank:])
 
 
@@ -163,6 +164,10 @@ def replace_layers(
         model.get_submodule(name).register_buffer("weight", torch.empty_like(weight))
 
 
+NOT_DENSE = {"quant_method": "fisherfold"}
+"""In config.json, a quantization: it tells programs that know the dense model alone that this is another. Here it is none."""
+
+
 class FisherfoldConfig(DenseConfig):
     """The dense model's configuration, and `fisherfold`: {"layers": {module name: {"kind": …, "rank": …}}}.
 
@@ -173,12 +178,15 @@ class FisherfoldConfig(DenseConfig):
     fisherfold: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs) -> None:
-        kwargs.pop("quantization_config", None)  # tells programs that know the dense model alone that this is another
         super().__post_init__(**kwargs)
         self.base_model_tp_plan = (self.fisherfold or {}).get("tensor_parallel")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "quantization_config" or value != NOT_DENSE:  # engines set it again, from the file
+            super().__setattr__(name, value)
+
     def to_diff_dict(self) -> dict[str, Any]:
-        return super().to_diff_dict() | {"quantization_config": {"quant_method": "fisherfold"}}
+        return super().to_diff_dict() | {"quantization_config": dict(NOT_DENSE)}
 
 
 def own_names(model: PreTrainedModel, part: str) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import torch
 from tiny import FACTS, FAMILIES, VOCABULARY, random_ids, tiny_model, tiny_tokenizer
 from tiny_families import tiny_family
+from transformers import PreTrainedModel
 
 from fisherfold.allocators.cost import choose_storage
 from fisherfold.network.layers import LinearLayer, find_layers, read_layers, write_dense_layers, write_layers
@@ -29,12 +30,13 @@ def subspace_workspace(
     dense: dict[str, str] | None = None,
     shared: bool = False,
     metric: str = "svd",
+    model: PreTrainedModel | None = None,
 ) -> Workspace:
-    """`dense` names sites that the metric says nothing about, which have no basis; `shared`: layers of a group are one site."""
+    """`dense` names sites that the metric says nothing about, which have no basis; `shared`: layers of a group are one site; `model`: instead of the family's."""
     workspace = Workspace(root)
     with Scratch(workspace, "prepare", PrepareParams(), {"seed": str(seed)}) as scratch, scratch.publish() as out:
         make = tiny_model if family in FAMILIES else tiny_family
-        make(family, seed).save_pretrained(out / "model", save_original_format=False)  # as stage prepare does
+        (model or make(family, seed)).save_pretrained(out / "model", save_original_format=False)  # as stage prepare does
         tiny_tokenizer().save_pretrained(out / "model")
         write_dense_layers(out, {})
         (out / "prepare.json").write_text(json.dumps({"model": FACTS}))

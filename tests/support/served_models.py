@@ -1,0 +1,59 @@
+"""Compressed checkpoints of small random models that serving engines take: heads of 32, which their attention kernels want.
+
+    python tests/support/served_models.py FOLDER      # every family and storage below FOLDER, as FOLDER/llama-pivoted/…
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from tiny import VOCABULARY
+from tiny_subspace import publish_ranks, subspace_workspace
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from fisherfold.network.layers import read_layers
+from fisherfold.network.sites import read_sites
+from fisherfold.run.params import FactorizeParams
+from fisherfold.run.workspace import Workspace
+from stages import factorize
+
+FAMILIES = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen2": {},  # biases on q, k, v
+    "gemma3_text": {"head_dim": 32, "tie_word_embeddings": False, "sliding_window": 16},
+}
+STORAGES = {"plain": ("factors", False), "pivoted": ("pivoted", False), "shared": ("factors", True)}
+"""ranks.storage and subspace.share_inputs, by name."""
+CASES = [(family, storage) for family in FAMILIES for storage in STORAGES]
+
+
+def small_model(family: str) -> PreTrainedModel:
+    """Two blocks of width 64 with two heads. Weights are large enough that greedy tokens differ from place to place."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=2, hidden_size=64, intermediate_size=96,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.2, **FAMILIES[family]
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def served_model(root: Path, family: str, storage: str) -> Path:
+    """Folder of a checkpoint with layers of several kinds: dense, dropped, of small and of large rank."""
+    kind, shared = STORAGES[storage]
+    workspace = subspace_workspace(root, family, shared=shared, model=small_model(family))
+    publish_ranks(workspace, some_ranks(workspace), kind)
+    factorize.run(workspace, FactorizeParams(dense_export=True))
+    return workspace.out("factorize") / "model"
+
+
+def some_ranks(workspace: Workspace) -> dict[str, int]:
+    """Ranks by site: each layer but the last is cut, to a part of what would be stored in any case; one is dropped."""
+    sites = read_sites(workspace.out("subspace"))
+    last = read_layers(workspace.out("subspace"))[-1].name
+    ranks = {site.name: max(1, site.dense_numbers // (site.outputs + site.inputs) * 2 // 3) for site in sites}
+    return {name: rank for name, rank in ranks.items() if name != last} | {"model.layers.1.self_attn.o_proj": 0}
+
+
+if __name__ == "__main__":
+    for family, storage in CASES:
+        print(served_model(Path(sys.argv[1]) / f"{family}-{storage}", family, storage))

@@ -1,0 +1,60 @@
+"""Compressed checkpoints in vLLM, which has an environment of its own: the same greedy tokens as in transformers.
+
+    FISHERFOLD_VLLM_PYTHON=…/bin/python pytest -m serve tests/test_vllm.py
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from project import ROOT
+from served_models import CASES, served_model
+from transformers import AutoModelForCausalLM
+
+INTERPRETER = "FISHERFOLD_VLLM_PYTHON"
+REQUESTS = [[3, 4, 5, 6, 7], [10, 20, 30, 40, 50, 60, 70, 80, 90]]
+TOKENS = 12
+pytestmark = [
+    pytest.mark.serve,
+    pytest.mark.skipif(INTERPRETER not in os.environ, reason=f"{INTERPRETER} names no interpreter with vLLM"),
+]
+
+
+def answers(folders: list[Path]) -> dict[str, list[list[int]] | str]:
+    """What vLLM adds to the requests, by folder."""
+    script = ROOT / "tests" / "support" / "vllm_tokens.py"
+    command = [os.environ[INTERPRETER], "-I", script, json.dumps(REQUESTS), str(TOKENS), *folders]
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Checkpoints by family and storage."""
+    root = tmp_path_factory.mktemp("served")
+    return {case: served_model(root / "-".join(case), *case) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def served(folders):
+    return answers(list(folders.values()))
+
+
+@torch.no_grad()
+def greedy(folder: Path) -> list[list[int]]:
+    """What transformers adds, one request at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    ids = [torch.tensor([request]) for request in REQUESTS]
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None}
+    return [model.generate(each, **options)[0, each.shape[1] :].tolist() for each in ids]
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_two_requests_at_once_get_the_tokens_of_transformers(folders, served, case):
+    found = served[str(folders[case])]
+    assert found == greedy(folders[case])
+    assert len({token for tokens in found for token in tokens}) > TOKENS // 2  # of a model that says one thing nothing is shown
