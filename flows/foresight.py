@@ -5,23 +5,31 @@ of it. `fisherfold stage prepare` asks, and whatever knows a prepared model may.
 """
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from fisherfold.run.params import Params
 from fisherfold.run.progress import announce
+from fisherfold.run.targets import TARGETS
 
+DEFAULT_TARGET = Params().factorize.target
 LITTLE = 0.1  # of a whole model
 
 
 def foresee(params: Params, model: Path, found: Path) -> None:
-    """Look ahead, for the model in one folder with layers.json, dense_layers.json and coverage.json in another; warn where little is removed.
+    """Look ahead, for the model in one folder with layers.json, dense_layers.json and coverage.json in another.
+
+    Tells what the engine that is to serve the result costs, and warns where little is removed.
 
     Raises:
         ParameterError, InputError: see `refuse`.
     """
     refuse(params, model, found)
+    for line in target_costs(params, found):
+        announce("prepare", line)
     coverage = json.loads((found / "coverage.json").read_text(encoding="utf-8"))
     share = removed_share(params, coverage)
     if share < LITTLE:
@@ -38,13 +46,46 @@ def refuse(params: Params, model: Path, found: Path) -> None:
 
     Raises:
         ParameterError: no allocation meets the budget, or a limit's pattern matches nothing.
-        InputError: the model cannot be written as GGUF, which `factorize.gguf_export` asks for.
+        InputError: the model cannot be written as GGUF, which `factorize.gguf_export` asks for, or not run by the engine of `factorize.target`.
     """
+    from fisherfold.export.served import CHECKS
+    from fisherfold.network.layers import read_layers
+
+    CHECKS[params.factorize.target](params.factorize, model, read_layers(found))
     if params.factorize.gguf_export:
         from fisherfold.export.gguf_export import check_gguf
 
         check_gguf(json.loads((model / "config.json").read_text(encoding="utf-8")), model)
     check_budget(params, model, found)
+
+
+def target_costs(params: Params, found: Path) -> Iterator[str]:
+    """What an engine other than transformers itself costs, and that it is not here."""
+    name, target = params.factorize.target, TARGETS[params.factorize.target]
+    if name == DEFAULT_TARGET:
+        return
+    kept, most = _kept_ranks(params, found)
+    if kept < most:
+        yield (
+            f"factorize.target = {name}: {params.ranks.storage} in ranks of multiples of {params.ranks.round_to} keep {kept:.0%} of the full "
+            f"ranks at ranks.ratio = {params.ranks.ratio:g}, where pivoted ones of any rank keep {most:.0%}"
+        )
+    if target.costs:
+        yield f"factorize.target = {name}: {target.costs}"
+    if not shutil.which(target.program):
+        yield f"{target.program} is not installed here; the machine that serves the model needs it ({target.install})"
+
+
+def _kept_ranks(params: Params, found: Path) -> tuple[float, float]:
+    """The share of the full ranks that uniform ranks keep as they are to be stored, and at most."""
+    from fisherfold.export.served import kept_rank_share
+    from fisherfold.network.layers import read_layers
+    from fisherfold.network.sites import find_sites
+
+    sites, ranks = find_sites(read_layers(found), shared=False), params.ranks
+    return kept_rank_share(sites, ranks.storage, ranks.round_to, ranks.ratio), kept_rank_share(
+        sites, "pivoted", 1, ranks.ratio
+    )
 
 
 def check_budget(params: Params, model: Path, found: Path) -> None:

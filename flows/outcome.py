@@ -7,6 +7,7 @@ from typing import Any
 
 from fisherfold.evaluation.verdict import verdict
 from fisherfold.run.params import Params
+from fisherfold.run.targets import TARGETS
 from fisherfold.run.workspace import Workspace
 from flows.history import note_run, read_metrics, read_runs
 from flows.time_left import in_words
@@ -38,7 +39,7 @@ def outcome_lines(
             hanging = "    " if line.startswith("-") else "  "
             yield from textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent=hanging)
         yield ""
-        for label, words in next_commands(judged.level, params, stages, len(read_runs(workspace)) > 1):
+        for label, words in next_commands(judged.level, workspace, params, stages, len(read_runs(workspace)) > 1):
             yield f"  {label:<{LABEL}}{words}"
 
 
@@ -81,11 +82,15 @@ def in_millions(number: float) -> str:
     return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.4g} M"
 
 
-def next_commands(level: str, params: Params, stages: Sequence[str], again: bool) -> Iterator[tuple[str, str]]:
+def next_commands(
+    level: str, workspace: Workspace, params: Params, stages: Sequence[str], again: bool
+) -> Iterator[tuple[str, str]]:
     """What somebody would do next, as commands to paste; `again`: this was not the first run."""
     damaged = level == "damaged"
     other = less(params.ranks.ratio) if damaged else more(params.ranks.ratio)
+    target = TARGETS[params.factorize.target]
     yield "talk to it", "fisherfold chat"
+    yield "serve it", target.serve(_typed(workspace.out("factorize") / target.serves))
     if "report" in stages:
         yield "look at it", "fisherfold report"
     yield "remove less" if damaged else "remove more", f"fisherfold run --set ranks.ratio={other:g}"

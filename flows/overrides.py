@@ -14,7 +14,8 @@ from ruamel.yaml.error import YAMLError
 
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import Params, check_params, read_document
-from fisherfold.run.presets import PRESETS
+from fisherfold.run.presets import PRESETS, Values
+from fisherfold.run.targets import TARGETS
 from flows.methods import check_methods
 from flows.yaml_edit import flow_text, set_value, with_value
 
@@ -88,14 +89,19 @@ def parse(assignment: str) -> list[tuple[list[str], object]]:
     except YAMLError as error:
         reason = " ".join(str(error).split())
         raise ParameterError(f"--set {assignment}: the value is not valid YAML ({reason}).") from None
-    if keys == ["preset"] and value in PRESETS:
-        return [(keys, value), *((list(path), each) for path, each in PRESETS[str(value)].items())]
+    if bundle := BUNDLES.get(tuple(keys), {}).get(str(value)):
+        return [(keys, value), *((list(path), each) for path, each in bundle.items())]
     found = list(_leaves(Params, keys, value))
     if any(len(keys) == 1 and _block(Params, keys[0]) for keys, _ in found):
         raise ParameterError(f"--set {assignment}: {FORM}")
     return found
 
 
+BUNDLES: dict[tuple[str, ...], dict[str, Values]] = {
+    ("preset",): PRESETS,
+    ("factorize", "target"): {name: target.values for name, target in TARGETS.items()},
+}
+"""Parameters whose value names values of others, which are set with it."""
 FORM = "expected STAGE.KEY=VALUE, for instance ranks.ratio=0.4."
 
 

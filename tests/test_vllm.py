@@ -1,6 +1,6 @@
 """Compressed checkpoints in vLLM, which has an environment of its own: the same greedy tokens as in transformers.
 
-    FISHERFOLD_VLLM_PYTHON=…/bin/python pytest -m serve tests/test_vllm.py
+FISHERFOLD_VLLM_PYTHON=…/bin/python pytest -m serve tests/test_vllm.py
 """
 
 import json
@@ -57,4 +57,6 @@ def greedy(folder: Path) -> list[list[int]]:
 def test_two_requests_at_once_get_the_tokens_of_transformers(folders, served, case):
     found = served[str(folders[case])]
     assert found == greedy(folders[case])
-    assert len({token for tokens in found for token in tokens}) > TOKENS // 2  # of a model that says one thing nothing is shown
+    assert (
+        len({token for tokens in found for token in tokens}) > TOKENS // 2
+    )  # of a model that says one thing nothing is shown

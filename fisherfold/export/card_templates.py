@@ -90,6 +90,8 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 `trust_remote_code=True` runs that code; without it transformers refuses to load the folder, unless the program has imported
 `fisherfold.runtime`, which loads it without code from the folder. Adapters and quantizers find ordinary `nn.Linear` layers inside (PEFT:
 `target_modules="all-linear"`).
+
+To serve it: `{{ serve }}`.
 {% if beside %}
 
 The same model, multiplied out to the dense architecture, as large and as slow as the dense one, lies beside this folder:

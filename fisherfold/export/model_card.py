@@ -16,6 +16,7 @@ from fisherfold.export.architecture import DenseArchitecture
 from fisherfold.export.card_templates import LOW_RANK, MULTIPLIED_OUT
 from fisherfold.page.references import REFERENCES
 from fisherfold.run.params import FactorizeParams
+from fisherfold.run.targets import TARGETS
 from fisherfold.run.workspace import Workspace
 
 LICENCE_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.\-]*")
@@ -60,10 +61,17 @@ def compressed_card(
         **_shared_parts(workspace, facts, counts),
         beside=[hint for name, hint in HINTS.items() if getattr(params, name)],
         chat=_has_chat_template(workspace.model),
+        serve=_serving_command(params),
         length=facts.get("data", {}).get("sequence_length", "a few hundred"),
         sizes=sizes,
         removed=1 - sizes[0]["kept"] / sizes[0]["dense"],
     )
+
+
+def _serving_command(params: FactorizeParams) -> str:
+    """What starts the engine that the checkpoint was made for, typed in the checkpoint's folder."""
+    target = TARGETS[params.target]
+    return target.serve("." if target.serves == "model" else f"../{target.serves}")
 
 
 def dense_card(workspace: Workspace, architecture: DenseArchitecture, counts: dict[str, Any]) -> str:

@@ -226,6 +226,7 @@ class FactorizeParams(ComputeBlock):
 
     threads: Count = 1
     dtype: Dtype | None = None
+    target: Literal["transformers", "vllm", "gguf"] = "transformers"
     dense_export: bool = False
     gguf_export: bool = False
     refine: RefineParams = RefineParams()

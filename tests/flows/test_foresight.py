@@ -45,3 +45,20 @@ def test_a_model_that_gguf_cannot_hold(tmp_path):
 def test_little_of_the_model_removed(prepared, capsys, ratio, warned):
     look(prepared, ranks={"ratio": ratio})
     assert ("removes 6.0% of the whole model" in capsys.readouterr().err) == warned
+
+
+def test_a_target_for_which_nothing_is_written(prepared):
+    with pytest.raises(ParameterError, match=r"gguf_export is false\. `--set factorize\.target=gguf` sets both"):
+        look(prepared, factorize={"target": "gguf"})
+
+
+def test_what_a_target_costs(prepared, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    look(prepared, factorize={"target": "vllm"}, ranks={"storage": "factors", "round_to": 4, "ratio": 0.4})
+    look(prepared, factorize={"target": "gguf", "gguf_export": True})
+    told = capsys.readouterr().err
+    assert "factors in ranks of multiples of 4 keep 24% of the full ranks at ranks.ratio = 0.4" in told
+    assert "pip install vllm" in told
+    assert "as large and as slow as the dense model" in told
+    look(prepared)
+    assert "factorize.target" not in capsys.readouterr().err

@@ -54,6 +54,7 @@ def test_a_run_ends_with_figures_a_verdict_places_and_what_to_do_next(project, c
         "report       artifacts/report/index.html",
         "Verdict: close.",
         "fisherfold chat",
+        "transformers serve artifacts/factorize/model --trust-remote-code",
         "fisherfold run --set ranks.ratio=0.3",
     ):
         assert text in told

@@ -1,6 +1,6 @@
 """Compressed checkpoints of small random models that serving engines take: heads of 32, which their attention kernels want.
 
-    python tests/support/served_models.py FOLDER      # every family and storage below FOLDER, as FOLDER/llama-pivoted/…
+python tests/support/served_models.py FOLDER      # every family and storage below FOLDER, as FOLDER/llama-pivoted/…
 """
 
 import sys
@@ -28,11 +28,11 @@ CASES = [(family, storage) for family in FAMILIES for storage in STORAGES]
 
 
 def small_model(family: str) -> PreTrainedModel:
-    """Two blocks of width 64 with two heads. Weights are large enough that greedy tokens differ from place to place."""
+    """Two blocks of width 128 with four heads. Weights are large enough that greedy tokens differ from place to place."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        family, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=2, hidden_size=64, intermediate_size=96,
-        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.2, **FAMILIES[family]
+        family, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=2, hidden_size=128, intermediate_size=192,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2, **FAMILIES[family]
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 

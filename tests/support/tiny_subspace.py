@@ -36,7 +36,9 @@ def subspace_workspace(
     workspace = Workspace(root)
     with Scratch(workspace, "prepare", PrepareParams(), {"seed": str(seed)}) as scratch, scratch.publish() as out:
         make = tiny_model if family in FAMILIES else tiny_family
-        (model or make(family, seed)).save_pretrained(out / "model", save_original_format=False)  # as stage prepare does
+        (model or make(family, seed)).save_pretrained(
+            out / "model", save_original_format=False
+        )  # as stage prepare does
         tiny_tokenizer().save_pretrained(out / "model")
         write_dense_layers(out, {})
         (out / "prepare.json").write_text(json.dumps({"model": FACTS}))

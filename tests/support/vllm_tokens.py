@@ -1,13 +1,14 @@
 """Run in an interpreter that has vLLM (see test_vllm.py): greedy tokens of checkpoints, two requests at once.
 
-Usage: python -I vllm_tokens.py REQUESTS TOKENS FOLDER…, REQUESTS being JSON: lists of token ids, each answered with so many tokens. Prints one
-line of JSON: by folder the tokens of each request, or the error.
+Usage: python -I vllm_tokens.py REQUESTS TOKENS PARTS FOLDER…, REQUESTS being JSON: lists of token ids, each answered with so many tokens; PARTS is
+the number of processes that compute a layer together. Prints one line of JSON: by folder the tokens of each request, or the error.
 """
 
 import gc
 import json
 import os
 import sys
+from typing import Any
 
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -17,15 +18,14 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 
 
-def tokens(folder: str, requests: list[list[int]], count: int) -> list[list[int]]:
-    """What the engine adds to each request."""
-    engine = LLM(
-        folder, trust_remote_code=True, model_impl="transformers", dtype="float32", max_model_len=64, enforce_eager=True
-    )
+def tokens(folder: str, requests: list[list[int]], count: int, parts: int) -> list[list[int]]:
+    """What the engine adds to each request, each layer split over so many processes."""
+    options = {"dtype": "float32", "max_model_len": 64, "enforce_eager": True, "tensor_parallel_size": parts}
+    engine = LLM(folder, trust_remote_code=True, **options)
     greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
     answers = engine.generate([{"prompt_token_ids": ids} for ids in requests], greedy, use_tqdm=False)
     found = [list(answer.outputs[0].token_ids) for answer in answers]
@@ -35,14 +35,14 @@ def tokens(folder: str, requests: list[list[int]], count: int) -> list[list[int]
     return found
 
 
-def tried(folder: str, requests: list[list[int]], count: int) -> list[list[int]] | str:
+def tried(folder: str, *request: Any) -> list[list[int]] | str:
     """The tokens, or the error's name and text."""
     try:
-        return tokens(folder, requests, count)
+        return tokens(folder, *request)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":
-    requests, count = json.loads(sys.argv[1]), int(sys.argv[2])
-    print(json.dumps({folder: tried(folder, requests, count) for folder in sys.argv[3:]}))
+    requests, count, parts = map(json.loads, sys.argv[1:4])
+    print(json.dumps({folder: tried(folder, requests, count, parts) for folder in sys.argv[4:]}))

@@ -5,6 +5,7 @@ from ruamel.yaml import YAML
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import STAGES, Params, check_params, load_params
 from fisherfold.run.presets import PRESETS, own_values
+from fisherfold.run.targets import TARGETS
 from flows.overrides import override_params
 
 SHIPPED = ROOT / "params.yaml"
@@ -81,3 +82,21 @@ def test_a_preset_sets_its_values_and_leaves_the_others(tmp_path):
 
 def test_presets_set_the_same_parameters_to_values_that_are_valid():
     assert {tuple(values) for values in PRESETS.values()} == {tuple(PRESETS["balanced"])}
+
+
+def test_a_target_sets_what_suits_its_engine(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(SHIPPED.read_text())
+    override_params(path, ["factorize.target=vllm", "ranks.ratio=0.4"])
+    document = YAML(typ="safe").load(path)
+    assert (document["ranks"]["storage"], document["ranks"]["round_to"]) == ("factors", 32)
+    override_params(path, ["factorize.target=gguf"])
+    assert YAML(typ="safe").load(path)["factorize"]["gguf_export"]
+    override_params(path, ["factorize.target=transformers", "ranks.ratio=0.2"])
+    assert path.read_text() == SHIPPED.read_text()
+    with pytest.raises(ParameterError, match=r"factorize\.target = 'onnx'"):
+        override_params(path, ["factorize.target=onnx"])
+
+
+def test_targets_set_the_same_parameters():
+    assert {tuple(target.values) for target in TARGETS.values()} == {tuple(TARGETS["transformers"].values)}

@@ -1,0 +1,102 @@
+"""Requests a second of the compressed model against the dense one in vLLM, all in one run.
+
+    python benchmarks/serving.py --vllm PYTHON                         # PYTHON: an interpreter that has vLLM; ratios 0.2 and 0.4
+    python benchmarks/serving.py --vllm PYTHON --project FOLDER        # ranks of `fisher` from that project's spectra
+    python benchmarks/serving.py --vllm PYTHON --storage pivoted --round-to 1      # as factorize.target=transformers stores it
+    python benchmarks/serving.py --vllm PYTHON --requests 8 --prompt 256 --tokens 64
+
+The models have the shapes of SmolLM2-135M (or of another file in data/shapes, or the project's) and random weights, for time depends on shapes
+alone; storage and ranks are those of factorize.target=vllm. Each is loaded in turn by the same process, the dense one first and last, warmed up, and
+given all requests at once, three times; the median counts. On a machine with a GPU, vLLM takes that.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from throughput import compressed_model, dense_model, kind_of, plan_layers, print_figure, read_config
+from transformers import PreTrainedModel
+
+from fisherfold.export.architecture import dense_architecture, write_code, write_config
+from fisherfold.network.layers import find_layers
+from fisherfold.run.checkpoint import StoredTensor, write_tensors
+from fisherfold.run.targets import TARGETS
+from fisherfold.runtime import modeling_fisherfold
+
+SUITS = {keys[-1]: value for keys, value in TARGETS["vllm"].values.items()}
+DENSE, AGAIN = "dense", "dense again"
+NOISE = 0.03  # of a repetition on an idle machine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", required=True, help="an interpreter that has vLLM")
+    parser.add_argument("--project", type=Path, default=None)
+    parser.add_argument("--shapes", default="smollm2-135m-instruct", help="a file in data/shapes")
+    parser.add_argument("--blocks", type=int, default=None, help="decoder blocks, instead of all of them")
+    parser.add_argument("--ratios", default="0.2,0.4")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--storage", default=SUITS["storage"], help="ranks.storage")
+    parser.add_argument("--round-to", type=int, default=SUITS["round_to"], help="ranks.round_to")
+    parser.add_argument("--requests", type=int, default=4)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a request")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        folders = write_models(Path(root), options)
+        found = measured(folders, options)
+    print(f"{'model':12} {'requests/s':>10} {'tokens/s':>9} {'× dense':>8}")
+    rates = {name: options.requests / seconds for name, seconds in found.items()}
+    dense = max(rates[DENSE], rates[AGAIN])
+    for name, rate in rates.items():
+        print(f"{name:12} {rate:10.3f} {rate * options.tokens:9.1f} {rate / dense:8.2f}")
+    for ratio in options.ratios.split(","):
+        print_figure(f"requests a second over dense, ratio {ratio}", rates[ratio] / dense, 1.0, NOISE)
+
+
+def write_models(root: Path, options: argparse.Namespace) -> dict[str, Path]:
+    """Folders of the dense model, of one model a ratio, and of the dense model again, by name."""
+    dense = dense_model(read_config(options), getattr(torch, options.dtype))
+    dense.save_pretrained(root / DENSE)
+    folders = {DENSE: root / DENSE}
+    for ratio in options.ratios.split(","):
+        plan = plan_layers(find_layers(dense), options.project, float(ratio), options.round_to, options.storage)
+        model = compressed_model(dense, plan, options.storage, modeling_fisherfold.replace_layers)
+        layers = {
+            name: {"kind": kind_of(layer.outputs, layer.inputs, rank, options.storage), "rank": rank}
+            for name, (layer, rank, numbers) in plan.items()
+            if numbers < layer.dense_numbers
+        }
+        folders[ratio] = root / ratio
+        write_compressed(folders[ratio], root / DENSE, model, layers)
+    return folders | {AGAIN: root / DENSE}
+
+
+def write_compressed(folder: Path, dense: Path, model: PreTrainedModel, layers: dict[str, dict]) -> None:
+    """A checkpoint folder as stage factorize writes it, of a model in memory."""
+    folder.mkdir()
+    architecture = dense_architecture(dense)
+    state = {name: values for name, values in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    tensors = {
+        name: StoredTensor(tuple(values.shape), values.dtype, lambda values=values: values.contiguous())
+        for name, values in sorted(state.items())
+    }
+    write_tensors(folder, tensors)
+    write_config(folder, architecture, model.dtype, layers)
+    write_code(folder, architecture)
+
+
+def measured(folders: dict[str, Path], options: argparse.Namespace) -> dict[str, float]:
+    """Seconds in which all requests are answered, by name of the model."""
+    engine = Path(__file__).with_name("vllm_requests.py")
+    sizes = [options.requests, options.prompt, options.tokens]
+    command = [options.vllm, "-I", engine, options.dtype, *map(str, sizes), *folders.values()]
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(zip(folders, json.loads(process.stdout.splitlines()[-1]), strict=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Run by serving.py in an interpreter that has vLLM: seconds in which several models answer the same requests.
+
+Usage: python -I vllm_requests.py DTYPE REQUESTS PROMPT TOKENS FOLDER…. Requests are random tokens, all sent at once; answers have TOKENS tokens.
+Prints one line of JSON: the median of three times, by folder.
+"""
+
+import gc
+import json
+import os
+import random
+import statistics
+import sys
+import time
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, one after another
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+REPEATS = 3
+WORDS = 1000  # ids below this are in every vocabulary
+
+
+def seconds(folder: str, dtype: str, prompts: list[list[int]], tokens: int) -> float:
+    """The median time of a model for all requests, after a warm-up."""
+    engine = LLM(
+        folder,
+        trust_remote_code=True,
+        dtype=dtype,
+        max_model_len=len(prompts[0]) + tokens,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,  # the same requests come again
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    requests = [{"prompt_token_ids": ids} for ids in prompts]
+    engine.generate(requests[:1], SamplingParams(temperature=0, max_tokens=4, detokenize=False), use_tqdm=False)
+    found = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        engine.generate(requests, greedy, use_tqdm=False)
+        found.append(time.perf_counter() - start)
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return statistics.median(found)
+
+
+if __name__ == "__main__":
+    dtype, *sizes = sys.argv[1:5]
+    count, length, tokens = map(int, sizes)
+    generator = random.Random(0)
+    prompts = [[generator.randrange(3, WORDS) for _ in range(length)] for _ in range(count)]
+    print(json.dumps([seconds(folder, dtype, prompts, tokens) for folder in sys.argv[5:]]))
