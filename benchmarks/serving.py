@@ -7,7 +7,8 @@
 
 The models have the shapes of SmolLM2-135M (or of another file in data/shapes, or the project's) and random weights, for time depends on shapes
 alone; storage and ranks are those of factorize.target=vllm. Each is loaded in turn by the same process, the dense one first and last, warmed up, and
-given all requests at once, three times; the median counts. On a machine with a GPU, vLLM takes that.
+given all requests at once; the median of some times counts. On a machine with a GPU, vLLM takes that, and the clock is compared; on a CPU the
+processor's seconds are, which other work on the machine moves less.
 """
 
 import argparse
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--storage", default=SUITS["storage"], help="ranks.storage")
     parser.add_argument("--round-to", type=int, default=SUITS["round_to"], help="ranks.round_to")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a request")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
@@ -48,13 +50,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         folders = write_models(Path(root), options)
         found = measured(folders, options)
-    print(f"{'model':12} {'requests/s':>10} {'tokens/s':>9} {'× dense':>8}")
-    rates = {name: options.requests / seconds for name, seconds in found.items()}
-    dense = max(rates[DENSE], rates[AGAIN])
-    for name, rate in rates.items():
-        print(f"{name:12} {rate:10.3f} {rate * options.tokens:9.1f} {rate / dense:8.2f}")
+    used = 0 if torch.cuda.is_available() else 1
+    dense = min(found[name][used] for name in (DENSE, AGAIN))
+    print(f"{'model':12} {'requests/s':>10} {'tokens/s':>9} {'processor s':>11} {'× dense':>8}")
+    for name, (clock, processor) in found.items():
+        rate = options.requests / clock
+        print(f"{name:12} {rate:10.3f} {rate * options.tokens:9.1f} {processor:11.1f} {dense / found[name][used]:8.2f}")
     for ratio in options.ratios.split(","):
-        print_figure(f"requests a second over dense, ratio {ratio}", rates[ratio] / dense, 1.0, NOISE)
+        print_figure(f"requests a second over dense, ratio {ratio}", dense / found[ratio][used], 1.0, NOISE)
 
 
 def write_models(root: Path, options: argparse.Namespace) -> dict[str, Path]:
@@ -89,10 +92,10 @@ def write_compressed(folder: Path, dense: Path, model: PreTrainedModel, layers: 
     write_code(folder, architecture)
 
 
-def measured(folders: dict[str, Path], options: argparse.Namespace) -> dict[str, float]:
-    """Seconds in which all requests are answered, by name of the model."""
+def measured(folders: dict[str, Path], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds in which all requests are answered, on the clock and of the processor, by name of the model."""
     engine = Path(__file__).with_name("vllm_requests.py")
-    sizes = [options.requests, options.prompt, options.tokens]
+    sizes = [options.repeats, options.requests, options.prompt, options.tokens]
     command = [options.vllm, "-I", engine, options.dtype, *map(str, sizes), *folders.values()]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True)
     return dict(zip(folders, json.loads(process.stdout.splitlines()[-1]), strict=True))

@@ -1,7 +1,7 @@
 """Run by serving.py in an interpreter that has vLLM: seconds in which several models answer the same requests.
 
-Usage: python -I vllm_requests.py DTYPE REQUESTS PROMPT TOKENS FOLDER…. Requests are random tokens, all sent at once; answers have TOKENS tokens.
-Prints one line of JSON: the median of three times, by folder.
+Usage: python -I vllm_requests.py DTYPE REPEATS REQUESTS PROMPT TOKENS FOLDER…. Requests are random tokens, all sent at once; answers have TOKENS
+tokens. Prints one line of JSON: by folder the medians of the seconds on the clock and of the processor's.
 """
 
 import gc
@@ -23,12 +23,11 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
-REPEATS = 3
 WORDS = 1000  # ids below this are in every vocabulary
 
 
-def seconds(folder: str, dtype: str, prompts: list[list[int]], tokens: int) -> float:
-    """The median time of a model for all requests, after a warm-up."""
+def seconds(folder: str, dtype: str, repeats: int, prompts: list[list[int]], tokens: int) -> list[float]:
+    """The median times of a model for all requests, after a warm-up."""
     engine = LLM(
         folder,
         trust_remote_code=True,
@@ -42,19 +41,19 @@ def seconds(folder: str, dtype: str, prompts: list[list[int]], tokens: int) -> f
     requests = [{"prompt_token_ids": ids} for ids in prompts]
     engine.generate(requests[:1], SamplingParams(temperature=0, max_tokens=4, detokenize=False), use_tqdm=False)
     found = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
+    for _ in range(repeats):
+        start = time.perf_counter(), time.process_time()
         engine.generate(requests, greedy, use_tqdm=False)
-        found.append(time.perf_counter() - start)
+        found.append((time.perf_counter() - start[0], time.process_time() - start[1]))
     del engine
     gc.collect()
     cleanup_dist_env_and_memory()
-    return statistics.median(found)
+    return [statistics.median(times) for times in zip(*found, strict=True)]
 
 
 if __name__ == "__main__":
-    dtype, *sizes = sys.argv[1:5]
-    count, length, tokens = map(int, sizes)
+    dtype, *sizes = sys.argv[1:6]
+    repeats, count, length, tokens = map(int, sizes)
     generator = random.Random(0)
     prompts = [[generator.randrange(3, WORDS) for _ in range(length)] for _ in range(count)]
-    print(json.dumps([seconds(folder, dtype, prompts, tokens) for folder in sys.argv[5:]]))
+    print(json.dumps([seconds(folder, dtype, repeats, prompts, tokens) for folder in sys.argv[6:]]))

@@ -5,7 +5,8 @@ The dense model's plan says of a linear layer whether its outputs are split (`co
 
     colwise:  down on every device, up split by outputs          rowwise:  down split by inputs and added, up on every device
 
-A pivoted layer's outputs or inputs are in an order that no such split respects, and a layer of rank 0 has nothing to split.
+A pivoted layer's outputs or inputs are in an order that no such split respects. A layer of rank 0 gives as many zeros on every device: right where
+the dense layer's results are added, too many where each device has some of its outputs.
 """
 
 import re
@@ -18,8 +19,14 @@ HALVES = {
     "colwise": {"down": "replicate", "up": "colwise"},
     "rowwise": {"down": "rowwise", "up": "replicate"},
 }
-SPLIT_KINDS = {"factors": ("down", "up"), "shared_factors": ("down", "up"), "shared_member": ("up",)}
+SPLIT_KINDS: dict[str, tuple[str, ...]] = {
+    "factors": ("down", "up"),
+    "shared_factors": ("down", "up"),
+    "shared_member": ("up",),
+}
 """Kinds of layers that can be split, and their halves."""
+SPLITTABLE = {"colwise": SPLIT_KINDS, "rowwise": SPLIT_KINDS | {"zero": ()}}
+"""The same, by what the dense model's plan says of the layer."""
 
 
 def split_plan(model: PreTrainedModel, layers: Mapping[str, dict[str, Any]]) -> dict[str, str] | None:
@@ -38,14 +45,12 @@ def split_plan(model: PreTrainedModel, layers: Mapping[str, dict[str, Any]]) -> 
     for name, layer in layers.items():
         kinds.setdefault(re.sub(r"\b\d+\b", "*", name.removeprefix(prefix)), set()).add(layer["kind"])
     split = {name: found for name, found in kinds.items() if name in (dense or {})}
-    if not dense or any(kind not in SPLIT_KINDS for found in split.values() for kind in found):
-        return None
-    if any(dense[name] not in HALVES for name in split):
+    if not dense or any(found - SPLITTABLE.get(dense[name], {}).keys() for name, found in split.items()):
         return None
     factors = {
         f"{name}.{half}": HALVES[dense[name]][half]
         for name, found in split.items()
-        for half in sorted({half for kind in found for half in SPLIT_KINDS[kind]})
+        for half in sorted({half for kind in found for half in SPLITTABLE[dense[name]][kind]})
     }
     # Names of halves come first: vLLM takes the first that a module's name begins with
     return factors | {

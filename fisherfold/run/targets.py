@@ -51,11 +51,12 @@ TARGETS: dict[str, Target] = {
         command="transformers serve {path} --trust-remote-code",
     ),
     "vllm": Target(
-        values=_values("factors", 32, False),  # kernels want multiples of 32, tensor parallelism plain factors
+        values=_values("pivoted", 32, False),  # what matrix kernels and 4-bit quantizers want of ranks
         program="vllm",
         install="pip install vllm",
         serves="model",
         command="vllm serve {path} --trust-remote-code",
+        costs="pivoted layers run on one device; plain ones (ranks.storage: factors) can be split over several, and keep fewer ranks",
     ),
     "gguf": Target(
         values=_values("pivoted", 1, True),

@@ -9,6 +9,7 @@ This file needs torch and transformers, nothing else. It is the model's own arch
 Shapes: a layer has n outputs, m inputs and rank r.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -205,6 +206,18 @@ def low_rank_layers(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     return layers
 
 
+def refuse_split(config: FisherfoldConfig) -> None:
+    """Stop where vLLM is about to split layers for which there is no plan: it would compute something else, and say nothing."""
+    vllm = sys.modules.get("vllm.distributed.parallel_state")
+    if vllm is None or config.base_model_tp_plan or not vllm.model_parallel_is_initialized():
+        return
+    if vllm.get_tensor_model_parallel_world_size() > 1:
+        raise ValueError(
+            "The layers of this checkpoint cannot be split over devices: some are pivoted, or nothing is left of them. Serve it on one "
+            "(--tensor-parallel-size 1), or write it with ranks.storage: factors."
+        )
+
+
 class LowRank:
     """The dense model, whole or base, with layers replaced."""
 
@@ -212,6 +225,7 @@ class LowRank:
 
     def __init__(self, config: FisherfoldConfig) -> None:
         super().__init__(config)
+        refuse_split(config)
         replace_layers(self, low_rank_layers(self))
 
     @classmethod

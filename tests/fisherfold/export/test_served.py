@@ -30,7 +30,7 @@ def test_what_vllm_runs(tmp_path: Path, family: str):
     [
         ("mixtral", EXPERT, "Set prepare.experts: dense"),
         ("mamba", LAYER, "the attention of 'mamba' in transformers"),
-        ("bert", LAYER, "without its head, for which transformers has no class of 'bert'"),
+        ("bart", LAYER, "without its head, for which transformers has no class of 'bart'"),
     ],
 )
 def test_what_vllm_cannot_run(tmp_path: Path, family: str, layer: LinearLayer, says: str):

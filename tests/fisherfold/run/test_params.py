@@ -89,7 +89,7 @@ def test_a_target_sets_what_suits_its_engine(tmp_path):
     path.write_text(SHIPPED.read_text())
     override_params(path, ["factorize.target=vllm", "ranks.ratio=0.4"])
     document = YAML(typ="safe").load(path)
-    assert (document["ranks"]["storage"], document["ranks"]["round_to"]) == ("factors", 32)
+    assert (document["ranks"]["storage"], document["ranks"]["round_to"]) == ("pivoted", 32)
     override_params(path, ["factorize.target=gguf"])
     assert YAML(typ="safe").load(path)["factorize"]["gguf_export"]
     override_params(path, ["factorize.target=transformers", "ranks.ratio=0.2"])
