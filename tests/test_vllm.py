@@ -23,10 +23,10 @@ pytestmark = [
 ]
 
 
-def answers(folders: list[Path]) -> dict[str, list[list[int]] | str]:
-    """What vLLM adds to the requests, by folder."""
+def answers(folders: list[Path], processes: int = 1) -> dict[str, list[list[int]] | str]:
+    """What vLLM adds to the requests, by folder, each layer split over so many processes."""
     script = ROOT / "tests" / "support" / "vllm_tokens.py"
-    command = [os.environ[INTERPRETER], "-I", script, json.dumps(REQUESTS), str(TOKENS), *folders]
+    command = [os.environ[INTERPRETER], "-I", script, json.dumps(REQUESTS), str(TOKENS), str(processes), *folders]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
@@ -60,3 +60,11 @@ def test_two_requests_at_once_get_the_tokens_of_transformers(folders, served, ca
     assert (
         len({token for tokens in found for token in tokens}) > TOKENS // 2
     )  # of a model that says one thing nothing is shown
+
+
+def test_layers_split_over_two_processes(folders):
+    plain, shared, pivoted = (folders[case] for case in (("llama", "plain"), ("qwen2", "shared"), ("llama", "pivoted")))
+    found = answers([plain, shared, pivoted], processes=2)
+    assert found[str(plain)] == greedy(plain)
+    assert found[str(shared)] == greedy(shared)
+    assert "initialization failed" in found[str(pivoted)]  # the reason is in the worker's log

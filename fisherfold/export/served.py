@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fisherfold.allocators.cost import rank_costs
 from fisherfold.export.architecture import base_class, dense_architecture
@@ -36,12 +35,12 @@ def check_vllm(params: FactorizeParams, model: Path, layers: Sequence[LinearLaye
             "or factorize.target: transformers."
         )
     architecture = dense_architecture(model)
-    kind = architecture.config["model_type"]
-    if base_class(architecture.empty_model()) is None:
+    kind, empty = architecture.config["model_type"], architecture.empty_model()
+    if base_class(empty) is None:
         raise InputError(
             f"factorize.target = vllm: vLLM wants the model without its head, for which transformers has no class of {kind!r}. {ELSEWHERE}"
         )
-    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture.read_config())].is_backend_compatible():
+    if not type(empty).is_backend_compatible():
         raise InputError(
             f"factorize.target = vllm: the attention of {kind!r} in transformers is not one that vLLM can replace. {ELSEWHERE}"
         )

@@ -165,8 +165,7 @@ def replace_layers(
         model.get_submodule(name).register_buffer("weight", torch.empty_like(weight))
 
 
-NOT_DENSE = {"quant_method": "fisherfold"}
-"""In config.json, a quantization: it tells programs that know the dense model alone that this is another. Here it is none."""
+NOT_DENSE = {"quant_method": "fisherfold"}  # tells programs that know the dense model alone that this is another
 
 
 class FisherfoldConfig(DenseConfig):
@@ -206,18 +205,6 @@ def low_rank_layers(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     return layers
 
 
-def refuse_split(config: FisherfoldConfig) -> None:
-    """Stop where vLLM is about to split layers for which there is no plan: it would compute something else, and say nothing."""
-    vllm = sys.modules.get("vllm.distributed.parallel_state")
-    if vllm is None or config.base_model_tp_plan or not vllm.model_parallel_is_initialized():
-        return
-    if vllm.get_tensor_model_parallel_world_size() > 1:
-        raise ValueError(
-            "The layers of this checkpoint cannot be split over devices: some are pivoted, or nothing is left of them. Serve it on one "
-            "(--tensor-parallel-size 1), or write it with ranks.storage: factors."
-        )
-
-
 class LowRank:
     """The dense model, whole or base, with layers replaced."""
 
@@ -225,7 +212,9 @@ class LowRank:
 
     def __init__(self, config: FisherfoldConfig) -> None:
         super().__init__(config)
-        refuse_split(config)
+        vllm = None if config.base_model_tp_plan else sys.modules.get("vllm.distributed.parallel_state")
+        if vllm and vllm.model_parallel_is_initialized() and vllm.get_tensor_model_parallel_world_size() > 1:
+            raise ValueError("Pivoted or dropped layers cannot be split over devices. Set ranks.storage: factors.")
         replace_layers(self, low_rank_layers(self))
 
     @classmethod

@@ -17,6 +17,7 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several processes on one core, too
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
