@@ -26,6 +26,7 @@ from prefect.futures import wait
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from fisherfold.evaluation.verdict import worst_source
 from fisherfold.run.errors import FisherfoldError
 from fisherfold.run.files import digest_json
 from fisherfold.run.params import STAGES, load_params
@@ -186,6 +187,7 @@ def row(cell: Cell, name: str, metrics: dict) -> dict:
         **asdict(cell),
         "experiment": name,
         "kept": size["targeted_parameters_compressed"] / size["targeted_parameters_dense"],
+        "times_dense": next((ratio for _, ratio in worst_source(metrics)), None),
         **metrics["compressed"],
         **{f"{key}_dense": value for key, value in metrics["dense"].items()},
         **size,

@@ -130,18 +130,21 @@ def _judge_own_answers(metrics: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _judge_perplexity(metrics: Mapping[str, Any]) -> Iterator[Finding]:
-    """The worst of the sources that decide; without sources, the perplexity over all text."""
+    for worst, ratio in worst_source(metrics):
+        yield Finding(
+            _level(ratio, PERPLEXITY),
+            f"Perplexity on {worst} is {ratio:.2f} times the dense model's "
+            f"(close up to {PERPLEXITY.close:g}, damaged beyond {PERPLEXITY.damaged:g}).",
+        )
+
+
+def worst_source(metrics: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The worst of the sources that decide, and its perplexity by the dense model's; without sources, all text; without either, nothing."""
     ratios = {name: _ratio(source) for name, source in _deciding_sources(metrics).items()}
     if not ratios:
         whole = {model: metrics[model].get("perplexity") for model in ("dense", "compressed")}
         ratios = {"the evaluation text": _ratio(whole)} if None not in whole.values() else {}
-    if ratios:
-        worst = max(ratios, key=lambda name: (math.isnan(ratios[name]), ratios[name]))
-        yield Finding(
-            _level(ratios[worst], PERPLEXITY),
-            f"Perplexity on {worst} is {ratios[worst]:.2f} times the dense model's "
-            f"(close up to {PERPLEXITY.close:g}, damaged beyond {PERPLEXITY.damaged:g}).",
-        )
+    return sorted(ratios.items(), key=lambda item: (math.isnan(item[1]), item[1]))[-1:]
 
 
 def _judge_knowledge(metrics: Mapping[str, Any]) -> Iterator[Finding]:
