@@ -1,25 +1,30 @@
 """Stage `report`: what was compressed, how far, and at what cost, as one page that opens offline.
 
-artifacts/report/index.html      no scripts, nothing loaded from anywhere, the same bytes for the same run
+artifacts/report/index.html      nothing loaded from anywhere, no scripts but its own, the same bytes for the same run
 artifacts/report/README.md       the compressed model's card with what was measured, to take the place of the one in its folder
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 from fisherfold.evaluation.verdict import verdict
 from fisherfold.export.card_results import with_results
 from fisherfold.page.answers_view import answers_view
+from fisherfold.page.cut_view import cut_view, refinement_view
 from fisherfold.page.knowledge_view import knowledge_view
 from fisherfold.page.layer_views import (
     diagnostic_table,
     estimator_table,
     kind_table,
     rank_views,
+    read_spectra,
     residual_map,
     spectrum_views,
 )
+from fisherfold.page.next_view import next_view
 from fisherfold.page.page import (
     Markup,
+    contents,
     details,
     element,
     megabytes,
@@ -32,6 +37,7 @@ from fisherfold.page.page import (
 from fisherfold.page.quality_view import at, points, quality_view, ratio_of, times
 from fisherfold.page.record import MODELS, Record
 from fisherfold.page.references import REFERENCES
+from fisherfold.page.reproduce_view import reproduce_view
 from fisherfold.page.trajectory_view import trajectory_view
 from fisherfold.page.verdict_view import verdict_view
 from fisherfold.run.params import ReportParams
@@ -40,13 +46,8 @@ from fisherfold.run.workspace import Workspace
 
 CARD = "model/README.md"
 LONGEST_FACT = 300
+THEME = element("button", "Light or dark", id="theme", type="button", hidden="hidden")
 WHAT_RATIO_IS_OF = {"model_bytes": "the whole model's bytes"}
-SETTINGS = {"kronecker": ("estimator",), "subspace": ("metric", "input_damping", "output_damping"), "ranks": ("ratio",)}
-LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("artifacts/factorize/model", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("artifacts/factorize/model")
-"""
 
 
 def run(workspace: Workspace, params: ReportParams) -> None:
@@ -69,24 +70,33 @@ def run(workspace: Workspace, params: ReportParams) -> None:
 def write_page(record: Record, title: str) -> str:
     """The page as text."""
     ranks, judged = record.rows("ranks", "ranks.parquet"), verdict(record.metrics)
+    parts = [
+        quality_view(record),
+        answers_view(record.rows("evaluate", "answers.parquet"), record.metrics),
+        _sizes(record),
+        next_view(judged.level, record.facts["ranks"].get("ratio")),
+        _layers(ranks),
+        trajectory_view(record.rows("ranks", "trajectory.parquet"), ranks),
+        _spectra(record, ranks),
+        _cut(record, ranks),
+        refinement_view(record.rows("factorize", "refinement.parquet")),
+        knowledge_view(record.rows("capture", "questions.parquet"), record.rows("kronecker", "dependence.parquet")),
+        _measurement(record),
+        _disk(record),
+        _settings(record),
+        reproduce_view(record.params),
+        _references(record, ranks),
+    ]
     return page(
         f"{title}: {_model_name(record)}",
+        THEME,
         element("h1", title),
         element("p", _kicker(record, ranks), class_="kicker"),
         verdict_view(judged.level, judged.sentences),
         _cards(record),
         element("p", _summary(record, len(ranks)), class_="summary"),
-        quality_view(record),
-        answers_view(record.rows("evaluate", "answers.parquet"), record.metrics),
-        _sizes(record),
-        _layers(ranks),
-        trajectory_view(record.rows("ranks", "trajectory.parquet"), ranks),
-        _spectra(record, ranks),
-        knowledge_view(record.rows("capture", "questions.parquet"), record.rows("kronecker", "dependence.parquet")),
-        _measurement(record),
-        _settings(record),
-        _reproduce(record, ranks),
-        _references(record, ranks),
+        contents(parts),
+        *parts,
     )
 
 
@@ -211,6 +221,21 @@ def _spectra(record: Record, ranks: list[dict]) -> Markup | None:
     return section("Spectra", spectrum_views(spectra, ranks)) if spectra is not None and spectra.num_rows else None
 
 
+def _cut(record: Record, ranks: list[dict]) -> Markup | None:
+    spectra = record.table("subspace", "spectra.parquet")
+    if spectra is None or not spectra.num_rows:
+        return None
+    perplexities = [record.metrics[model]["perplexity"] for model in MODELS]
+    measured = math.log(perplexities[1] / perplexities[0]) if all(perplexities) else None
+    losses = record.facts["ranks"].get("predicted_loss_increase"), measured
+    return cut_view(read_spectra(spectra), ranks, record.facts["factorize"].get("layers", {}), losses)
+
+
+def _disk(record: Record) -> Markup:
+    rows = [(stage, megabytes(held)) for stage, held in record.bytes.items()]
+    return section("What it left on disk", table("Bytes of every stage's output", ("stage", "output"), rows))
+
+
 def _measurement(record: Record) -> Markup:
     """How the statistics were captured, and how far they can be trusted."""
     conditions = {
@@ -285,25 +310,6 @@ def _fact(value: object) -> str:
         else str(value)
     )
     return text if len(text) <= LONGEST_FACT else f"{text[:LONGEST_FACT]} … ({len(text)} characters)"
-
-
-def _reproduce(record: Record, ranks: list[dict]) -> Markup:
-    values = {f"{stage}.{key}": record.facts[stage].get(key) for stage, keys in SETTINGS.items() for key in keys}
-    values["ranks.allocator"] = ranks[0]["allocator"] if ranks else None
-    values["ranks.budget"] = record.facts["ranks"].get("unit")
-    settings = [f"  --set {key}={value}" for key, value in values.items() if value is not None]
-    again = " \\\n".join(["fisherfold run", *settings])
-    return section(
-        "Do it again",
-        element("p", "The same parameters give the same bits. With the project's files as they were:"),
-        element("pre", element("code", again)),
-        element("p", "Or through DVC alone, which also compares runs:"),
-        element("pre", element("code", "dvc repro\ndvc metrics diff\ndvc plots diff")),
-        element(
-            "p", "The compressed model carries its own code; no installation of this project is needed to load it:"
-        ),
-        element("pre", element("code", LOADING)),
-    )
 
 
 def _references(record: Record, ranks: list[dict]) -> Markup | None:

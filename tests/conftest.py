@@ -9,7 +9,7 @@ settings.load_profile("steady")
 
 pytest_plugins = ["object_storage", "prefect_server", "tiny_project", "wheel_alone"]
 
-ASKED_FOR = ("slow", "families", "llama_cpp", "serve")  # markers of what runs only where `-m` names it
+ASKED_FOR = ("slow", "families", "llama_cpp", "serve", "browser")  # markers of what runs only where `-m` names it
 LAST = ("test_pipeline", "test_demo")  # whole runs come after what can fail in a second
 
 

@@ -1,12 +1,17 @@
 """A page of HTML that stands alone: elements and Jinja2 templates that escape their text, and numbers for people."""
 
-from collections.abc import Iterable, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
+from fisherfold.page.script import script_sources, scripts
 from fisherfold.page.style import STYLE
 
+HEADED = re.compile(r'<section id="([^"]+)"><h2>(.*?)</h2>')
 SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
 TEMPLATES = Environment(
     autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=lambda value: "" if value is None else value
@@ -16,13 +21,17 @@ PAGE = TEMPLATES.from_string("""\
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {{ script_sources }}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{{ title }}</title>
 <style>{{ style }}</style>
 </head>
-<body><main>{{ content }}</main></body>
+<body><a class="skip" href="#main">To the report</a><main id="main">{{ content }}</main>
+{% for script in scripts %}
+<script>{{ script }}</script>
+{% endfor %}
+</body>
 </html>
 """)
 TABLE = TEMPLATES.from_string("""\
@@ -44,11 +53,7 @@ TABLE = TEMPLATES.from_string("""\
 """)
 FIGURE = TEMPLATES.from_string("""\
 <figure>
-{% if wide %}
-<div class="scroll" tabindex="0" role="region" aria-label="{{ caption }}">{{ picture }}</div>
-{% else %}
-{{ picture }}
-{% endif %}
+<div{% if wide %} class="scroll"{% endif %}>{{ picture }}</div>
 <figcaption>{{ caption }}</figcaption>
 </figure>
 """)
@@ -81,8 +86,15 @@ def figure(picture: Markup, caption: str, wide: bool = True) -> Markup:
 
 
 def section(title: str, *children: object) -> Markup:
-    """A part of the page under a heading."""
-    return element("section", element("h2", title), *children)
+    """A part of the page under a heading, which can be linked to."""
+    return element("section", element("h2", title), *children, id=re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"))
+
+
+def contents(parts: Sequence[Markup | None]) -> Markup:
+    """Links to the sections among the parts of a page."""
+    found = HEADED.findall("".join(part for part in parts if part is not None))
+    links = (element("li", element("a", Markup(title), href=f"#{anchor}")) for anchor, title in found)
+    return element("nav", element("ul", *links), aria_label="Contents", class_="contents")
 
 
 def details(summary: str, *children: object) -> Markup:
@@ -90,16 +102,24 @@ def details(summary: str, *children: object) -> Markup:
     return element("details", element("summary", summary), *children)
 
 
+def chart(picture: Markup, numbers: Mapping[str, Any]) -> Markup:
+    """A picture with the numbers that the page's script draws in its place; see ``fisherfold.page.script``."""
+    text = json.dumps(numbers, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return element("div", picture, element("script", Markup(text), type="application/json"), class_="chart")
+
+
 def page(title: str, *children: object) -> str:
-    """The whole document. Its policy forbids the browser to load anything from anywhere."""
-    return PAGE.render(title=title, style=Markup(STYLE), content=join(children))
+    """The whole document. Its policy forbids the browser to load anything from anywhere, and to run scripts but its own."""
+    inlined = {"style": Markup(STYLE), "scripts": [Markup(script) for script in scripts()]}
+    return PAGE.render(title=title, content=join(children), script_sources=Markup(script_sources()), **inlined)
 
 
 def stand_alone(picture: Markup) -> str:
     """A picture as an SVG file of its own, as it looks in a page."""
-    width, height = (float(size) for size in picture.partition('viewBox="0 0 ')[2].partition('"')[0].split())
+    drawn = str(picture)[picture.index("<svg") : picture.index("</svg>") + len("</svg>")]
+    width, height = (float(size) for size in drawn.partition('viewBox="0 0 ')[2].partition('"')[0].split())
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}"'
-    return str(picture).replace("<svg", opening, 1).replace(">", f"><style>{STYLE}</style>", 1)
+    return drawn.replace("<svg", opening, 1).replace(">", f"><style>{STYLE}</style>", 1)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""Pictures as inline SVG: a heat map over decoder blocks, and lines over an axis.
+"""Pictures as inline SVG: a heat map over decoder blocks, and lines over an axis; with their numbers, for `chart`.
 
 Colours are style-sheet variables, so pictures follow the reader's light or dark mode; coordinates are rounded to a tenth,
 so the same data give the same bytes.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from fisherfold.page.page import element, join
+from fisherfold.page.page import chart, element, join
 
 WIDTH = 880
 LETTER = 7.0  # mean width of a letter in the labels
@@ -50,7 +50,23 @@ def heat_map(label: str, rows: Mapping[str, Mapping[int, Cell]], legend: tuple[s
     parts += [_text(place[column] + step / 2, bottom + 15, str(column)) for column in _spread(columns, 16)]
     parts.append(_text(left, bottom + 34, "decoder block", "start"))
     parts.append(_scale(WIDTH - 250, bottom + 24, legend))
-    return _svg(label, bottom + 44, parts)
+    return chart(_svg(label, bottom + 44, parts), _heat_numbers(rows, columns, legend))
+
+
+def _heat_numbers(
+    rows: Mapping[str, Mapping[int, Cell]], columns: Sequence[int], legend: tuple[str, str]
+) -> dict[str, object]:
+    """What the page's script draws a heat map from; a column that a row has no cell for is null."""
+    cells = [[row.get(column) for column in columns] for row in rows.values()]
+    return {
+        "kind": "heat",
+        "names": [shorten(name) for name in rows],
+        "columns": columns,
+        "shares": [[cell and _short(min(1.0, max(0.0, cell.share))) for cell in row] for row in cells],
+        "texts": [[cell.text if cell else "" for cell in row] for row in cells],
+        "outlined": [[y, x] for y, row in enumerate(cells) for x, cell in enumerate(row) if cell and cell.outlined],
+        "legend": legend,
+    }
 
 
 def _cell(x: float, y: float, width: float, height: float, cell: Cell) -> Markup:
@@ -86,13 +102,14 @@ def _scale(x: float, y: float, legend: tuple[str, str]) -> Markup:
 
 @dataclass(frozen=True)
 class Line:
-    """One line: its name, its points (x, y), the number of its colour, how strong it is, and points to be marked."""
+    """One line: its name, its points (x, y), the number of its colour, how strong it is, points to be marked, and what these are."""
 
     name: str
     points: Sequence[tuple[float, float]]
     colour: int = 0
     strength: float = 1.0
     marks: Sequence[tuple[float, float]] = ()
+    texts: Sequence[str] = ()
 
 
 def line_chart(
@@ -127,7 +144,29 @@ def line_chart(
     parts += [_text(across(tick), bottom + 17, _tick(tick, x_ticks)) for tick in x_ticks if tick <= x_end]
     parts += [_rule(left, bottom, right, bottom, "axis"), _text(right, bottom + 34, x_name, "end")]
     parts += [_draw(line, across, up, (y_ticks[0], y_ticks[-1])) for line in lines]
-    return _svg(label, height, parts, width)
+    numbers = {"x": x_name, "y": y_name, "title": title, "size": size, "range": y_range and list(map(_short, y_range))}
+    return chart(
+        _svg(label, height, parts, width), {"kind": "lines", **numbers, "lines": list(map(_line_numbers, lines))}
+    )
+
+
+def _line_numbers(line: Line) -> dict[str, object]:
+    """What the page's script draws a line from; what is not finite interrupts it."""
+    texts = line.texts or [""] * len(line.marks)
+    marks = [(mark, text) for mark, text in zip(line.marks, texts, strict=True) if _finite(mark)]
+    return {
+        "name": line.name,
+        "colour": line.colour,
+        "strength": _short(line.strength),
+        "x": [_short(x) if math.isfinite(x) else None for x, _ in line.points],
+        "y": [_short(y) if math.isfinite(y) else None for _, y in line.points],
+        "marks": [[_short(x), _short(y)] for (x, y), _ in marks],
+        "texts": [text for _, text in marks] if line.texts else [],
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def _draw(

@@ -114,13 +114,5 @@ def _losses_by_position(record: Record) -> Markup | None:
         "position in the sequence, tokens",
         "mean loss, nats",
     )
-    return join(
-        [
-            legend(lines),
-            figure(
-                chart,
-                "Mean loss at each position: later tokens have more context. A gap that widens to the right would mean that "
-                "long context suffers most.",
-            ),
-        ]
-    )
+    caption = "Mean loss at each position: later tokens have more context. A gap that widens to the right would mean that long context suffers most."
+    return figure(join([legend(lines), chart]), caption)

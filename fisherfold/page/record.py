@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fisherfold.run.errors import CorruptArtifact
-from fisherfold.run.files import digest_json, verify_output
+from fisherfold.run.files import digest_json, read_manifest, verify_output
 from fisherfold.run.workspace import Workspace
 
 FACTS = {
@@ -27,7 +27,7 @@ TABLES = {
     "kronecker": ("diagnostics.parquet", "comparison.parquet", "dependence.parquet"),
     "subspace": ("diagnostics.parquet", "spectra.parquet"),
     "ranks": ("ranks.parquet", "trajectory.parquet"),
-    "factorize": ("model/README.md",),
+    "factorize": ("model/README.md", "refinement.parquet"),
     "evaluate": ("metrics.json", "tasks.json", "losses.csv", "questions.parquet", "answers.parquet"),
 }
 
@@ -49,9 +49,27 @@ class Record:
         return {
             stage: digest_json(
                 [verify_output(self.workspace.out(stage), name) for name in (file, *TABLES.get(stage, ()))]
+                + [self.params[stage], self.bytes[stage]]
             )
             for stage, file in FACTS.items()
         }
+
+    @cached_property
+    def params(self) -> dict[str, dict[str, Any]]:
+        """The block of parameters that each stage ran with; empty in outputs of before it was recorded."""
+        return {stage: manifest.get("params", {}) for stage, manifest in self._manifests.items()}
+
+    @cached_property
+    def bytes(self) -> dict[str, int]:
+        """Bytes of each stage's output."""
+        return {
+            stage: sum(entry["bytes"] for entry in manifest["files"].values())
+            for stage, manifest in self._manifests.items()
+        }
+
+    @cached_property
+    def _manifests(self) -> dict[str, dict[str, Any]]:
+        return {stage: read_manifest(self.workspace.out(stage)) for stage in FACTS}
 
     @cached_property
     def facts(self) -> dict[str, dict[str, Any]]:

@@ -6,10 +6,14 @@ STYLE = """
   --c0: #1f5f8b; --c1: #b5532a; --c2: #4b7f3a; --c3: #7a4f9a; --c4: #a07a12; --c5: #2a8a86; --c6: #a23b63; --c7: #5b6675;
 }
 @media (prefers-color-scheme: dark) {
-  :root {
+  :root:not([data-theme="light"]) {
     --paper: #14181d; --panel: #1b2027; --ink: #e6e4df; --soft: #9aa5b1; --line: #313944; --accent: #7db9e0; --tint: #202a33;
     --c0: #7db9e0; --c1: #e89a6f; --c2: #93c47d; --c3: #bf9bdc; --c4: #d9b84f; --c5: #6cc7c2; --c6: #e48aad; --c7: #9aa5b1;
-  }
+}
+}
+:root[data-theme="dark"] {
+    --paper: #14181d; --panel: #1b2027; --ink: #e6e4df; --soft: #9aa5b1; --line: #313944; --accent: #7db9e0; --tint: #202a33;
+    --c0: #7db9e0; --c1: #e89a6f; --c2: #93c47d; --c3: #bf9bdc; --c4: #d9b84f; --c5: #6cc7c2; --c6: #e48aad; --c7: #9aa5b1;
 }
 * { box-sizing: border-box; }
 body {
@@ -48,10 +52,19 @@ thead th { color: var(--soft); font-size: .84rem; font-weight: 500; border-botto
 td.text, th.text { overflow-wrap: anywhere; }
 figure { margin: 0 0 2.2rem; }
 figcaption { color: var(--soft); font-size: .87rem; line-height: 1.5; margin-top: .6rem; max-width: 46rem; }
-svg { display: block; width: 100%; height: auto; }
-.scroll > svg { min-width: 36rem; }
-svg text { fill: var(--soft); font: 12px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-svg .title { fill: var(--ink); font-size: 13px; font-weight: 600; }
+.chart > svg { display: block; width: 100%; height: auto; }
+.scroll .chart:not(.drawn) > svg { min-width: 36rem; }
+.chart.drawn > svg { display: none; }
+.live { width: 100%; }
+figure:has(.drawn) ul.legend { display: none; }
+.skip { position: absolute; left: -99rem; }
+.skip:focus { left: 1rem; top: .5rem; background: var(--panel); padding: .4rem .8rem; z-index: 9; }
+.contents ul { columns: 16rem; padding: 0; margin: 2.2rem 0 0; list-style: none; font-size: .95rem; }
+.contents li { padding: .12rem 0; }
+#theme { float: right; font: inherit; font-size: .85rem; color: var(--ink); background: var(--panel); border: 1px solid var(--soft); border-radius: .4rem; padding: .25rem .6rem; cursor: pointer; }
+a:focus-visible, button:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.chart > svg text { fill: var(--soft); font: 12px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+.chart > svg .title { fill: var(--ink); font-size: 13px; font-weight: 600; }
 svg .cell { fill: var(--accent); }
 svg .empty { fill: var(--line); fill-opacity: .35; }
 svg .whole { fill: none; stroke: var(--ink); stroke-width: 1.1; }
@@ -79,5 +92,5 @@ footer { margin-top: 4rem; color: var(--soft); font-size: .85rem; }
   .error { display: block; }
   caption { white-space: normal; }
 }
-@media print { body { background: #fff; } details { display: block; } .scroll { overflow: visible; } }
+@media print { .chart.drawn > svg { display: block; } .live, .contents, #theme { display: none; } body { background: #fff; } details { display: block; } .scroll { overflow: visible; } }
 """

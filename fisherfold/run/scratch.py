@@ -64,11 +64,12 @@ class Scratch:
     def __init__(self, workspace: Workspace, stage: str, params: BaseModel, inputs: Mapping[str, str]) -> None:
         self.workspace = workspace
         self.stage = stage
+        self.params = params.model_dump(mode="json")
         self.threads = getattr(params, "threads", None)
         self._machine = None if self.threads is None else current_engine().machine()
         determined_by = {
             "stage": stage,
-            "params": params.model_dump(mode="json"),
+            "params": self.params,
             "inputs": dict(inputs),
             "code": code_digest(stage),
             "machine": self._machine,
@@ -232,7 +233,7 @@ class Scratch:
         """An empty folder to write the stage's output into; published as ``artifacts/<stage>`` when the block ends."""
         partial = empty_folder(self.folder / "out.partial")
         yield partial
-        manifest = {"stage": self.stage, "files": describe_files(partial)}
+        manifest = {"stage": self.stage, "params": self.params, "files": describe_files(partial)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         sync_tree(partial)
         shutil.rmtree(self.folder / "out", ignore_errors=True)

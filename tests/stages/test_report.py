@@ -1,129 +1,31 @@
+import base64
+import hashlib
 import html.parser
 import json
 import re
+import shlex
 import shutil
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from recorded_run import LLAMA, evaluation, finished, layer_rows, publish, said, spectra_rows
 
-from fisherfold.evaluation.greedy_answers import SAMPLES, summarise_samples
-from fisherfold.evaluation.metrics import metrics
-from fisherfold.evaluation.scores import mean_by_position, summarise_answers, summarise_losses
-from fisherfold.evaluation.text import summarise_sources
-from fisherfold.page.layer_views import gather, place, rank_views, read_spectra, spectrum_views
-from fisherfold.page.page import Markup, element, megabytes, number, percent
+from fisherfold.page.cut_view import cut_view, refinement_view
+from fisherfold.page.layer_views import gather, parameter_map, place, rank_views, read_spectra, spectrum_views
+from fisherfold.page.page import Markup, element, megabytes, number, percent, stand_alone
 from fisherfold.page.pictures import Line, line_chart
+from fisherfold.page.reproduce_view import reproduce_view
 from fisherfold.page.trajectory_view import trajectory_view
 from fisherfold.run.errors import CorruptArtifact
 from fisherfold.run.params import Params, ReportParams
 from fisherfold.run.scratch import Scratch, scratch_folder
 from fisherfold.run.workspace import Workspace
+from flows.overrides import given
 from stages import report
 
-SIZE = {
-    "targeted_parameters_dense": 1000,
-    "targeted_parameters_compressed": 800,
-    "model_parameters_dense": 2000,
-    "model_parameters_compressed": 1800,
-    "model_bytes_dense": 8_000_000,
-    "model_bytes_compressed": 7_200_000,
-}
 VOID = {"meta", "br", "hr", "img", "link", "input"}
-
-
-def publish(workspace: Workspace, stage: str, **files: object) -> None:
-    """Publish `files` (name with `__` for the dot) as the output of a stage."""
-    with (
-        Scratch(workspace, stage, getattr(Params(), stage), {"files": repr(files)}) as scratch,
-        scratch.publish() as out,
-    ):
-        for name, content in files.items():
-            path = out / name.replace("__", ".")
-            if isinstance(content, pa.Table):
-                pq.write_table(content, path)
-            else:
-                path.write_text(content if isinstance(content, str) else json.dumps(content))
-
-
-def layer_rows(modules: list[str]) -> list[dict]:
-    return [
-        {"module": module, "n": 6, "m": 4, "rank": 1 + i % 4, "stored_parameters": 10 + i % 4, "dense_parameters": 24,
-         "method": "kfac", "allocator": "fisher", "storage": "dense" if i == 3 else "pivoted"}
-        for i, module in enumerate(modules)
-    ]  # fmt: skip
-
-
-def spectra_rows(modules: list[str]) -> pa.Table:
-    sigma = [3.0, 1.0, 0.1, 0.0]
-    rows = [{"module": module, "component": i, "sigma": value} for module in modules for i, value in enumerate(sigma)]
-    return pa.Table.from_pylist(rows)
-
-
-def said(prompt: str, dense: str, compressed: str, loops: bool = False) -> dict:
-    """A row of answers.parquet."""
-    return {
-        "prompt": prompt, "dense": dense, "compressed": compressed, "dense_tokens": 9, "compressed_tokens": 9,
-        "agreeing_tokens": 3, "dense_loops": False, "compressed_loops": loops,
-    }  # fmt: skip
-
-
-def evaluation(questions: bool = True, samples: list[dict] | None = None) -> dict[str, object]:
-    """What stage `evaluate` publishes; `samples` are rows of answers.parquet."""
-    table = pa.Table.from_pylist(samples or [], schema=SAMPLES)
-    greedy = summarise_samples(table)
-    own = greedy and {"tokens": 90, "mean": {"divergence": 0.1}, "standard_error": {"divergence": 0.02}}
-    rng = np.random.default_rng(0)
-    losses = {"dense": rng.random((4, 9)) + 3, "compressed": rng.random((4, 9)) + 3.2, "divergence": rng.random((4, 9))}
-    text = summarise_losses(losses)
-    answers = {
-        model: [{"acc": i % step == 0, "acc_norm": 0} for i in range(20)]
-        for model, step in (("dense", 2), ("compressed", 3))
-    }
-    knowledge = summarise_answers(answers if questions else {"dense": [], "compressed": []})
-    sources = summarise_sources(losses, ["news", "leads", "leads", "<b>odd</b>"], {"leads"})
-    rows = "\n".join(",".join(map(str, row)) for row in mean_by_position(losses, 5))
-    return {
-        "metrics__json": metrics(text, sources, knowledge, own, greedy, [], SIZE),
-        "evaluation__json": {"params": {"dtype": "float32"}, "text": text, "knowledge": knowledge},
-        "losses__csv": f"position,dense,compressed\n{rows}\n",
-        "tasks__json": {},
-        "answers__parquet": table,
-    }
-
-
-def finished(root, modules: list[str], evaluated: dict[str, object] | None = None) -> Workspace:
-    """A workspace in which every stage before `report` has published what it must."""
-    workspace = Workspace(root)
-    publish(workspace, "prepare", prepare__json={"model": {"name": "tiny", "licence": "Apache-2.0"}})
-    publish(
-        workspace,
-        "capture",
-        capture__json={"sequences": 8, "tokens": 96, "gradients": "sketch", "sketch_rank": 4, "skipped": [5]},
-    )
-    kronecker = [{"module": module, "residual": 0.5, "scale": 1.0, "iterations": None} for module in modules]
-    publish(
-        workspace,
-        "kronecker",
-        kronecker__json={"estimator": "kfac"},
-        diagnostics__parquet=pa.Table.from_pylist(kronecker),
-    )
-    conditions = [{"module": module, "input_condition": float("inf"), "output_condition": 10.0} for module in modules]
-    publish(
-        workspace,
-        "subspace",
-        subspace__json={"metric": "kfac"},
-        spectra__parquet=spectra_rows(modules),
-        diagnostics__parquet=pa.Table.from_pylist(conditions),
-    )
-    publish(workspace, "ranks", budget__json={"ratio": 0.2}, ranks__parquet=pa.Table.from_pylist(layer_rows(modules)))
-    publish(workspace, "factorize", factorize__json={"size": SIZE})
-    publish(workspace, "evaluate", **(evaluated or evaluation()))
-    return workspace
-
-
-LLAMA = [f"model.layers.{block}.{kind}" for block in range(3) for kind in ("self_attn.q_proj", "mlp.up_proj")]
 
 
 def write(workspace: Workspace) -> str:
@@ -133,10 +35,11 @@ def write(workspace: Workspace) -> str:
 
 
 class Page(html.parser.HTMLParser):
-    """Collects elements and text, and checks that elements nest."""
+    """Collects elements and text (that of scripts apart), and checks that elements nest."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
+        self.scripts: list[str] = []
         self.elements: list[tuple[str, dict]] = []
         self.words: list[str] = []
         self.open: list[str] = []
@@ -152,7 +55,10 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.words.append(data)
+        if self.open[-1:] == ["script"]:
+            self.scripts.append(data)
+        else:
+            self.words.append(data)
 
     @property
     def text(self) -> str:
@@ -166,18 +72,34 @@ def test_one_file_that_loads_nothing(tmp_path):
     text = write(finished(tmp_path, LLAMA))
     page = Page(text)
     tags = {tag for tag, _ in page.elements}
-    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "base", "image", "use"}
+    assert not tags & {"link", "img", "iframe", "object", "embed", "base", "image", "use"}
     assert not {name for _, attributes in page.elements for name in attributes} & {
         "src",
         "srcset",
         "xlink:href",
         "data",
     }
-    assert not re.search(r"url\(|@import|@font-face", text)
+    own = text
+    for script in page.scripts:
+        own = own.replace(script, "")
+    assert len(page.scripts) > 4 and not re.search(r"url\(|@import|@font-face", own)
     addresses = [attributes["href"] for _, attributes in page.elements if "href" in attributes]
-    assert addresses and all(address.startswith("https://") for address in addresses)
+    anchors = {f"#{attributes['id']}" for _, attributes in page.elements if "id" in attributes}
+    assert addresses and all(address.startswith("https://") or address in anchors for address in addresses)
     assert all(tag == "a" for tag, attributes in page.elements if "href" in attributes)
-    assert page.all("meta")[1]["content"].startswith("default-src 'none'")
+    assert len(text) < 10e6
+
+
+def test_only_its_own_scripts_may_run(tmp_path):
+    """The policy holds the digest of every script, and forbids all else; what the pictures are drawn from is data."""
+    page = Page(write(finished(tmp_path, LLAMA)))
+    policy = page.all("meta")[1]["content"]
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy.partition("script-src")[2]
+    kinds = [script.get("type") for script in page.all("script")]
+    for kind, script in zip(kinds, page.scripts, strict=True):
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert (json.loads(script)["kind"] in ("heat", "lines")) if kind else f"'sha256-{digest}'" in policy
+    assert kinds.count(None) == 2 and len(page.all("svg")) > len(kinds) - 2 > 4
 
 
 def test_the_figures_are_there(tmp_path):
@@ -191,7 +113,7 @@ def test_the_figures_are_there(tmp_path):
         "96 tokens of 8 calibration sequences",
         "1 skipped because a gradient was not finite (5); every sequence's gradient was kept as a sketch of rank 4",
         "1 layer was left dense",
-        "--set ranks.ratio=0.2",
+        "All parameters are as shipped.",
         "Optimizing neural networks with Kronecker-factored approximate curvature",
     ):
         assert expected in text
@@ -214,7 +136,7 @@ def test_the_same_bytes_again(tmp_path):
     shutil.rmtree(workspace.out("report"))
     shutil.rmtree(scratch_folder(workspace, "report"))
     assert write(workspace) == first
-    assert not re.search(r"20\d\d-\d\d-\d\d", first)
+    assert not re.search(r"20\d\d-\d\d-\d\d", Page(first).text)
 
 
 def test_odd_names_are_text(tmp_path):
@@ -230,7 +152,8 @@ def test_odd_names_are_text(tmp_path):
     publish(workspace, "prepare", prepare__json={"model": {"name": "<i>model</i>"}})
     report.run(workspace, ReportParams(title="<u>Title</u>"))
     page = Page((workspace.out("report") / "index.html").read_text())
-    assert not {"b", "i", "u", "script"} & {tag for tag, _ in page.elements}
+    assert not {"b", "i", "u"} & {tag for tag, _ in page.elements}
+    assert not any("<script>alert" in script for script in page.scripts)
     assert "<b>bold</b>" in page.text and "<u>Title</u>" in page.text and "<i>model</i>" in page.text
 
 
@@ -408,3 +331,54 @@ def test_the_descent_is_shown():
     assert "2.00 on average, that of the last 1.25" in view
     assert view.count("<polyline") == 2
     assert trajectory_view([], rows) is None
+
+
+def test_doing_it_again_sets_every_changed_parameter():
+    """The command, typed into a shell, gives the parameters back."""
+    changed = [
+        "ranks.ratio=0.35",
+        "ranks.fixed.model.layers.0.mlp.up_proj=128",
+        "ranks.fermigrad.steps=80",
+        "prepare.questions=null",
+    ]
+    changed += [
+        "prepare.corpus=[{source: my texts.txt, share: 2}, {source: wikipedia-leads}]",
+        'prepare.gates=["it\'s", b]',
+    ]
+    params = given(changed)
+    blocks = params.model_dump(mode="json")
+    text = Page(reproduce_view({stage: blocks[stage] for stage in ("prepare", "ranks", "evaluate")})).text
+    command = text[text.index("fisherfold run") : text.index("Or through DVC")]
+    words = shlex.split(command)
+    assert given([word for word in words if "=" in word]) == params
+    assert len([word for word in words if word == "--set"]) == 6
+
+
+def test_the_contents_link_to_every_section(tmp_path):
+    page = Page(write(finished(tmp_path, LLAMA)))
+    sections = [attributes["id"] for attributes in page.all("section")]
+    assert len(set(sections)) == len(sections) > 8
+    assert [link["href"] for link in page.all("a")][1 : len(sections) + 1] == [f"#{name}" for name in sections]
+    assert "what-to-do-next" in sections and "where-the-parameters-went" in sections
+
+
+def test_predicted_and_measured_by_layer():
+    rows = layer_rows(["model.layers.0.q", "model.layers.1.q"])
+    sigma = {row["module"]: np.array([2.0, 1.0, 1.0, 1.0]) for row in rows}
+    stored = {"model.layers.0.q": {"reconstruction_error": 0.25}}
+    view = cut_view(sigma, rows, stored, (1.5, 0.1))
+    assert "model.layers.0.q: predicted loss 1.50, error of the weight 0.250" in view  # ½ (1 + 1 + 1)
+    assert "model.layers.1.q" not in view and "predicted 1.50 before" in view
+    assert cut_view(sigma, rows, {}, (None, None)) is None
+
+
+def test_refinement_by_block():
+    rows = [{"block": f"b.{i}", "held_out_before": 2.0, "held_out_after": 2.0 - i, "accepted": i > 0} for i in range(2)]
+    view = refinement_view(rows)
+    assert "1 of 2 blocks got better" in view and view.count("<polyline") == 2
+    assert refinement_view([]) is None
+
+
+def test_a_picture_alone_is_an_svg_file():
+    found = ElementTree.fromstring(stand_alone(parameter_map(layer_rows(["a.0.q", "a.1.q"]))))
+    assert found.tag == "{http://www.w3.org/2000/svg}svg" and len(found) > 4
