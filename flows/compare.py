@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fisherfold.evaluation.verdict import verdict
-from flows.outcome import in_bytes, in_millions
+from fisherfold.run.progress import millions
+from flows.outcome import in_bytes
 from flows.tables import print_table
 
 MEASURES = {
@@ -68,4 +69,4 @@ def _shown(name: str, value: float | None) -> str:
     pattern = MEASURES[name][2]
     if pattern:
         return pattern.format(value)
-    return in_bytes(value) if "bytes" in name else in_millions(value)
+    return in_bytes(value) if "bytes" in name else millions(value)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fisherfold.evaluation.verdict import verdict
 from fisherfold.run.params import Params
+from fisherfold.run.progress import millions
 from fisherfold.run.targets import TARGETS
 from fisherfold.run.workspace import Workspace
 from flows.history import note_run, read_metrics, read_runs
@@ -61,7 +62,7 @@ def figures(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         known = [f"{100 * model['knowledge_accuracy']:.1f} %" for model in (dense, compressed)]
         yield "knowledge", f"{known[0]} → {known[1]} of the questions right"
     yield "size", _change(size, "model_bytes", in_bytes)
-    yield "layers", _change(size, "targeted_parameters", in_millions) + " in the targeted layers"
+    yield "layers", _change(size, "targeted_parameters", millions) + " in the targeted layers"
 
 
 def _change(size: Mapping[str, int], what: str, shown: Callable[[float], str]) -> str:
@@ -75,11 +76,6 @@ def in_bytes(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.0f} bytes"
-
-
-def in_millions(number: float) -> str:
-    """Numbers, in millions or billions."""
-    return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.4g} M"
 
 
 def next_commands(

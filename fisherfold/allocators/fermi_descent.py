@@ -8,7 +8,6 @@ bits are the same however often it was interrupted and on whatever engine.
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +23,7 @@ from fisherfold.allocators.fermigrad import (
     SoftRank,
     adam_step,
     dense_network,
-    divergence,
+    mean_divergence,
     next_token_loss,
     potential_gradient,
     set_ranks,
@@ -32,7 +31,7 @@ from fisherfold.allocators.fermigrad import (
 )
 from fisherfold.network.experts import unfold_experts
 from fisherfold.network.layers import input_embedding
-from fisherfold.network.models import DTYPES, load_model
+from fisherfold.network.models import DTYPES, StaysLoaded, load_model
 from fisherfold.network.sites import read_sites
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.params import FermigradParams
@@ -43,7 +42,7 @@ from fisherfold.run.workspace import Workspace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OBJECTIVES = {"kl": divergence, "cross_entropy": next_token_loss}
+OBJECTIVES = {"kl": mean_divergence, "cross_entropy": next_token_loss}
 ROUNDING = 1.5  # ranks: how far from μ a whole rank may end
 SHARP = 1e-9  # temperature, in shares of the rank range, at which occupations are 0 or 1
 STATE, GRADIENT = "state.json", "gradient.json"
@@ -184,7 +183,7 @@ class SoftModel(NamedTuple):
     sequences: torch.Tensor
 
 
-@lru_cache(maxsize=1)
+@StaysLoaded
 def softened_model(softened: Softened) -> SoftModel:
     """The model that `softened` describes, loaded once a process."""
     workspace = softened.workspace

@@ -22,8 +22,9 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, kl_div, linear
+from torch.nn.functional import cross_entropy, linear
 
+from fisherfold.network.divergence import divergence, precise
 from fisherfold.network.sites import Site
 
 BISECTIONS = 60  # halvings of the interval of a scalar: more than float64 resolves
@@ -249,16 +250,11 @@ def potential_gradient(ranks: Sequence[SoftRank]) -> torch.Tensor:
     return torch.stack([cast(torch.Tensor, rank.mu.grad).cpu() for rank in ranks])
 
 
-def divergence(dense_logits: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def mean_divergence(dense_logits: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """KL(dense ‖ soft-truncated), mean over tokens, in nats."""
-    dense, soft = (_precise(part).log_softmax(-1).flatten(0, -2) for part in (dense_logits, logits))
-    return kl_div(soft, dense, log_target=True, reduction="batchmean")
+    return divergence(dense_logits, logits).mean()
 
 
 def next_token_loss(dense_logits: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the next token (one shift), mean over tokens, in nats."""
-    return cross_entropy(_precise(logits)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
-def _precise(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(precise(logits)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())

@@ -1,7 +1,7 @@
 """One of the two models as the units of an evaluation run it: where it lies, what it computes in, how much at a time."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 import fisherfold.runtime  # noqa: F401  checkpoints of ours are loaded by its classes, never by code from their folder
 from fisherfold.network.generation import GreedyDecoder
 from fisherfold.network.layers import input_embedding
-from fisherfold.network.models import DTYPES, load_model
+from fisherfold.network.models import DTYPES, StaysLoaded, load_model
 from fisherfold.network.overflow import first_overflow
 from fisherfold.run.errors import InputError, NumericalError
 
@@ -37,7 +37,7 @@ class ModelRun:
     @property
     def model(self) -> PreTrainedModel:
         """The model in memory; it stays there from unit to unit."""
-        return _loaded(self)
+        return _in_memory(self).model
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -47,7 +47,7 @@ class ModelRun:
     @property
     def decoder(self) -> GreedyDecoder:
         """What writes its greedy answers."""
-        return _decoder(self)
+        return _in_memory(self).decoder
 
     @property
     def vocabulary(self) -> int:
@@ -61,20 +61,23 @@ class ModelRun:
         return positions if positions and positions > 0 else None  # xlnet says -1
 
 
-@lru_cache(maxsize=2)
-def _loaded(run: ModelRun) -> PreTrainedModel:
-    return load_model(run.folder, DTYPES[run.dtype])
+class _InMemory:
+    def __init__(self, run: ModelRun) -> None:
+        self.run, self.model = run, load_model(run.folder, DTYPES[run.dtype])
+
+    @cached_property
+    def decoder(self) -> GreedyDecoder:
+        return GreedyDecoder(self.model, end_tokens(self.run.folder, self.run.tokenizer))
 
 
-@lru_cache(maxsize=2)
-def _decoder(run: ModelRun) -> GreedyDecoder:
-    return GreedyDecoder(run.model, end_tokens(run.folder, run.tokenizer))
+@StaysLoaded
+def _in_memory(run: ModelRun) -> _InMemory:
+    return _InMemory(run)
 
 
 def forget_models() -> None:
     """Free the memory of all models."""
-    _decoder.cache_clear()
-    _loaded.cache_clear()
+    _in_memory.cache_clear()
 
 
 def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:

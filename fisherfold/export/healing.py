@@ -23,6 +23,7 @@ from torch import nn
 
 from fisherfold.export.refined_blocks import PARTS, LowRank, compress_block, write_layers_of
 from fisherfold.export.refinement import adamw, batches_of, descend
+from fisherfold.network.divergence import divergence
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import load_model
 from fisherfold.run.checkpoint import read_tensors
@@ -73,7 +74,7 @@ def heal_unit(
         calibration, tuning = (read_sequences(workspace.table(name), vocabulary) for name in PARTS)
 
         def loss(batch: torch.Tensor) -> torch.Tensor:
-            return divergence(dense, compressed, batch).mean()
+            return to_dense(dense, compressed, batch).mean()
 
         factors = factors_of(compressed, layers)
         before = held_out(dense, compressed, tuning, params)
@@ -95,18 +96,17 @@ def factors_of(model: nn.Module, layers: Mapping[str, LowRank]) -> dict[str, nn.
     }
 
 
-def divergence(dense: nn.Module, compressed: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def to_dense(dense: nn.Module, compressed: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """KL(p_t ‖ p̂_t) in nats [B, T - 1]."""
     with torch.no_grad():
-        wanted = dense(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-    found = compressed(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-    return nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+        wanted = dense(input_ids=ids, use_cache=False).logits[:, :-1]
+    return divergence(wanted, compressed(input_ids=ids, use_cache=False).logits[:, :-1])
 
 
 @torch.no_grad()
 def held_out(dense: nn.Module, compressed: nn.Module, ids: torch.Tensor, params: HealParams) -> float:
     """Mean divergence over sequences and tokens."""
-    return float(torch.cat([divergence(dense, compressed, batch) for batch in ids.split(params.batch_size)]).mean())
+    return float(torch.cat([to_dense(dense, compressed, batch) for batch in ids.split(params.batch_size)]).mean())
 
 
 def train(

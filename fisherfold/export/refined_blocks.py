@@ -10,7 +10,6 @@ import copy
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +19,7 @@ from torch import nn
 from fisherfold.export.refinement import refine_block
 from fisherfold.network.blocks import BlockCall, find_blocks
 from fisherfold.network.layers import input_embedding
-from fisherfold.network.models import load_model
+from fisherfold.network.models import StaysLoaded, load_model
 from fisherfold.run.checkpoint import StoredTensor, read_tensors, write_tensors
 from fisherfold.run.determinism import computing_threads
 from fisherfold.run.engine import Unit
@@ -96,7 +95,7 @@ def refine_unit(
         _refine(folder, workspace, name, layers, before, params)
 
 
-@lru_cache(maxsize=1)
+@StaysLoaded
 def _dense(folder: Path) -> "PreTrainedModel":
     """The dense model, loaded once a process: blocks come one after the other."""
     return load_model(folder, torch.float32)

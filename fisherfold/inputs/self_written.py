@@ -10,7 +10,7 @@ A batch of prompts is a unit: its bits depend on the seed, its number and its pr
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fisherfold.inputs.embedded import require_embedded
 from fisherfold.inputs.splits import Split, as_split
 from fisherfold.inputs.windows import pack
 from fisherfold.network.generation import GreedyDecoder, decode_plainly, left_padded, until_end
-from fisherfold.network.models import DTYPES, load_model
+from fisherfold.network.models import DTYPES, StaysLoaded, load_model
 from fisherfold.run.errors import InputError
 from fisherfold.run.tables import ANSWERS
 
@@ -67,7 +67,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return encode_messages(tokenizer, [{"role": "user", "content": prompt}], prompt, answer_follows=True)
 
 
-@lru_cache(maxsize=1)
+@StaysLoaded
 def writer(model: Path, dtype: str, own_code: bool) -> tuple[PreTrainedTokenizerBase, GreedyDecoder]:
     """The tokenizer and the model that write, loaded once for all units of a process; the decoder knows whether a cache serves."""
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=own_code)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fisherfold.network.targets import Targets
+from fisherfold.run.progress import millions
 
 INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$")
 
@@ -86,11 +87,6 @@ def describe_coverage(coverage: Mapping[str, Any]) -> Iterator[str]:
         yield f"{millions(coverage['stacked_matrices'])} parameters are matrices of experts in one tensor, which stay dense"
     if coverage.get("unknown_stacks"):
         yield f"of a layout that is not known here: {_some(coverage['unknown_stacks'])}"
-
-
-def millions(numbers: int) -> str:
-    """A count of parameters for reading, in millions or billions."""
-    return f"{numbers / 1e6:.3g} M" if numbers < 1e9 else f"{numbers / 1e9:.3g} B"
 
 
 def _some(names: list[str], most: int = 4) -> str:

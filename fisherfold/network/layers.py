@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fisherfold.network.experts import ExpertLinear
 from fisherfold.run.errors import CorruptArtifact, InputError
@@ -102,6 +103,17 @@ def linear_modules(model: "PreTrainedModel") -> dict[str, nn.Module]:
 
 
 @contextmanager
+def removed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are there inside and no longer."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def forward_hooks(
     modules: dict[str, nn.Module], hook: Callable[[str, torch.Tensor, torch.Tensor], None]
 ) -> Iterator[None]:
@@ -115,12 +127,8 @@ def forward_hooks(
 
         return after
 
-    handles = [module.register_forward_hook(listen(name), with_kwargs=True) for name, module in modules.items()]
-    try:
+    with removed(module.register_forward_hook(listen(name), with_kwargs=True) for name, module in modules.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -151,16 +159,12 @@ def input_gradient_hooks(
 
         return give_view
 
-    handles = [
+    with removed(
         module.register_forward_pre_hook(before(group), with_kwargs=True)
         for group, modules in groups.items()
         for module in modules
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def layer_modules(model: nn.Module, layers: Iterable[LinearLayer]) -> dict[str, nn.Module]:

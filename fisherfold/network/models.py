@@ -1,8 +1,12 @@
 """Loading the prepared dense model, whole or one weight at a time."""
 
 import json
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import update_wrapper
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import RLock
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from safetensors import safe_open
@@ -14,6 +18,9 @@ from fisherfold.run.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Arguments = ParamSpec("Arguments")
+Loaded = TypeVar("Loaded")
+PLACES = 2  # of models in memory: evaluation compares two
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,6 +42,36 @@ def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
         folder, dtype=dtype, device_map=chosen_device(), trust_remote_code=trust_remote_code, local_files_only=True
     )
     return model.eval().requires_grad_(False)
+
+
+class StaysLoaded(Generic[Arguments, Loaded]):
+    """Decorator: what `load` gives for the same arguments stays in memory from one unit of work to the next.
+
+    All functions decorated so share PLACES: before another is loaded, the one that was not asked for longest is let go. So a
+    process that runs all stages holds no more models than one that runs the largest.
+    """
+
+    _places: ClassVar[OrderedDict[tuple[Any, ...], Any]] = OrderedDict()
+    _lock: ClassVar[RLock] = RLock()
+
+    def __init__(self, load: Callable[Arguments, Loaded]) -> None:
+        self.load = load
+        update_wrapper(self, load)
+
+    def __call__(self, *arguments: Arguments.args, **named: Arguments.kwargs) -> Loaded:
+        place = (self.load, arguments, *sorted(named.items()))
+        with self._lock:
+            while place not in self._places and len(self._places) >= PLACES:
+                self._places.popitem(last=False)
+            if place not in self._places:
+                self._places[place] = self.load(*arguments, **named)
+            self._places.move_to_end(place)
+            return cast(Loaded, self._places[place])
+
+    @classmethod
+    def cache_clear(cls) -> None:
+        """Let go of all that is loaded, by whatever function."""
+        cls._places.clear()
 
 
 def read_weight(folder: Path, layer: LinearLayer) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fisherfold.network.layers import input_embedding
+from fisherfold.network.layers import input_embedding, removed
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,12 @@ def first_overflow(model: PreTrainedModel, ids: torch.Tensor) -> Overflow | None
 
         return after
 
-    handles = [
+    with removed(
         module.register_forward_hook(listen(name), with_kwargs=True)
         for name, module in model.named_modules()
         if not next(module.children(), None)
-    ]
-    try:
+    ):
         model(input_ids=ids.to(input_embedding(model).device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found[0] if found else None
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fisherfold.network.gradient_pass import gradient_pass
-from fisherfold.network.layers import forward_hooks
+from fisherfold.network.layers import forward_hooks, removed
 from fisherfold.network.shortcuts import attempt
 from fisherfold.run.errors import InputError
 
@@ -179,12 +179,8 @@ def _running_modules(model: nn.Module, running: set[str]) -> Iterator[None]:
     def note(name: str) -> Callable[..., None]:
         return lambda *_: running.add(name)
 
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in model.named_modules()]
-    try:
+    with removed(module.register_forward_pre_hook(note(name)) for name, module in model.named_modules()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -213,10 +209,9 @@ def _weights_watched(modules: dict[str, nn.Module], read: set[str]) -> Iterator[
         handles.append(module.register_forward_hook(lambda *_, name=name: computing.discard(name)))
         module.__class__ = _watched(type(module), name, computing, read)
     try:
-        yield
+        with removed(handles):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for module in modules.values():
             module.__class__ = type(module).__mro__[1]
 

@@ -122,3 +122,8 @@ def _record(path: str, stage: str, doing: str, done: int, total: int, left: floa
 def _write(path: str, entry: dict[str, Any]) -> None:
     with suppress(OSError), open(path, "a", encoding="utf-8") as file:  # whoever watches may be gone
         file.write(json.dumps(entry) + "\n")
+
+
+def millions(numbers: float) -> str:
+    """A count of parameters for reading, in millions or billions."""
+    return f"{numbers / 1e6:.4g} M" if numbers < 1e9 else f"{numbers / 1e9:.3g} B"

@@ -4,7 +4,6 @@ Shapes: B sequences of T tokens in a batch.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from fisherfold.network.experts import unfold_experts
 from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.labels import LABELS
 from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, linear_modules, read_layers
-from fisherfold.network.models import DTYPES, load_model
+from fisherfold.network.models import DTYPES, StaysLoaded, load_model
 from fisherfold.network.weight_check import check_weights
 from fisherfold.run.errors import InputError, NumericalError
 from fisherfold.run.params import CaptureParams
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@lru_cache(maxsize=1)
+@StaysLoaded
 def loaded_model(folder: Path, dtype: str) -> tuple["PreTrainedModel", tuple[LinearLayer, ...]]:
     """The model and its targets, which stage `prepare` found, loaded once a process.
 

@@ -6,11 +6,12 @@ import pytest
 
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import STAGES, Params, check_params
+from fisherfold.run.progress import millions
 from fisherfold.run.workspace import Workspace
 from flows import cli
 from flows.compare import compare, print_comparison
 from flows.history import find_run, last_two, read_runs
-from flows.outcome import WIDTH, in_bytes, in_millions, less, more, tell_outcome
+from flows.outcome import WIDTH, in_bytes, less, more, tell_outcome
 
 METRICS = {
     "dense": {"perplexity": 20.0, "knowledge_accuracy": 0.5},
@@ -82,7 +83,7 @@ def test_the_next_ratio_is_one_that_can_be(ratio, lower, higher):
 
 def test_sizes_in_words():
     assert [in_bytes(number) for number in (12, 5_380_000, 13.5e9)] == ["12 bytes", "5.38 MB", "13.5 GB"]
-    assert [in_millions(number) for number in (106_500_000, 6.7e9)] == ["106.5 M", "6.7 B"]
+    assert [millions(number) for number in (106_500_000, 6.7e9)] == ["106.5 M", "6.7 B"]
 
 
 def test_two_runs_are_compared_by_what_differs(project, capsys):

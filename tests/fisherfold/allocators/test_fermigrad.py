@@ -12,7 +12,7 @@ from fisherfold.allocators.fermigrad import (
     SoftTruncatedLinear,
     adam_step,
     dense_network,
-    divergence,
+    mean_divergence,
     next_token_loss,
     occupation,
     potential_gradient,
@@ -134,7 +134,7 @@ def test_gradient_is_the_formula_and_the_finite_difference():
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("loss", [divergence, next_token_loss])
+@pytest.mark.parametrize("loss", [mean_divergence, next_token_loss])
 def test_all_potentials_of_a_model_by_finite_differences(family, loss, shared):
     model, dense = (tiny.tiny_model(family).double().requires_grad_(False) for _ in range(2))
     for parameter in (*model.parameters(), *dense.parameters()):
