@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,20 @@ def test_no_module_is_long():
     lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in SOURCES}
     assert not {name: length for name, length in lengths.items() if length > LONGEST}
     assert lengths["fisherfold/runtime/modeling_fisherfold.py"] < OWN_FILE
+
+
+def test_the_types_of_the_whole_library_are_checked():
+    """By mypy, strict, before every commit: no module of ours is left out."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert settings["strict"] and settings["packages"] == ["fisherfold"]
+    assert not settings.keys() & {"overrides", "exclude", "ignore_errors"}
+
+
+def test_there_is_no_dead_code():
+    """What vulture finds unused, but for entries of registries and what other libraries call by name."""
+    told = subprocess.run([sys.executable, "-m", "vulture"], cwd=ROOT, capture_output=True, text=True)
+    assert not told.stderr
+    assert not [line for line in told.stdout.splitlines() if line.startswith(("fisherfold/", "stages/", "flows/"))]
 
 
 def test_public_names_are_documented():

@@ -26,10 +26,6 @@ class Knapsack:
         """What these picks cost together."""
         return int(pick(self.cost, picks).sum())
 
-    def total_worth(self, picks: np.ndarray) -> float:
-        """What these picks are worth together."""
-        return float(pick(self.worth, picks).sum())
-
 
 def solve(problem: Knapsack) -> np.ndarray:
     """Ranks [L]: the budget is never exceeded, and no layer could take a dearer option with what is left of it.

@@ -144,11 +144,6 @@ def _mean(tokens: Tokens, sums: Callable[[torch.Tensor, torch.Tensor], torch.Ten
     return cast(torch.Tensor, total / count)
 
 
-def printed_surrogate(moments: Moments, M: torch.Tensor) -> float:
-    """tr(Mᵀ S_xg S_gg S_xgᵀ M), as FASC prints it; it is not the objective."""
-    return torch.linalg.multi_dot([M.T, moments.xg, moments.gg, moments.xg.T, M]).trace().item()
-
-
 def variance_basis(moments: Moments) -> Basis:
     """The principal components of x: eigenvectors of S_xx, largest first."""
     vectors = _eigenvectors(moments.input_root).flip(1)

@@ -3,7 +3,7 @@
 Shapes: S sequences of T tokens, N = S T; n outputs, m inputs, k sketch rank; V vocabulary, h hidden width.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 from fisherfold.linalg.gram import NARROWEST, STRIPES
 from fisherfold.network.layers import LinearLayer
@@ -61,7 +61,6 @@ class StageCost:
     loads: float = 0.0
     dtype: str = "float32"
     seconds: float = 0.0
-    notes: tuple[str, ...] = field(default=())
 
 
 def forward_operations(shapes: ModelShapes, tokens: int, length: int, logits: bool = True) -> float:

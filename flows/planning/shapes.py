@@ -136,7 +136,7 @@ def _chosen(config: PreTrainedConfig) -> int:
 def _find_layers(model: PreTrainedModel) -> Iterator[LinearLayer]:
     """The linear layers in model order, experts among them, of which none runs: on fake tensors no router can choose."""
     for _, module, _ in expert_modules(model):
-        module.forward = lambda hidden_states, *routing: torch.zeros_like(hidden_states)
+        module.forward = lambda hidden_states, *_: torch.zeros_like(hidden_states)
     found = {layer.name: layer for layer in find_layers(model)}
     unfold_experts(model)
     modules = linear_modules(model)
