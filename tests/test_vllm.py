@@ -1,6 +1,7 @@
 """Compressed checkpoints in vLLM, which has an environment of its own: the same greedy tokens as in transformers.
 
 FISHERFOLD_VLLM_PYTHON=…/bin/python pytest -m serve tests/test_vllm.py
+FISHERFOLD_SERVED=artifacts/factorize/model FISHERFOLD_VLLM_PYTHON=…/bin/python pytest -m serve tests/test_vllm.py -k own
 """
 
 import json
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from project import ROOT
-from served_models import CASES, served_model
+from served_models import FAMILIES, STORAGES, served_model
 from transformers import AutoModelForCausalLM
 
 INTERPRETER = "FISHERFOLD_VLLM_PYTHON"
+OWN = "FISHERFOLD_SERVED"
 REQUESTS = [[3, 4, 5, 6, 7], [10, 20, 30, 40, 50, 60, 70, 80, 90]]
 TOKENS = 12
 pytestmark = [
@@ -32,11 +34,11 @@ def answers(folders: list[Path], processes: int = 1) -> dict[str, list[list[int]
     return json.loads(process.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Checkpoints by family and storage."""
-    root = tmp_path_factory.mktemp("served")
-    return {case: served_model(root / "-".join(case), *case) for case in CASES}
+@pytest.fixture(scope="module", params=FAMILIES)
+def folders(request, tmp_path_factory):
+    """Checkpoints of a family by storage."""
+    root = tmp_path_factory.mktemp(request.param)
+    return {storage: served_model(root / storage, request.param, storage) for storage in STORAGES}
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +55,27 @@ def greedy(folder: Path) -> list[list[int]]:
     return [model.generate(each, **options)[0, each.shape[1] :].tolist() for each in ids]
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_two_requests_at_once_get_the_tokens_of_transformers(folders, served, case):
-    found = served[str(folders[case])]
-    assert found == greedy(folders[case])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_two_requests_at_once_get_the_tokens_of_transformers(folders, served, storage):
+    found = served[str(folders[storage])]
+    assert found == greedy(folders[storage])
     assert (
         len({token for tokens in found for token in tokens}) > TOKENS // 2
-    )  # of a model that says one thing nothing is shown
+    )  # a model that says one thing shows nothing
 
 
-def test_layers_split_over_two_processes(folders):
-    plain, shared, pivoted = (folders[case] for case in (("llama", "plain"), ("qwen2", "shared"), ("llama", "pivoted")))
-    found = answers([plain, shared, pivoted], processes=2)
-    assert found[str(plain)] == greedy(plain)
-    assert found[str(shared)] == greedy(shared)
-    assert "initialization failed" in found[str(pivoted)]  # the reason is in the worker's log
+@pytest.mark.parametrize("storage", ["plain", "shared"])
+def test_layers_split_over_two_processes(tmp_path, storage):
+    folder = served_model(tmp_path, "llama", storage)
+    assert answers([folder], processes=2) == {str(folder): greedy(folder)}
+
+
+def test_what_cannot_be_split_is_refused(tmp_path):
+    folder = served_model(tmp_path, "llama", "pivoted")
+    assert "initialization failed" in answers([folder], processes=2)[str(folder)]  # the reason is in the worker's log
+
+
+@pytest.mark.skipif(OWN not in os.environ, reason=f"{OWN} names no folder")
+def test_a_checkpoint_of_ones_own():
+    folder = Path(os.environ[OWN])
+    assert answers([folder]) == {str(folder): greedy(folder)}
