@@ -6,9 +6,9 @@
     python benchmarks/serving.py --vllm PYTHON --requests 8 --prompt 256 --tokens 64
 
 The models have the shapes of SmolLM2-135M (or of another file in data/shapes, or the project's) and random weights, for time depends on shapes
-alone; storage and ranks are those of factorize.target=vllm. Each is loaded in turn by the same process, the dense one first and last, warmed up, and
-given all requests at once; the median of some times counts. On a machine with a GPU, vLLM takes that, and the clock is compared; on a CPU the
-processor's seconds are, which other work on the machine moves less.
+alone; storage and ranks are those of factorize.target=vllm. Each is loaded in turn by the same process, warmed up, and given all requests at once; the
+median of some times counts. The dense model takes its turn twice as vLLM's own code runs it, and once in the Transformers backend, which runs the compressed
+ones. On a machine with a GPU, vLLM takes that, and the clock is compared; on a CPU the processor's seconds are, which other work moves less.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from fisherfold.run.targets import TARGETS
 from fisherfold.runtime import modeling_fisherfold
 
 SUITS = {keys[-1]: value for keys, value in TARGETS["vllm"].values.items()}
-DENSE, AGAIN = "dense", "dense again"
+DENSE, AGAIN, SAME = "dense", "dense again", "dense, same backend"
 NOISE = 0.03  # of a repetition on an idle machine
 
 
@@ -52,16 +52,16 @@ def main() -> None:
         found = measured(folders, options)
     used = 0 if torch.cuda.is_available() else 1
     dense = min(found[name][used] for name in (DENSE, AGAIN))
-    print(f"{'model':12} {'requests/s':>10} {'tokens/s':>9} {'processor s':>11} {'× dense':>8}")
+    print(f"{'model':20} {'requests/s':>10} {'tokens/s':>9} {'processor s':>11} {'× dense':>8}")
     for name, (clock, processor) in found.items():
         rate = options.requests / clock
-        print(f"{name:12} {rate:10.3f} {rate * options.tokens:9.1f} {processor:11.1f} {dense / found[name][used]:8.2f}")
+        print(f"{name:20} {rate:10.3f} {rate * options.tokens:9.1f} {processor:11.1f} {dense / found[name][used]:8.2f}")
     for ratio in options.ratios.split(","):
         print_figure(f"requests a second over dense, ratio {ratio}", dense / found[ratio][used], 1.0, NOISE)
 
 
 def write_models(root: Path, options: argparse.Namespace) -> dict[str, Path]:
-    """Folders of the dense model, of one model a ratio, and of the dense model again, by name."""
+    """Folders of the dense model, of one model a ratio, and of the dense model again, by what it is loaded as."""
     dense = dense_model(read_config(options), getattr(torch, options.dtype))
     dense.save_pretrained(root / DENSE)
     folders = {DENSE: root / DENSE}
@@ -75,7 +75,7 @@ def write_models(root: Path, options: argparse.Namespace) -> dict[str, Path]:
         }
         folders[ratio] = root / ratio
         write_compressed(folders[ratio], root / DENSE, model, layers)
-    return folders | {AGAIN: root / DENSE}
+    return folders | {AGAIN: root / DENSE, SAME: root / DENSE}
 
 
 def write_compressed(folder: Path, dense: Path, model: PreTrainedModel, layers: dict[str, dict]) -> None:
@@ -96,7 +96,8 @@ def measured(folders: dict[str, Path], options: argparse.Namespace) -> dict[str,
     """Seconds in which all requests are answered, on the clock and of the processor, by name of the model."""
     engine = Path(__file__).with_name("vllm_requests.py")
     sizes = [options.repeats, options.requests, options.prompt, options.tokens]
-    command = [options.vllm, "-I", engine, options.dtype, *map(str, sizes), *folders.values()]
+    command = [options.vllm, "-I", engine, options.dtype, *map(str, sizes)]
+    command += [f"{'transformers' if name == SAME else 'auto'}:{folder}" for name, folder in folders.items()]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True)
     return dict(zip(folders, json.loads(process.stdout.splitlines()[-1]), strict=True))
 

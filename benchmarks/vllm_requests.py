@@ -1,7 +1,7 @@
 """Run by serving.py in an interpreter that has vLLM: seconds in which several models answer the same requests.
 
-Usage: python -I vllm_requests.py DTYPE REPEATS REQUESTS PROMPT TOKENS FOLDER…. Requests are random tokens, all sent at once; answers have TOKENS
-tokens. Prints one line of JSON: by folder the medians of the seconds on the clock and of the processor's.
+Usage: python -I vllm_requests.py DTYPE REPEATS REQUESTS PROMPT TOKENS IMPLEMENTATION:FOLDER…, IMPLEMENTATION being auto or transformers. Requests
+are random tokens, all sent at once; answers have TOKENS tokens. Prints one line of JSON: by folder the medians of the seconds on the clock and of the processor's.
 """
 
 import gc
@@ -28,8 +28,10 @@ WORDS = 1000  # ids below this are in every vocabulary
 
 def seconds(folder: str, dtype: str, repeats: int, prompts: list[list[int]], tokens: int) -> list[float]:
     """The median times of a model for all requests, after a warm-up."""
+    implementation, _, path = folder.partition(":")
     engine = LLM(
-        folder,
+        path,
+        model_impl=implementation,
         trust_remote_code=True,
         dtype=dtype,
         max_model_len=len(prompts[0]) + tokens,
