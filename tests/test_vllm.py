@@ -64,12 +64,6 @@ def test_two_requests_at_once_get_the_tokens_of_transformers(folders, served, st
     )  # a model that says one thing shows nothing
 
 
-@pytest.mark.parametrize("storage", ["plain", "shared"])
-def test_layers_split_over_two_processes(tmp_path, storage):
-    folder = served_model(tmp_path, "llama", storage)
-    assert answers([folder], processes=2) == {str(folder): greedy(folder)}
-
-
 def test_what_cannot_be_split_is_refused(tmp_path):
     folder = served_model(tmp_path, "llama", "pivoted")
     assert "initialization failed" in answers([folder], processes=2)[str(folder)]  # the reason is in the worker's log

@@ -56,7 +56,7 @@ TARGETS: dict[str, Target] = {
         install="pip install vllm",
         serves="model",
         command="vllm serve {path} --trust-remote-code",
-        costs="pivoted layers run on one device; plain ones (ranks.storage: factors) can be split over several, and keep fewer ranks",
+        costs="pivoted layers run on one device; plain ones (ranks.storage: factors) have a plan for several, and keep fewer ranks",
     ),
     "gguf": Target(
         values=_values("pivoted", 1, True),
