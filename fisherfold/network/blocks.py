@@ -22,20 +22,27 @@ class _Reached(Exception):
 
 
 def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The blocks by module name: the members of the longest nn.ModuleList under which most parameters lie.
+    """The blocks by module name, each tried by itself.
 
     Raises:
         InputError: there is none, or a block run by itself does not give what it gives inside the model.
     """
+    blocks = list_blocks(model)
+    if not blocks:
+        raise InputError(f"{type(model).__name__} has no list of decoder blocks: set factorize.refine.passes = 0.")
+    _require_separable(model, blocks)
+    return blocks
+
+
+def list_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The members of the nn.ModuleList under which most parameters lie, by module name; none if there is no such list."""
     lists = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     }
     if not lists:
-        raise InputError(f"{type(model).__name__} has no list of decoder blocks: set factorize.refine.passes = 0.")
+        return {}
     name = max(lists, key=lambda key: sum(p.numel() for p in lists[key].parameters()))
-    blocks = {f"{name}.{index}": block for index, block in enumerate(lists[name])}
-    _require_separable(model, blocks)
-    return blocks
+    return {f"{name}.{index}": block for index, block in enumerate(lists[name])}
 
 
 @torch.no_grad()

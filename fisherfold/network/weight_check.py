@@ -19,16 +19,22 @@ def check_weights(model: nn.Module) -> None:
         NumericalError: names the tensor and the value.
     """
     for name, weight in model.named_parameters():
-        if weight.is_meta or not weight.numel():
-            continue
-        low, high = (value.item() for value in weight.detach().aminmax())
-        worst = next((value for value in (low, high) if not abs(value) <= LARGEST), None)
-        if worst is not None:
-            raise NumericalError(
-                f"The weight {name!r} of the prepared model holds the value {worst:g}, which no training leaves behind, so activations and "
-                "their sums overflow. The checkpoint is damaged: fetch it again (`dvc repro --force --single-item prepare`), or mend that "
-                "tensor in its source."
-            )
+        if not weight.is_meta:
+            check_weight(name, weight)
+
+
+def check_weight(name: str, weight: torch.Tensor) -> None:
+    """Refuse one weight; see `check_weights`."""
+    if not weight.numel():
+        return
+    low, high = (value.item() for value in weight.detach().aminmax())
+    worst = next((value for value in (low, high) if not abs(value) <= LARGEST), None)
+    if worst is not None:
+        raise NumericalError(
+            f"The weight {name!r} of the prepared model holds the value {worst:g}, which no training leaves behind, so activations and "
+            "their sums overflow. The checkpoint is damaged: fetch it again (`dvc repro --force --single-item prepare`), or mend that "
+            "tensor in its source."
+        )
 
 
 def zero_weights(folder: Path) -> Iterator[str]:

@@ -1,0 +1,103 @@
+"""Whether a model can be run one decoder block at a time: tried on a few tokens against the model's own forward pass.
+
+That pass, too, holds one block at a time, so a model of any size can be tried; its weights are read once.
+
+Shapes: h hidden dimensions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fisherfold.network.blocks import BlockCall
+from fisherfold.network.layers import LinearLayer
+from fisherfold.network.streamed_model import StreamedModel
+from fisherfold.network.weight_check import check_weight
+from fisherfold.run.errors import InputError
+
+PROBE = 8  # tokens of each of two sequences
+TOLERANCE = 1e-5
+CURE = "Set capture.placement: whole."
+
+
+def require_blocks(streamed: StreamedModel, layers: Sequence[LinearLayer]) -> None:
+    """Refuse a model that cannot be run one block at a time, or whose targeted layers do not all lie in blocks.
+
+    Raises:
+        InputError: names the block or the layer.
+        NumericalError: a weight is not finite or beyond all measure; see `check_weights`.
+    """
+    name = type(streamed.model).__name__
+    if not streamed.names:
+        raise InputError(f"{name} has no list of decoder blocks, so it cannot be streamed. {CURE}")
+    outside = [layer.name for layer in layers if block_of(streamed, layer) is None]
+    if outside:
+        raise InputError(f"{name} cannot be streamed: layer {outside[0]!r} lies outside its decoder blocks. {CURE}")
+    fault = _fault(streamed)
+    if fault:
+        raise InputError(f"{name} cannot be run one decoder block at a time: {fault}. {CURE}")
+
+
+def block_of(streamed: StreamedModel, layer: LinearLayer) -> int | None:
+    """The number of the block that a layer lies in."""
+    return next((i for i, name in enumerate(streamed.names) if layer.name.startswith(f"{name}.")), None)
+
+
+class _Fault(Exception):
+    """What a block does that it must not."""
+
+
+@torch.no_grad()
+def _fault(streamed: StreamedModel) -> str | None:
+    """What differs first between the model's own forward pass and its parts run by themselves."""
+    try:
+        with streamed.surroundings():
+            calls = [streamed.call(number, 2, PROBE) for number in range(len(streamed.names))]
+        left = _run_through(streamed, calls)
+    except _Fault as fault:
+        return str(fault)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return None if left else "a block is never reached"
+
+
+def _run_through(streamed: StreamedModel, calls: Sequence[BlockCall]) -> bool:
+    """Run the model itself, each of its blocks a second time by itself, and what follows the blocks; whether every block was met once.
+
+    Raises:
+        _Fault: something differs.
+    """
+    ids = torch.arange(2 * PROBE, device=streamed.device).view(2, PROBE)
+    met: list[torch.Tensor] = []
+
+    def run(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        with streamed.block(number) as block:
+            for name, weight in block.named_parameters():
+                check_weight(f"{streamed.names[number]}.{name}", weight)
+            entered = (args[0] if args else kwargs["hidden_states"]).clone()
+            met.append(block(*args, **kwargs))
+            if not isinstance(met[-1], torch.Tensor):
+                raise _Fault(f"block {streamed.names[number]!r} returns more than hidden states")
+            if not _same(met[-1], calls[number](block, entered)):
+                raise _Fault(f"block {streamed.names[number]!r} alone gives something else")
+        return met[-1]
+
+    head = streamed.model.get_output_embeddings()
+    head.forward = lambda hidden: hidden  # the same of both; its weights are not needed
+    try:
+        with streamed.surroundings(embedding=True), streamed.replaced(run):
+            for name, weight in streamed.model.named_parameters():
+                if not weight.is_meta:
+                    check_weight(name, weight)
+            whole = streamed.model(input_ids=ids % streamed.vocabulary, use_cache=False).logits
+        with streamed.surroundings():
+            if not _same(whole, streamed.leave(met[-1])):
+                raise _Fault("what follows its blocks reads more than the last one's output")
+    finally:
+        del head.forward
+    return len(met) == len(streamed.names)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=TOLERANCE, atol=TOLERANCE)

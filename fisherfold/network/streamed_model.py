@@ -1,0 +1,176 @@
+"""A causal language model one part at a time: a skeleton without weights, into which a decoder block, the embedding or the head is read and dropped again.
+
+Its own code runs it: a block is called with what the model itself calls it with (`BlockCall`), and what lies behind the blocks is the model's own forward
+pass in which every block hands on the stored hidden states. So no family is named; one whose blocks need more than hidden states and positions is
+refused (`require_blocks`).
+
+Shapes: B sequences of T tokens, h hidden dimensions, V vocabulary.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from fisherfold.network.blocks import BlockCall, list_blocks
+from fisherfold.network.experts import unfold_experts
+from fisherfold.network.models import DTYPES
+from fisherfold.run.checkpoint import read_tensors
+from fisherfold.run.determinism import chosen_device
+from fisherfold.run.errors import CorruptArtifact, InputError
+
+
+class StreamedModel:
+    """The skeleton of a model, and its weights on disk.
+
+    Args:
+        folder: a Hugging Face folder of safetensors with the names of the model's own modules.
+        dtype: that it computes in.
+
+    Attributes:
+        model: frozen, in evaluation mode; its buffers are there, its weights are on the meta device until they are asked for.
+        names: of the decoder blocks.
+        device: of whatever is read.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self._tensors, self.dtype = read_tensors(folder), dtype
+        self.device = torch.device("cuda" if chosen_device() == "auto" else chosen_device())
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder, local_files_only=True), dtype=dtype
+            )
+        model.tie_weights()
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = buffer if buffer is None else buffer.to(self.device)
+        self._blocks = list_blocks(self.model)
+        self.names = list(self._blocks)
+        self._aliases = _tied_names(self.model)
+
+    @property
+    def width(self) -> int:
+        """h, as the input embedding has it."""
+        return int(self.model.get_input_embeddings().weight.shape[-1])
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the rows of the input embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @contextmanager
+    def block(self, number: int) -> Iterator[nn.Module]:
+        """Inside, one decoder block has its weights, with experts unfolded, and stands in the model."""
+        name = self.names[number]
+        parent, _, key = name.rpartition(".")
+        empty, siblings = self._blocks[name], cast(nn.ModuleList, self.model.get_submodule(parent))
+        loaded = copy.deepcopy(empty)
+        loaded.__dict__.pop("forward", None)  # of whoever runs the model through its blocks
+        self._fill(loaded, name, lambda module: True)
+        unfold_experts(loaded)
+        siblings[int(key)] = loaded.requires_grad_(False)
+        try:
+            yield loaded
+        finally:
+            siblings[int(key)] = empty
+
+    @contextmanager
+    def surroundings(self, embedding: bool = False, head: bool = False) -> Iterator[None]:
+        """Inside, what lies around the blocks has its weights, the input and the output embedding only if asked for.
+
+        An input embedding without weights gives zeros: enough for masks and positions.
+        """
+        inputs, outputs = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        absent = {id(inputs)} if not embedding else set()
+        absent |= {id(outputs)} if not head else set()
+        blocks = self.model.get_submodule(self.names[0].rpartition(".")[0])
+        absent |= {id(module) for module in blocks.modules()}
+        restore = self._fill(self.model, "", lambda module: id(module) not in absent)
+        if not embedding:
+            inputs.forward = lambda ids, *_: torch.zeros(*ids.shape, self.width, dtype=self.dtype, device=self.device)
+        try:
+            yield
+        finally:
+            restore()
+            inputs.__dict__.pop("forward", None)
+
+    def call(self, number: int, sequences: int, length: int) -> BlockCall:
+        """What the model calls a block with for so many sequences; inside `surroundings`."""
+        ids = torch.zeros(sequences, length, dtype=torch.long, device=self.device)
+        return BlockCall(self.model, self.model.get_submodule(self.names[number]), ids)
+
+    def enter(self, ids: torch.Tensor) -> torch.Tensor:
+        """The hidden states [B, T, h] that reach the first block for ids [B, T]; inside ``surroundings(embedding=True)``."""
+        first = self.model.get_submodule(self.names[0])
+        return cast(torch.Tensor, BlockCall(self.model, first, ids.to(self.device)).entered)
+
+    def leave(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits [B, T, V] of hidden states [B, T, h] that leave the last block; inside ``surroundings(head=True)``."""
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+        with self.replaced(lambda number, args, kwargs: hidden):
+            return cast(torch.Tensor, self.model(input_ids=ids, use_cache=False).logits)
+
+    @contextmanager
+    def replaced(self, forward: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+        """Inside, the model runs ``forward(number, arguments, keywords)`` in the place of its blocks."""
+        for number, block in enumerate(self._blocks.values()):
+            block.forward = lambda *args, number=number, **kwargs: forward(number, args, kwargs)
+        try:
+            yield
+        finally:
+            for block in self._blocks.values():
+                del block.forward
+
+    def _fill(self, root: nn.Module, prefix: str, chosen: Callable[[nn.Module], bool]) -> Callable[[], None]:
+        """Read what is stored of the chosen modules below `root`, tied weights once; return what takes it out again."""
+        read: dict[str, Any] = {}
+        undo: list[tuple[dict[str, Any], str, Any]] = []
+        for path, module in root.named_modules(prefix=prefix):
+            for kind in (module._parameters, module._buffers) if chosen(module) else ():
+                for own, value in list(kind.items()):
+                    name = self._stored_name(f"{path}.{own}" if path else own, value)
+                    if name is not None:
+                        read.setdefault(name, self._read(name, value))
+                        undo.append((cast(dict[str, Any], kind), own, value))
+                        kind[own] = read[name]
+
+        def restore() -> None:
+            for kind, own, value in undo:
+                kind[own] = value
+
+        return restore
+
+    def _stored_name(self, name: str, value: torch.Tensor | None) -> str | None:
+        """The name under which a parameter or buffer is on disk, its own or that of one it is tied to; None of what need not be."""
+        stored = next((each for each in self._aliases.get(name, [name]) if each in self._tensors), None)
+        if stored is None and value is not None and value.is_meta:
+            raise CorruptArtifact(
+                f"The prepared model holds no weight {name!r}. Write it again with `dvc repro --force --single-item prepare`."
+            )
+        return stored if value is not None else None
+
+    def _read(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        values = self._tensors[name].read().to(self.device, like.dtype)
+        return nn.Parameter(values, requires_grad=False) if isinstance(like, nn.Parameter) else values
+
+
+def _tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """All names of every parameter, by each of them."""
+    by_parameter: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_parameter.setdefault(id(parameter), []).append(name)
+    return {name: names for names in by_parameter.values() for name in names}
+
+
+@lru_cache(maxsize=1)
+def streamed_model(folder: Path, dtype: str) -> StreamedModel:
+    """The skeleton of the model in a folder, made once a process."""
+    return StreamedModel(folder, DTYPES[dtype])
