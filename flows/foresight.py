@@ -46,7 +46,8 @@ def refuse(params: Params, model: Path, found: Path) -> None:
 
     Raises:
         ParameterError: no allocation meets the budget, or a limit's pattern matches nothing.
-        InputError: the model cannot be written as GGUF, which `factorize.gguf_export` asks for, or not run by the engine of `factorize.target`.
+        InputError: the model cannot be written as GGUF, which `factorize.gguf_export` asks for, not run by the engine of `factorize.target`, or
+            not be placed as `capture.placement` says.
     """
     from fisherfold.export.served import CHECKS
     from fisherfold.network.layers import read_layers
@@ -57,6 +58,19 @@ def refuse(params: Params, model: Path, found: Path) -> None:
 
         check_gguf(json.loads((model / "config.json").read_text(encoding="utf-8")), model)
     check_budget(params, model, found)
+    check_placement(params, model, found)
+
+
+def check_placement(params: Params, model: Path, found: Path) -> None:
+    """Refuse a model that stage capture cannot run as `capture.placement` says.
+
+    Raises:
+        InputError: says why.
+    """
+    from fisherfold.network.layers import read_layers
+    from fisherfold.statistics.streamed_placement import PLACEMENTS
+
+    PLACEMENTS.lookup(params.capture.placement).require(model, read_layers(found), params.capture.dtype)
 
 
 def target_costs(params: Params, found: Path) -> Iterator[str]:

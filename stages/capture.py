@@ -9,7 +9,8 @@ One forward and backward pass per sequence gives, for every linear layer and in 
     G ~ U Vᵀ of rank k, or G itself    per sequence (capture.gradients: sketch, exact)
     x and d                            at t positions of each sequence, drawn by capture.seed
 
-and questions.parquet: what some knowledge questions ask of every layer, see ``fisherfold.statistics.knowledge``.
+(capture.placement: streamed makes the same sums with one decoder block in memory, see ``fisherfold.statistics.streamed_pass``) and
+questions.parquet: what some knowledge questions ask of every layer, see ``fisherfold.statistics.knowledge``.
 
 A unit is a leaf: capture.leaves runs of shards (times slices of the layers, if capture.layers_per_pass bounds the sums in memory). It adds
 its sequences to sums that stay in memory, and makes them durable once a minute or so. Leaves may be in work side by side; their sums are
@@ -29,27 +30,21 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fisherfold.network.layers import LAYERS_FILE, LinearLayer, input_embedding, write_layers
-from fisherfold.network.models import DTYPES
-from fisherfold.run.engine import Unit, current_engine
+from fisherfold.network.layers import LAYERS_FILE, write_layers
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.files import digest_file, verify_output
-from fisherfold.run.group_writer import group_file
-from fisherfold.run.objects import store_url
 from fisherfold.run.params import CaptureParams
 from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.store import gather_groups
-from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
-from fisherfold.statistics.gradient_forms import GRADIENT_FORMS
-from fisherfold.statistics.kept import gradient_shapes, numbers_bytes, token_shapes
 from fisherfold.statistics.knowledge import ANSWERS, TABLE, measure_questions
 from fisherfold.statistics.layer_statistics import Statistics
-from fisherfold.statistics.leaf import FACTS_FILE, capture_leaf, shard_group
-from fisherfold.statistics.shard import layer_slices, loaded_model
-from fisherfold.statistics.stored_sums import SUMS, sum_shapes
-from fisherfold.statistics.tree_sum import Leaf, add_leaves, cut_leaves, portions
+from fisherfold.statistics.leaf import shard_group
+from fisherfold.statistics.placement import PLACEMENTS, CaptureSource, Part, Placement
+from fisherfold.statistics.shard import loaded_model
+from fisherfold.statistics.stored_sums import SUMS
+from fisherfold.statistics.streamed_placement import streamed_model
 
 
 def run(workspace: Workspace, params: CaptureParams) -> None:
@@ -60,7 +55,7 @@ def run(workspace: Workspace, params: CaptureParams) -> None:
             the devices.
         NumericalError: a sequence's loss or gradient is not finite and capture.skip_nonfinite is off, or no
             sequence is finite.
-        NotEnoughDisk: see `disk_bytes`.
+        NotEnoughDisk: see `Placement.disk`.
         CorruptArtifact: the output of stage `prepare` is not whole.
     """
     table = workspace.table("calibration")
@@ -79,120 +74,30 @@ def run(workspace: Workspace, params: CaptureParams) -> None:
             _capture(scratch, workspace.model, table, questions, params)
         finally:
             loaded_model.cache_clear()
+            streamed_model.cache_clear()
 
 
 def _capture(scratch: Scratch, model_folder: Path, table: Path, questions: Path | None, params: CaptureParams) -> None:
-    model, layers = loaded_model(model_folder, params.dtype)
-    sequences, length = read_sequences(table, len(input_embedding(model))).shape
-    shards = -(-sequences // params.sequences_per_shard)
-    leaves, slices = cut_leaves(shards, params.leaves), layer_slices(layers, params.layers_per_pass)
-    scratch.require_disk(disk_bytes(layers, params, sequences, current_engine().slots))
+    placement = PLACEMENTS.lookup(params.placement)(scratch, CaptureSource(model_folder, table, params))
+    scratch.require_disk(placement.disk())
     announce(
         "capture",
-        f"{len(layers)} layers, {sequences} sequences of {length} tokens, {shards} shards, {len(leaves)} leaves",
+        f"{len(placement.layers)} layers, {placement.sequences} sequences of {placement.length} tokens, "
+        f"{placement.leaves[-1].last + 1} shards, {len(placement.leaves)} leaves",
     )
-    parts = [SlicePart(scratch, index, leaves, portions(sums_bytes(part, params))) for index, part in enumerate(slices)]
-    source = (model_folder, table, params)
-    units = {name: unit for part in parts for name, unit in part.units(source).items()}
-    for name in scratch.run("leaves and their sums", units):
-        for part in parts:
-            part.drop_added(name)
+    for name in scratch.run("leaves and their sums", placement.units()):
+        placement.free(name)
     answers = {"questions": (model_folder, questions, params)} if questions else {}
     asked = scratch.map("knowledge questions" if answers else None, measure_questions, answers)
-    _publish(scratch, layers, params, length, parts, asked.get("questions"))
+    _publish(scratch, placement, params, asked.get("questions"))
 
 
-class SlicePart:
-    """The units of one slice of the layers: its leaves, and what adds up their sums.
-
-    Args:
-        scratch: of the stage.
-        index: number of the slice.
-        leaves: into which the shards are cut.
-        portions: units that add up, if there is more than one leaf.
-    """
-
-    def __init__(self, scratch: Scratch, index: int, leaves: Sequence[Leaf], portions: int) -> None:
-        self.scratch, self.index = scratch, index
-        self.leaves = {f"pass-{index:03d}.leaf-{leaf.first:05d}-{leaf.last:05d}": leaf for leaf in leaves}
-        self.sums = [f"pass-{index:03d}.sum-{number:05d}" for number in range(portions)] if len(leaves) > 1 else []
-
-    def units(self, source: tuple[Path, Path, CaptureParams]) -> dict[str, Unit]:
-        """All of them, leaves first."""
-        made = {
-            name: Unit(capture_leaf, (self.scratch.savepoints(name), *source, leaf, self.index))
-            for name, leaf in self.leaves.items()
-        }
-        folders = tuple(self.scratch.units / name for name in self.leaves)
-        for number, name in enumerate(self.sums):
-            made[name] = Unit(add_leaves, (SUMS, folders, number, len(self.sums)), tuple(self.leaves))
-        return made
-
-    def drop_added(self, name: str) -> None:
-        """Free the disk of the leaves' sums when the last of the units that add them up, perhaps `name`, is done."""
-        if name in self.sums and all(map(self.scratch.done, self.sums)):
-            for leaf in self.leaves:
-                self.scratch.drop(leaf, group_file(Path(SUMS)).name)
-
-    def whole(self) -> list[Path]:
-        """The groups that hold the sums over all leaves."""
-        return [self.scratch.units / name / SUMS for name in self.sums or self.leaves]
-
-    def facts(self) -> list[dict]:
-        """leaf.json of every leaf."""
-        return [
-            json.loads((self.scratch.units / name / FACTS_FILE).read_text(encoding="utf-8")) for name in self.leaves
-        ]
-
-    def kept(self, shard: int) -> Path:
-        """The group of what is kept of the sequences of one shard."""
-        name = next(name for name, leaf in self.leaves.items() if leaf.first <= shard <= leaf.last)
-        return shard_group(self.scratch.units / name, shard)
-
-
-def disk_bytes(layers: Sequence[LinearLayer], params: CaptureParams, sequences: int, at_once: int = 1) -> int:
-    """Bytes that the stage holds at most: all that is kept of sequences, all sums, and savepoints of leaves in work.
-
-    W = `at_once` units are in work at a time, L leaves of each slice of the layers.
-
-        4 S Σ_layers [k (n + m) + 2]     sketches; 4 S Σ_layers [n m + 1] for exact gradients, 4 S Σ_layers 1 for sums alone
-        S t [b (Σ_groups m + Σ_layers n) + 4]     tokens of b bytes a number, and their positions
-        2 P [Σ_groups (m² + m) + Σ_layers (n² + n)],   P = 1 + W (+ L, if L > 1)     half of each symmetric sum; `sums_bytes`
-
-    Of a group of several layers m² + m counts twice; with gradients 4 P Σ_layers (n m + n + m) comes to it. Of several slices, P counts
-    for the largest and 1 for the others. With shared storage, S is that of W shards.
-    """
-    form = GRADIENT_FORMS.lookup(params.gradients)
-    of_sequence = numbers_bytes(gradient_shapes(layers, form, params.sketch_rank)) if form else 0
-    sums = [sums_bytes(part, params) for part in layer_slices(layers, params.layers_per_pass)]
-    leaves = len(cut_leaves(-(-sequences // params.sequences_per_shard), params.leaves))
-    here = min(sequences, at_once * params.sequences_per_shard) if store_url() else sequences
-    more = at_once + (leaves if leaves > 1 else 0)
-    return here * (of_sequence + _token_bytes(layers, params)) + sum(sums) + more * max(sums)
-
-
-def sums_bytes(layers: Sequence[LinearLayer], params: CaptureParams) -> int:
-    """Bytes of all sums of some layers."""
-    return numbers_bytes(sum_shapes(layers, params.gradients != "none"))
-
-
-def _token_bytes(layers: Sequence[LinearLayer], params: CaptureParams) -> int:
-    shapes = token_shapes(layers, params.tokens_per_sequence)
-    return numbers_bytes(shapes) * DTYPES[params.token_dtype].itemsize // 4 + 4 * params.tokens_per_sequence
-
-
-def _publish(
-    scratch: Scratch,
-    layers: Sequence[LinearLayer],
-    params: CaptureParams,
-    length: int,
-    parts: Sequence[SlicePart],
-    asked: Path | None,
-) -> None:
-    """Publish the sums of every slice of layers and what is kept of every shard, by links."""
-    facts, shards = _gather_facts(params, length, parts)
+def _publish(scratch: Scratch, placement: Placement, params: CaptureParams, asked: Path | None) -> None:
+    """Publish the sums of every part of the layers and what is kept of every shard, by links."""
+    parts = placement.parts
+    facts, shards = _gather_facts(params, placement.length, parts)
     with scratch.publish() as out:
-        write_layers(out, layers)
+        write_layers(out, placement.layers)
         (out / "capture.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         gather_groups(out / SUMS, [group for part in parts for group in part.whole()])
         for shard in shards:
@@ -211,7 +116,7 @@ def _add_text_mass(statistics: Statistics, rows: list[dict]) -> None:
         row["text_mass"] = squares.double().sum().item() / statistics.sequences
 
 
-def _gather_facts(params: CaptureParams, length: int, parts: Sequence[SlicePart]) -> tuple[dict, list[int]]:
+def _gather_facts(params: CaptureParams, length: int, parts: Sequence[Part]) -> tuple[dict, list[int]]:
     """capture.json, and the numbers of the shards of which anything is kept."""
     found = [part.facts() for part in parts]
     by_slice = [[shard for leaf in leaves for shard in leaf["shards"]] for leaves in found]

@@ -5,14 +5,16 @@ Shapes: B sequences of T tokens, h hidden dimensions.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from fisherfold.network.layers import input_embedding
 from fisherfold.run.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROBE = 8  # tokens of each of two sequences: a block called with what belongs to one must give the outputs of both
 
@@ -21,7 +23,7 @@ class _Reached(Exception):
     """The block of interest has what it is called with."""
 
 
-def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+def find_blocks(model: "PreTrainedModel") -> dict[str, nn.Module]:
     """The blocks by module name, each tried by itself.
 
     Raises:
@@ -34,7 +36,7 @@ def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     return blocks
 
 
-def list_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+def list_blocks(model: "PreTrainedModel") -> dict[str, nn.Module]:
     """The members of the nn.ModuleList under which most parameters lie, by module name; none if there is no such list."""
     lists = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
@@ -46,7 +48,7 @@ def list_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def _require_separable(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> None:
+def _require_separable(model: "PreTrainedModel", blocks: dict[str, nn.Module]) -> None:
     ids = torch.arange(2 * PROBE).view(2, PROBE) % len(input_embedding(model))
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     handles = [
@@ -67,7 +69,7 @@ def _require_separable(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> 
 
 
 def _runs_alone(
-    model: PreTrainedModel, block: nn.Module, ids: torch.Tensor, entered: torch.Tensor, left: torch.Tensor
+    model: "PreTrainedModel", block: nn.Module, ids: torch.Tensor, entered: torch.Tensor, left: torch.Tensor
 ) -> bool:
     """Whether the block gives for these hidden states what it gave inside the model; many need more than that to run at all."""
     try:
@@ -92,7 +94,7 @@ class BlockCall:
         entered: the hidden states [B, T, h] that reach the block if all blocks before it pass theirs on as they are.
     """
 
-    def __init__(self, model: PreTrainedModel, block: nn.Module, ids: torch.Tensor) -> None:
+    def __init__(self, model: "PreTrainedModel", block: nn.Module, ids: torch.Tensor) -> None:
         def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.entered, self.args, self.kwargs = _hidden(args, kwargs), args[1:], dict(kwargs)
             self.kwargs.pop("hidden_states", None)
@@ -113,7 +115,7 @@ class BlockCall:
 
 
 @contextmanager
-def _passing(model: PreTrainedModel, block: nn.Module) -> Iterator[None]:
+def _passing(model: "PreTrainedModel", block: nn.Module) -> Iterator[None]:
     """Inside, the blocks before `block` hand on what they get."""
     siblings = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and any(b is block for b in m))
     before = []

@@ -28,20 +28,28 @@ def require_blocks(streamed: StreamedModel, layers: Sequence[LinearLayer]) -> No
         InputError: names the block or the layer.
         NumericalError: a weight is not finite or beyond all measure; see `check_weights`.
     """
-    name = type(streamed.model).__name__
-    if not streamed.names:
-        raise InputError(f"{name} has no list of decoder blocks, so it cannot be streamed. {CURE}")
-    outside = [layer.name for layer in layers if block_of(streamed, layer) is None]
-    if outside:
-        raise InputError(f"{name} cannot be streamed: layer {outside[0]!r} lies outside its decoder blocks. {CURE}")
+    require_inside(streamed, layers)
     fault = _fault(streamed)
     if fault:
-        raise InputError(f"{name} cannot be run one decoder block at a time: {fault}. {CURE}")
+        raise InputError(f"{type(streamed.model).__name__} cannot be run one decoder block at a time: {fault}. {CURE}")
 
 
-def block_of(streamed: StreamedModel, layer: LinearLayer) -> int | None:
-    """The number of the block that a layer lies in."""
-    return next((i for i, name in enumerate(streamed.names) if layer.name.startswith(f"{name}.")), None)
+def require_inside(streamed: StreamedModel, layers: Sequence[LinearLayer]) -> dict[int, list[LinearLayer]]:
+    """The layers by the number of the block that they lie in, blocks without one left out.
+
+    Raises:
+        InputError: a layer lies in none.
+    """
+    found: dict[int, list[LinearLayer]] = {}
+    for layer in layers:
+        block = next((i for i, name in enumerate(streamed.names) if layer.name.startswith(f"{name}.")), None)
+        if block is None:
+            raise InputError(
+                f"{type(streamed.model).__name__} cannot be streamed: layer {layer.name!r} lies in none of its "
+                f"{len(streamed.names)} decoder blocks. {CURE}"
+            )
+        found.setdefault(block, []).append(layer)
+    return dict(sorted(found.items()))
 
 
 class _Fault(Exception):

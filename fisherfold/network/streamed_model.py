@@ -12,19 +12,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fisherfold.network.blocks import BlockCall, list_blocks
 from fisherfold.network.experts import unfold_experts
 from fisherfold.network.models import DTYPES
 from fisherfold.run.checkpoint import read_tensors
 from fisherfold.run.determinism import chosen_device
-from fisherfold.run.errors import CorruptArtifact, InputError
+from fisherfold.run.errors import CorruptArtifact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class StreamedModel:
@@ -41,6 +42,9 @@ class StreamedModel:
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         self._tensors, self.dtype = read_tensors(folder), dtype
         self.device = torch.device("cuda" if chosen_device() == "auto" else chosen_device())
         with init_empty_weights(include_buffers=False):

@@ -92,6 +92,7 @@ class CaptureParams(ComputeBlock):
     """Of stage capture: what one pass over the calibration sequences measures."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
+    placement: Literal["whole", "streamed"] = "whole"
     batch_size: Count = 2
     sequences_per_shard: Count = 8
     labels: Literal["data", "model"] = "model"

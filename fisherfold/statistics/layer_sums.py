@@ -179,6 +179,7 @@ class ModelSums:
         rank: capture.sketch_rank.
         seed: capture.seed.
         token_dtype: in which x and d of sampled tokens are kept; None keeps no tokens.
+        probe: runs the layers forward for a few ids [B, T]; None runs the model.
     """
 
     def __init__(
@@ -189,10 +190,12 @@ class ModelSums:
         rank: int,
         seed: int,
         token_dtype: torch.dtype | None = None,
+        probe: Callable[[torch.Tensor], object] | None = None,
     ) -> None:
         modules = layer_modules(model, layers)
         self.model = model
         self.modules = modules
+        self._probe = probe or self._run_model
         self.outputs: dict[str, OutputSums] = {}
         self.inputs: dict[str, InputSums] = {}
         self.samples: dict[str, TokenSample] = {}
@@ -225,7 +228,11 @@ class ModelSums:
         Raises:
             InputError: gradients or tokens are kept and the tokens of a layer cannot be told apart by sequence.
         """
-        self._shape = ids.shape
+        return self.watch(ids.shape, positions, lambda: gradient_pass(self.model, ids, labels=labels))
+
+    def watch(self, shape: torch.Size, positions: torch.Tensor | None, run: Callable[[], GradientPass]) -> GradientPass:
+        """Add what the layers see of B sequences of T tokens, `shape`, while they are run forward and backward; see `add`."""
+        self._shape = shape
         self._calls: dict[str, list[Call]] = {name: [] for name in self.modules}
         self._positions = positions
         kept = {name: len(sums.kept["norm"]) for name, sums in self.outputs.items() if sums.form}
@@ -233,12 +240,12 @@ class ModelSums:
             input_gradient_hooks(self.shared, lambda group, g: self.inputs[group].add_gradient(g)),
             forward_hooks(self.modules, self._on_forward),
         ):
-            result = gradient_pass(self.model, ids, labels=labels)
+            result = run()
         for name in self.modules:  # layers with a use that no gradient came back to
             self._add_gradients(name)
         for name, before in kept.items():
             if len(self.outputs[name].kept["norm"]) == before:
-                self.outputs[name].keep_zeros(len(ids))
+                self.outputs[name].keep_zeros(shape[0])
         if self.samples and positions is not None:
             self.positions.append(positions.int())
             for sample in self.samples.values():
@@ -248,16 +255,18 @@ class ModelSums:
     @cached_property
     def by_sequence(self) -> bool:
         """Whether every layer sees the tokens of a batch in their order, tried on two sequences, or says which it sees, as experts do."""
-        embedding = input_embedding(self.model)
-        ids = torch.arange(2 * PROBE_LENGTH, device=embedding.device).view(2, -1) % len(embedding)
+        ids = torch.arange(2 * PROBE_LENGTH).view(2, -1) % len(input_embedding(self.model))
         seen = {name: hasattr(module, "rows") for name, module in self.modules.items()}
 
         def look(name: str, x: torch.Tensor, output: torch.Tensor) -> None:
             seen[name] |= _told_apart(x, *ids.shape)
 
         with forward_hooks(self.modules, look), torch.no_grad():
-            self.model(input_ids=ids, use_cache=False)
+            self._probe(ids)
         return all(seen.values())
+
+    def _run_model(self, ids: torch.Tensor) -> None:
+        self.model(input_ids=ids.to(input_embedding(self.model).device), use_cache=False)
 
     def finite(self) -> bool:
         """Whether all sums of squares are finite, and with them everything that was ever added."""

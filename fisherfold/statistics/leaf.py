@@ -5,15 +5,15 @@ durable (see ``fisherfold.run.savepoints``); the state is exact, so an interrupt
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fisherfold.network.layers import input_embedding
+from fisherfold.network.layers import LinearLayer, input_embedding
 from fisherfold.network.models import DTYPES
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.group_writer import write_arrays
@@ -24,9 +24,20 @@ from fisherfold.run.tables import read_sequences
 from fisherfold.statistics.gradient_forms import GRADIENT_FORMS, Shapes
 from fisherfold.statistics.kept import kept_shapes
 from fisherfold.statistics.layer_sums import ModelSums
-from fisherfold.statistics.shard import NonFiniteBatch, add_shard, explain, layer_slices, loaded_model
+from fisherfold.statistics.shard import (
+    NonFiniteBatch,
+    Passing,
+    WholePass,
+    add_shard,
+    explain,
+    layer_slices,
+    loaded_model,
+)
 from fisherfold.statistics.stored_sums import SUMS
 from fisherfold.statistics.tree_sum import Leaf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FACTS_FILE = "leaf.json"
 
@@ -64,25 +75,17 @@ def capture_leaf(
     layers = layer_slices(targets, params.layers_per_pass)[part]
     ids = read_sequences(table, len(input_embedding(model)))
     shapes = kept_shapes(layers, params, ids.shape[1], with_positions=part == 0)
-    points, left_out = Savepoints(place, folder), dict[int, str]()
-    form, token_dtype = GRADIENT_FORMS.lookup(params.gradients), DTYPES[params.token_dtype]
-    new_sums = partial(
-        ModelSums,
-        model,
-        layers,
-        form,
-        params.sketch_rank,
-        params.seed,
-        token_dtype if params.tokens_per_sequence else None,
-    )
+    points, left_out, passing = Savepoints(place, folder), dict[int, str](), WholePass(model, params)
+    new_sums = partial(zero_sums, model, layers, params)
     state = _resume(points, new_sums())
     while len(state.shards) < leaf.shards:
         shard = leaf.first + len(state.shards)
-        numbers = _numbers(shard, len(ids), params)
+        numbers = shard_sequences(shard, len(ids), params)
         if points.due() or left_out.keys() & set(numbers):
             _save(points, state)
         try:
-            state.shards.append(_add(folder, state.sums, params, shard, {s: ids[s] for s in numbers}, shapes, left_out))
+            sequences = {s: ids[s] for s in numbers}
+            state.shards.append(_add(folder, state.sums, params, shard, sequences, shapes, left_out, passing))
         except NonFiniteBatch as batch:
             if not params.skip_nonfinite:
                 raise NumericalError(explain(table, batch.culprits)) from None
@@ -93,7 +96,20 @@ def capture_leaf(
     (folder / FACTS_FILE).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
 
 
-def _numbers(shard: int, sequences: int, params: CaptureParams) -> range:
+def zero_sums(
+    model: "PreTrainedModel",
+    layers: Sequence[LinearLayer],
+    params: CaptureParams,
+    probe: Callable[[torch.Tensor], object] | None = None,
+) -> ModelSums:
+    """Sums over nothing yet, of what the parameters ask for."""
+    form, dtype = GRADIENT_FORMS.lookup(params.gradients), DTYPES[params.token_dtype]
+    kept = dtype if params.tokens_per_sequence else None
+    return ModelSums(model, layers, form, params.sketch_rank, params.seed, kept, probe)
+
+
+def shard_sequences(shard: int, sequences: int, params: CaptureParams) -> range:
+    """Numbers of the sequences of one shard, of so many in the table."""
     first = shard * params.sequences_per_shard
     return range(first, min(first + params.sequences_per_shard, sequences))
 
@@ -111,10 +127,11 @@ def _add(
     sequences: Mapping[int, torch.Tensor],
     shapes: Shapes,
     left_out: Mapping[int, str],
+    passing: Passing,
 ) -> dict[str, Any]:
     """Add one shard without the sequences that are left out; its facts."""
     kept = {number: ids for number, ids in sequences.items() if number not in left_out}
-    losses = add_shard(sums, shard_group(folder, shard), params, kept, shapes, f"shard {shard}, batch")
+    losses = add_shard(sums, shard_group(folder, shard), params, kept, shapes, f"shard {shard}, batch", passing)
     offload_group(shard_group(folder, shard))
     skipped = [{"sequence": number, "where": left_out[number]} for number in sequences if number in left_out]
     return {"losses": losses, "skipped": skipped}

@@ -4,13 +4,15 @@ Shapes: B sequences of T tokens in a batch.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from fisherfold.network.experts import unfold_experts
-from fisherfold.network.gradient_pass import gradient_pass
+from fisherfold.network.gradient_pass import GradientPass, gradient_pass
 from fisherfold.network.labels import LABELS
 from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, linear_modules, read_layers
 from fisherfold.network.models import DTYPES, StaysLoaded, load_model
@@ -72,6 +74,33 @@ class NonFiniteBatch(Exception):
         self.culprits = culprits
 
 
+class Passing(Protocol):
+    """How a batch of sequences is run forward and backward through the layers whose statistics are taken."""
+
+    def run(self, numbers: Sequence[int], ids: torch.Tensor) -> GradientPass:
+        """Run the sequences of these numbers in the table, ids [B, T]."""
+
+    def culprits(self, numbers: Sequence[int], ids: torch.Tensor) -> dict[int, str]:
+        """Of a batch of which something is not finite: by number, which sequences, and where it shows first."""
+
+
+@dataclass(frozen=True)
+class WholePass:
+    """The whole model is run at once, with the labels that the parameters ask for."""
+
+    model: "PreTrainedModel"
+    params: CaptureParams
+
+    def run(self, numbers: Sequence[int], ids: torch.Tensor) -> GradientPass:
+        """See `Passing`."""
+        return gradient_pass(self.model, ids, labels=LABELS[self.params.labels](numbers, self.params.seed))
+
+    def culprits(self, numbers: Sequence[int], ids: torch.Tensor) -> dict[int, str]:
+        """See `Passing`; each sequence is run alone."""
+        seen = {number: first_nonfinite(self.model, sequence[None]) for number, sequence in zip(numbers, ids)}
+        return {number: where for number, where in seen.items() if where is not None}
+
+
 def add_shard(
     sums: ModelSums,
     folder: Path,
@@ -79,6 +108,7 @@ def add_shard(
     sequences: Mapping[int, torch.Tensor],
     shapes: Shapes,
     doing: str,
+    passing: Passing,
 ) -> list[float]:
     """Add sequences [T], by their number in the table; their losses. What is kept of each is written to the group `folder`.
 
@@ -87,20 +117,20 @@ def add_shard(
 
     Raises:
         NonFiniteBatch: see there.
+        NumericalError: every sequence is finite, and only a sum overflows.
     """
     writer = None
     size = params.batch_size if not shapes or sums.by_sequence else 1
     if shapes and sequences:
         writer = GradientWriter(folder, shapes, len(sequences), size, kept_dtypes(shapes, params))
     losses: list[float] = []
-    numbers = list(sequences)
-    batches = [numbers[low : low + size] for low in range(0, len(numbers), size)]
+    batches = in_batches(list(sequences), size)
     for batch in track_lines("capture", doing, batches, len(batches)):
         ids = torch.stack([sequences[number] for number in batch])
         positions = sample_positions(batch, ids.shape[1], params.tokens_per_sequence, params.seed)
-        result = sums.add(ids, positions, LABELS[params.labels](batch, params.seed))
+        result = sums.watch(ids.shape, positions, partial(passing.run, batch, ids))
         if not (result.finite.all() and sums.finite()):
-            raise NonFiniteBatch({batch[place]: where for place, where in _culprits(sums.model, ids).items()})
+            raise NonFiniteBatch(_named(passing.culprits(batch, ids)))
         losses += result.losses.tolist()
         if writer:
             writer.after_batch(sums)
@@ -109,14 +139,17 @@ def add_shard(
     return losses
 
 
-def _culprits(model: "PreTrainedModel", ids: torch.Tensor) -> dict[int, str]:
-    """Which sequences of a batch [B, T] are not finite, and where that shows first; each is run alone.
+def in_batches(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Numbers of sequences, `size` at a time."""
+    return [numbers[low : low + size] for low in range(0, len(numbers), size)]
+
+
+def _named(culprits: dict[int, str]) -> dict[int, str]:
+    """Culprits, of which there have to be some.
 
     Raises:
-        NumericalError: each alone is finite, so that only a sum overflows.
+        NumericalError: each sequence alone is finite, so that only a sum overflows.
     """
-    seen = {position: first_nonfinite(model, sequence[None]) for position, sequence in enumerate(ids)}
-    culprits = {position: where for position, where in seen.items() if where is not None}
     if not culprits:
         raise NumericalError(
             "Stage 'capture': a sum of squares overflows float32 though every activation and gradient is finite. "
@@ -147,14 +180,14 @@ def first_nonfinite(model: "PreTrainedModel", ids: torch.Tensor) -> str | None:
     return found[0] if found else None
 
 
-def explain(table: Path, culprits: dict[int, str]) -> str:
+LEAVE_OUT = "Set capture.skip_nonfinite: true to leave such sequences out, or capture.dtype: float32 if it is bfloat16."
+
+
+def explain(table: Path, culprits: dict[int, str], cure: str = LEAVE_OUT) -> str:
     """The error that these sequences of a table are not finite."""
     articles = read_table(table)["articles"].to_pylist()
     listed = "; ".join(
         f"sequence {s} (articles {', '.join(map(repr, articles[s]))}), first in {where}"
         for s, where in culprits.items()
     )
-    return (
-        f"Stage 'capture': not finite: {listed}. Set capture.skip_nonfinite: true to leave such sequences out, "
-        "or capture.dtype: float32 if it is bfloat16."
-    )
+    return f"Stage 'capture': not finite: {listed}. {cure}"

@@ -19,6 +19,7 @@ from fisherfold.run.registry import Registry
 from fisherfold.run.unit_work import share
 from fisherfold.statistics.dependence import MOST_TOKENS
 from fisherfold.statistics.gradient_forms import GRADIENT_FORMS, Shapes
+from fisherfold.statistics.placement import disk_bytes, sums_bytes
 from fisherfold.statistics.shard import layer_slices
 from fisherfold.statistics.stored_sums import sum_shapes
 from fisherfold.statistics.tree_sum import cut_leaves, portions
@@ -32,7 +33,6 @@ from flows.planning.demand import (
 )
 from flows.planning.group_shapes import basis_shapes, gathered_bytes, group_bytes, joined_bytes, kept_bytes
 from flows.planning.shapes import ModelShapes
-from stages.capture import disk_bytes, sums_bytes
 
 POWER_STEPS = 10  # of the nearest Kronecker pair; six for most layers of the demo
 PASSES_PER_DRAW = 14  # over tokens × tokens float64 numbers: a permutation of two kernels, a product with each, a mean

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from capture_bits import assert_same_bits, groups
 from project import ROOT
 from safetensors.torch import load_file, save_file
 from shuffled import Shuffled
@@ -26,6 +27,7 @@ from fisherfold.run.tables import write_sequences
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics import kept, leaf, shard
 from fisherfold.statistics.layer_statistics import Statistics
+from fisherfold.statistics.placement import disk_bytes, sums_bytes
 from fisherfold.statistics.token_sample import sample_positions
 from stages import capture
 
@@ -60,30 +62,6 @@ def captured(prepared, tmp_path_factory) -> Workspace:
     shutil.copytree(prepared.root, root)
     capture.run(Workspace(root), PARAMS)
     return Workspace(root)
-
-
-def groups(workspace: Workspace) -> list[Path]:
-    """All groups of arrays that were published."""
-    out = workspace.out("capture")
-    found = sorted(path.name.removesuffix(SUFFIX) for path in out.glob(f"gradients/*{SUFFIX}"))
-    return [out / "statistics", *(out / "gradients" / name for name in found)]
-
-
-def bits(workspace: Workspace) -> dict:
-    """Every published array and fact, whatever the order in which they were written."""
-    out = workspace.out("capture")
-    arrays = {
-        (group.name, name): read_array(group, name).flatten().view(torch.uint8).numpy().tobytes()
-        for group in groups(workspace)
-        for name in array_names(group)
-    }
-    return arrays | {name: (out / name).read_text() for name in ("capture.json", "layers.json")}
-
-
-def assert_same_bits(one: Workspace, other: Workspace) -> None:
-    found, expected = bits(one), bits(other)
-    assert [name for name in expected if found.get(name) != expected[name]] == []
-    assert found.keys() == expected.keys()
 
 
 def statistics_of(workspace: Workspace, **changes) -> dict[str, torch.Tensor]:
@@ -202,7 +180,7 @@ def assert_formula_counts(workspace: Workspace, gradients: str, tokens: int = PA
         for folders in (groups(workspace)[:1], groups(workspace)[1:])
     )
     params = PARAMS.model_copy(update={"gradients": gradients, "tokens_per_sequence": tokens})
-    assert capture.disk_bytes(Statistics(out).layers, params, SEQUENCES) == of_gradients + 2 * of_sums
+    assert disk_bytes(Statistics(out).layers, params, SEQUENCES) == of_gradients + 2 * of_sums
 
 
 def test_without_gradients_and_tokens_nothing_is_kept_of_a_sequence(workspace):
@@ -272,12 +250,12 @@ def test_all_tokens_are_kept_if_that_many_are_asked_for(workspace):
 def test_disk_formula_counts_every_number(captured):
     assert_formula_counts(captured, "sketch")
     layers = Statistics(captured.out("capture")).layers
-    sums, more = capture.sums_bytes(layers, PARAMS), capture.disk_bytes(layers, PARAMS, SEQUENCES)
+    sums, more = sums_bytes(layers, PARAMS), disk_bytes(layers, PARAMS, SEQUENCES)
     of_leaves = {"leaves": 3}, {"leaves": 9}, {"layers_per_pass": 4}
-    found = [capture.disk_bytes(layers, PARAMS.model_copy(update=changes), SEQUENCES) - more for changes in of_leaves]
+    found = [disk_bytes(layers, PARAMS.model_copy(update=changes), SEQUENCES) - more for changes in of_leaves]
     assert found[:2] == [3 * sums, 4 * sums]  # 4 shards
     assert -sums < found[2] < 0  # savepoints of one slice at a time
-    assert capture.disk_bytes(layers, PARAMS, SEQUENCES, at_once=2) == more + sums
+    assert disk_bytes(layers, PARAMS, SEQUENCES, at_once=2) == more + sums
 
 
 def test_gradients_are_written_before_memory_fills(workspace, captured, monkeypatch):

@@ -27,6 +27,7 @@ from fisherfold.run.pointers import StoredObject, pointer_file, read_pointer, wr
 from fisherfold.run.store import array_names, gather_groups, offload_group, read_array
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics.layer_statistics import Statistics
+from fisherfold.statistics.placement import disk_bytes
 from flows.storage import check_store, clean_store, unnamed_objects
 from stages import capture
 
@@ -371,7 +372,7 @@ def test_capture_by_slices_of_layers_gathers_pointers(storage, prepared, local, 
     for layer in readers[0].layers:
         for ours, theirs in zip(*(reader.gradient_shards(layer) for reader in readers), strict=True):
             assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
-    assert capture.disk_bytes(readers[0].layers, params, 6) < capture.disk_bytes(readers[0].layers, PARAMS, 6)
+    assert disk_bytes(readers[0].layers, params, 6) < disk_bytes(readers[0].layers, PARAMS, 6)
 
 
 class Killed(BaseException):

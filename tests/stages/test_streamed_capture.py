@@ -1,0 +1,251 @@
+"""`capture.placement: streamed` against `whole`: the same bits with one decoder block in memory, however it is cut and interrupted."""
+
+import itertools
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from capture_bits import assert_same_bits
+from shuffled import Shuffled
+from tiny import FAMILIES, VOCABULARY, random_ids, tiny_workspace
+from tiny_families import tiny_family
+
+from fisherfold.inputs.targeting import open_experts
+from fisherfold.network.layers import read_layers, write_layers
+from fisherfold.network.streamed_model import StreamedModel
+from fisherfold.network.targets import find_targets
+from fisherfold.run import disk
+from fisherfold.run.engine import use_engine
+from fisherfold.run.errors import InputError, NumericalError
+from fisherfold.run.group_writer import SUFFIX
+from fisherfold.run.params import CaptureParams, PrepareParams
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.tables import write_sequences
+from fisherfold.run.workspace import Workspace
+from fisherfold.statistics import streamed_pass
+from stages import capture
+
+SEQUENCES = 7
+WHOLE = CaptureParams(
+    batch_size=2, sequences_per_shard=2, gradients="sketch", sketch_rank=4, tokens_per_sequence=3, knowledge_questions=0
+)
+STREAMED = WHOLE.model_copy(update={"placement": "streamed"})
+CUT = STREAMED.model_copy(update={"leaves": 3, "layers_per_pass": 3})
+
+
+def family_workspace(root, family: str) -> Workspace:
+    """As stage `prepare` leaves a family's tiny model, experts unfolded."""
+    workspace = tiny_workspace(root, sequences=SEQUENCES)
+    if family not in FAMILIES:
+        model = tiny_family(family).eval().requires_grad_(False)
+        with Scratch(workspace, "prepare", PrepareParams(), {}) as scratch, scratch.publish() as out:
+            model.save_pretrained(out / "model", save_original_format=False)
+            open_experts(model, "layers")
+            write_layers(out, find_targets(model, random_ids(1, 12)).layers)
+        return workspace
+    shutil.rmtree(root)
+    return tiny_workspace(root, family, SEQUENCES)
+
+
+def captured(workspace: Workspace, root, params: CaptureParams) -> Workspace:
+    """A copy of the workspace after stage `capture`."""
+    shutil.copytree(workspace.root, root)
+    capture.run(Workspace(root), params)
+    return Workspace(root)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Workspace:
+    return family_workspace(tmp_path_factory.mktemp("prepared") / "w", "llama")
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory) -> Workspace:
+    """After a capture with the whole model."""
+    return captured(prepared, tmp_path_factory.mktemp("whole") / "w", WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("family", "labels"),
+    [
+        ("llama", "data"),
+        ("qwen2", "model"),
+        ("gemma3_text", "model"),
+        ("gpt2", "data"),
+        ("qwen3_moe", "data"),
+        ("gpt_oss", "model"),
+    ],
+)
+def test_the_same_bits_as_with_the_whole_model(tmp_path, family, labels):
+    prepared = family_workspace(tmp_path / "prepared", family)
+    one, other = (
+        captured(prepared, tmp_path / name, params.model_copy(update={"labels": labels}))
+        for name, params in (("whole", WHOLE), ("streamed", STREAMED))
+    )
+    assert_same_bits(other, one)
+
+
+@pytest.mark.parametrize("changes", [{"leaves": 3}, {"leaves": 4, "layers_per_pass": 1}])
+def test_however_it_is_cut(prepared, whole, tmp_path, changes):
+    assert_same_bits(captured(prepared, tmp_path / "w", STREAMED.model_copy(update=changes)), whole)
+
+
+def test_in_bfloat16_and_without_gradients(prepared, tmp_path):
+    changes = {"dtype": "bfloat16", "gradients": "none", "tokens_per_sequence": 0}
+    one, other = (
+        captured(prepared, tmp_path / params.placement, params.model_copy(update=changes))
+        for params in (WHOLE, STREAMED)
+    )
+    assert_same_bits(other, one)
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_units_in_any_order_give_the_same_bits(prepared, whole, tmp_path, slots):
+    with use_engine(Shuffled(slots, seed=slots)):
+        assert_same_bits(captured(prepared, tmp_path / "w", CUT), whole)
+
+
+def test_layers_in_the_last_block_alone(prepared, tmp_path):
+    """Blocks without a layer are gone through; the way back ends where the lowest layer is."""
+    root = tmp_path / "prepared"
+    shutil.copytree(prepared.root, root)
+    workspace = Workspace(root)
+    layers = [layer for layer in read_layers(prepared.out("prepare")) if layer.name.endswith("o_proj")]
+    for chosen in (layers[1:], layers[:1]):
+        with Scratch(workspace, "prepare", PrepareParams(seed=len(chosen)), {}) as scratch, scratch.publish() as out:
+            shutil.copytree(prepared.model, out / "model")
+            write_layers(out, chosen)
+        one, other = (
+            captured(workspace, tmp_path / f"{params.placement}-{chosen[0].name}", params)
+            for params in (WHOLE, STREAMED)
+        )
+        assert_same_bits(other, one)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_anywhere_it_resumes_with_the_same_bits(prepared, whole, tmp_path, monkeypatch):
+    """Ends the run at the 1st, 6th, 11th … of its durable steps, each run going on from the one before."""
+    shutil.copytree(prepared.root, tmp_path / "w")
+    workspace, sync = Workspace(tmp_path / "w"), disk.sync_folder
+    for fatal in itertools.count(1, 5):
+        calls = itertools.count(1)
+
+        def deadly(path, fatal=fatal, calls=calls):
+            if next(calls) == fatal:
+                raise Killed
+            sync(path)
+
+        with monkeypatch.context() as patch:
+            for module in ("scratch", "unit_work", "disk"):
+                patch.setattr(f"fisherfold.run.{module}.sync_folder", deadly)
+            patch.setattr(os, "fsync", lambda descriptor: None)
+            try:
+                capture.run(workspace, CUT)
+                break
+            except Killed:
+                continue
+    assert fatal > 10
+    assert_same_bits(workspace, whole)
+
+
+def test_what_is_handed_on_goes_when_nobody_needs_it(prepared, tmp_path, monkeypatch):
+    """Never more than K + 2 boundaries of one leaf, and none is left when the output is published."""
+    shutil.copytree(prepared.root, tmp_path / "w")
+    workspace, held = Workspace(tmp_path / "w"), []
+
+    def boundaries() -> int:
+        found = [path for name in ("hidden", "gradient") for path in workspace.artifacts.rglob(f"{name}{SUFFIX}")]
+        return len(found)
+
+    free, publish = capture.PLACEMENTS.lookup("streamed").free, capture.Scratch.publish
+    monkeypatch.setattr(
+        capture.PLACEMENTS.lookup("streamed"), "free", lambda self, name: (held.append(boundaries()), free(self, name))
+    )
+    monkeypatch.setattr(capture.Scratch, "publish", lambda self: (held.append(boundaries()), publish(self))[1])
+    capture.run(workspace, CUT)
+    assert max(held) == 2 + 2 and held[-1] == 0
+
+
+def test_no_more_than_one_block_has_weights(prepared, tmp_path, monkeypatch):
+    """In every forward and backward pass: one block, or what lies around the blocks."""
+    resident: list[set[str]] = []
+    opened: list[StreamedModel] = []
+    fill = StreamedModel._fill
+
+    def watched(self, *arguments):
+        opened.append(self)
+        restore = fill(self, *arguments)
+        resident.append({n.split(".")[2] for n, p in self.model.named_parameters() if "layers" in n and not p.is_meta})
+        return restore
+
+    monkeypatch.setattr(StreamedModel, "_fill", watched)
+    captured(prepared, tmp_path / "w", STREAMED)
+    assert {frozenset(names) for names in resident} == {frozenset(), frozenset("0"), frozenset("1")}
+    assert all(parameter.is_meta for parameter in opened[0].model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gemma3n_text", "block 'model.layers.0' alone gives something else"),
+        ("falcon", "block 'transformer.h.0' returns more than hidden states"),
+    ],
+)
+def test_a_model_whose_blocks_cannot_be_run_alone_is_refused(tmp_path, family, reason):
+    workspace = family_workspace(tmp_path / "w", family)
+    layers = read_layers_inside(workspace)
+    with pytest.raises(InputError, match=reason):
+        streamed_pass.require_blocks(StreamedModel(workspace.model, torch.float32), layers)
+
+
+def read_layers_inside(workspace: Workspace) -> list:
+    return [layer for layer in read_layers(workspace.out("prepare")) if "layers.0" in layer.name or "h.0" in layer.name]
+
+
+def test_a_layer_outside_the_blocks_is_refused(prepared):
+    layers = read_layers_inside(prepared)
+    with pytest.raises(InputError, match="'lm_head' lies in none of its 2 decoder blocks"):
+        streamed_pass.require_blocks(
+            StreamedModel(prepared.model, torch.float32), [*layers, replace(layers[0], name="lm_head")]
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"skip_nonfinite": True}, "capture.skip_nonfinite: false"),
+        ({"knowledge_questions": 2}, "knowledge_questions: 0"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(prepared, tmp_path, changes, reason):
+    with pytest.raises(InputError, match=reason):
+        captured(prepared, tmp_path / "w", STREAMED.model_copy(update=changes))
+
+
+def test_a_sequence_that_is_not_finite_is_named(prepared, tmp_path, monkeypatch):
+    """A gradient that breaks in a block is found there."""
+    read = streamed_pass._read
+
+    def broken(group, numbers, device):
+        values = read(group, numbers, device)
+        if group.name == streamed_pass.GRADIENT and group.parent.name.endswith("head"):
+            values[[number == 3 for number in numbers]] = torch.inf
+        return values
+
+    monkeypatch.setattr(streamed_pass, "_read", broken)
+    with pytest.raises(NumericalError, match=r"sequence 3 .*the gradient that model\.layers\.1 hands down"):
+        captured(prepared, tmp_path / "w", STREAMED)
+
+
+def test_a_table_of_another_vocabulary_is_refused(prepared, tmp_path):
+    shutil.copytree(prepared.root, tmp_path / "w")
+    workspace = Workspace(tmp_path / "w")
+    ids = random_ids(SEQUENCES, 12).numpy()
+    write_sequences(workspace.table("calibration"), ids, [["a"]] * SEQUENCES, VOCABULARY + 1)
+    with pytest.raises(InputError, match="vocabulary of 97"):
+        capture.run(workspace, STREAMED)
