@@ -92,18 +92,23 @@ def tokens_left_by_trimming(params: Params) -> str | None:
     return None if trim < length else f"kronecker.trim_tokens = {trim} leaves nothing of sequences of {length} tokens."
 
 
+def _placement(params: Params) -> Any:
+    return importlib.import_module("fisherfold.statistics.streamed_placement").PLACEMENTS.lookup(
+        params.capture.placement
+    )
+
+
 @PAIRS.append
 def placement_of_capture(params: Params) -> str | None:
     """A placement of the model may be unable to do what other parameters of stage capture ask for."""
-    placements = importlib.import_module("fisherfold.statistics.streamed_placement").PLACEMENTS
-    return placements.lookup(params.capture.placement).fault(params.capture)
+    return _placement(params).fault(params.capture)
 
 
 @PAIRS.append
 def further_passes(params: Params) -> str | None:
     """An estimator's own passes hold the whole model."""
     name, estimator = params.kronecker.estimator, _estimator(params)
-    if params.capture.placement == "whole" or not estimator.passes:
+    if _placement(params).holds_model or not estimator.passes:
         return None
     return (
         f"kronecker.estimator = {name!r} takes passes of its own with the whole model in memory, which capture.placement = "

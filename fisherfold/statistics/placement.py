@@ -111,8 +111,10 @@ class Placement(ABC):
         layers: whose statistics are taken.
         parts: of these layers.
         sequences, length: S and T of the table.
+        holds_model: whether the whole model is in memory.
     """
 
+    holds_model: bool
     layers: Sequence[LinearLayer]
     parts: Sequence[Part]
 
@@ -157,6 +159,8 @@ PLACEMENTS: Registry[type[Placement]] = Registry("capture.placement")
 @PLACEMENTS.register("whole")
 class Whole(Placement):
     """The whole model is on the device (or, with FISHERFOLD_DEVICE=auto, spread over the node's) and runs forward and backward at once."""
+
+    holds_model = True
 
     def __init__(self, scratch: Scratch, source: CaptureSource) -> None:
         model, self.layers = loaded_model(source.model, source.params.dtype)

@@ -65,6 +65,8 @@ class Streamed(Placement):
         InputError: a layer lies outside the decoder blocks.
     """
 
+    holds_model = False
+
     def __init__(self, scratch: Scratch, source: CaptureSource) -> None:
         streamed = streamed_model(source.model, source.params.dtype)
         super().__init__(scratch, source, streamed.model)

@@ -18,6 +18,7 @@ from flows.preflight import check_inputs, check_prepared, check_tasks, restrict
 from flows.staleness import stale_reasons
 
 SKETCH = {"gradients": "sketch"}
+STREAMED = {"placement": "streamed", "knowledge_questions": 0}
 FISHER = {"capture": SKETCH, "kronecker": {"estimator": "sequence"}}
 
 
@@ -39,6 +40,9 @@ FISHER = {"capture": SKETCH, "kronecker": {"estimator": "sequence"}}
             "subspace.fasc.threshold needs tokens",
         ),
         ({"kronecker": {"trim_tokens": 256}}, "leaves nothing of sequences of 256"),
+        ({"capture": STREAMED | {"skip_nonfinite": True}}, "Set capture.skip_nonfinite: false"),
+        ({"capture": STREAMED | {"knowledge_questions": 32}}, "Set capture.knowledge_questions: 0"),
+        ({"capture": STREAMED, "kronecker": {"estimator": "every_token"}}, "passes of its own with the whole model"),
     ],
 )
 def test_parameters_that_do_not_go_together(changed, says):
@@ -54,6 +58,7 @@ def test_parameters_that_do_not_go_together(changed, says):
         {"subspace": {"metric": "fwsvd"}, "capture": SKETCH},
         {"subspace": {"metric": "fasc"}, "capture": SKETCH},
         {"subspace": {"metric": "svd_llm", "input_damping": "oas"}},
+        {"capture": STREAMED},
     ],
 )
 def test_parameters_that_go_together(changed):

@@ -1,0 +1,185 @@
+"""Memory and time of stage `capture` with one decoder block in memory (capture.placement: streamed), beside the whole model.
+
+    python benchmarks/streamed.py                    # random llamas of 0.4 billion parameters, 12 and 24 blocks; some twenty minutes on one core
+    python benchmarks/streamed.py --quick            # of 40 million; a minute
+    python benchmarks/streamed.py --size 1.5         # 1.5 billion, streamed alone (6 GB of weights, and as much again of sums, on the disk)
+    python benchmarks/streamed.py --project .        # time on the prepared model of a project, on a few of its sequences
+
+The weights are drawn tensor by tensor and written in shards, so that no model is whole in memory while it is made. Every capture is a process of its
+own: 4 sequences of 256 tokens, float32, one thread; its peak of resident memory is the kernel's (VmHWM), mapped files included.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fisherfold.network.layers import describe_layers, linear_modules, write_layers
+from fisherfold.run.checkpoint import StoredTensor, write_tensors
+from fisherfold.run.determinism import seeded_generator
+from fisherfold.run.params import CaptureParams, PrepareParams
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.tables import read_table, write_sequences
+from fisherfold.run.workspace import Workspace
+from stages import capture
+
+SEQUENCES, LENGTH, VOCABULARY = 4, 256, 32000
+SHARD_BYTES = 2**30
+SIZES = {
+    "0.04": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "0.2": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 8},
+    "0.4": {"hidden_size": 1024, "intermediate_size": 3840, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8},
+    "1.5": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 8},
+}  # fmt: skip
+TARGETS = {"0.4": 1.5e9, "1.5": 2.5e9}  # bytes
+SLOWER, GROWTH = 1.6, 1.05
+GROUPS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
+def write_random(folder: Path, size: dict[str, int]) -> int:
+    """A random llama in shards, and its layers beside it; the number of its parameters."""
+    config = AutoConfig.for_model("llama", vocab_size=VOCABULARY, tie_word_embeddings=True, **size)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    tensors = {name: drawn(name, tuple(p.shape)) for name, p in model.named_parameters()}
+    folder.mkdir()
+    write_tensors(folder, tensors, SHARD_BYTES)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    modules = linear_modules(model)
+    inputs = {name: [object_read(name)] for name in modules}
+    write_layers(folder.parent, describe_layers(modules, inputs))
+    return sum(tensor.numbers for tensor in tensors.values())
+
+
+def drawn(name: str, shape: tuple[int, ...]) -> StoredTensor:
+    """A tensor that is drawn when it is written: one for norms, else of deviation 1/√m."""
+
+    def draw() -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape)
+        return torch.randn(shape, generator=seeded_generator(0, name)) * shape[1] ** -0.5
+
+    return StoredTensor(shape, torch.float32, draw)
+
+
+READ: dict[str, torch.Tensor] = {}
+
+
+def object_read(name: str) -> torch.Tensor:
+    """One and the same tensor for the layers of a block that read one input."""
+    block, _, own = name.rpartition(".")
+    first = next((group[0] for group in GROUPS if own in group), own)
+    return READ.setdefault(f"{block}.{first}", torch.empty(0))
+
+
+def make_workspace(root: Path, size: str) -> Workspace:
+    """As stage `prepare` leaves it."""
+    workspace = Workspace(root)
+    with Scratch(workspace, "prepare", PrepareParams(), {}) as scratch, scratch.publish() as out:
+        parameters = write_random(out / "model", SIZES[size])
+    ids = torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
+    write_sequences(workspace.table("calibration"), ids.numpy(), [[str(s)] for s in range(SEQUENCES)], VOCABULARY)
+    print(f"random llama of {parameters / 1e9:.2f} B parameters, {4 * parameters / 1e9:.2f} GB in float32")
+    return workspace
+
+
+def copy_project(project: Path, root: Path, sequences: int) -> Workspace:
+    """The prepared model of a project, by links, with its first calibration sequences."""
+    shutil.copytree(project / "artifacts" / "prepare", root / "artifacts" / "prepare", copy_function=link)
+    workspace, table = Workspace(root), Workspace(project).table("calibration")
+    rows = read_table(table).slice(0, sequences)
+    ids = torch.tensor(rows["input_ids"].to_pylist())
+    vocabulary = json.loads((project / "artifacts/prepare/prepare.json").read_text())["data"]["vocabulary"]
+    write_sequences(workspace.table("calibration"), ids.numpy(), rows["articles"].to_pylist(), vocabulary)
+    return workspace
+
+
+def link(source: str, target: str) -> None:
+    Path(target).hardlink_to(source)
+
+
+def run_stage(root: Path, placement: str) -> None:
+    """Capture in this process, and print seconds and the peak of resident bytes, that of the imports too."""
+    imports = peak_bytes()
+    params = CaptureParams(threads=1, placement=placement, knowledge_questions=0)
+    begin = time.perf_counter()
+    capture.run(Workspace(root), params)
+    print(json.dumps({"seconds": time.perf_counter() - begin, "peak": peak_bytes(), "imports": imports}))
+
+
+def peak_bytes() -> int:
+    """VmHWM: unlike ru_maxrss it does not count what the parent process held."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def measure(workspace: Workspace, placement: str) -> dict[str, float]:
+    """One capture in a process of its own; its output is removed."""
+    arguments = [sys.executable, __file__, "--stage", placement, "--root", str(workspace.root)]
+    run = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True)
+    for left in workspace.artifacts.glob("capture*"):
+        shutil.rmtree(left)
+    found = json.loads(run.stdout.splitlines()[-1])
+    print(
+        f"    {placement:9s} {found['seconds']:7.1f} s   peak {found['peak'] / 1e9:5.2f} GB (imports {found['imports'] / 1e9:.2f} GB)"
+    )
+    return found
+
+
+def figures(size: str, root: Path) -> Iterator[str]:
+    """Of one random model."""
+    workspace = make_workspace(root / size, size)
+    streamed = measure(workspace, "streamed")
+    if size in TARGETS:
+        yield figure(
+            f"peak memory of a streamed capture, {size} B parameters", streamed["peak"] / 1e9, TARGETS[size] / 1e9, "GB"
+        )
+    if size != max(SIZES):
+        whole = measure(workspace, "whole")
+        yield figure(f"streamed / whole time, {size} B parameters", streamed["seconds"] / whole["seconds"], SLOWER, "x")
+    shutil.rmtree(workspace.root)
+
+
+def figure(name: str, value: float, target: float, unit: str) -> str:
+    held = {"figure": name, "value": round(value, 3), "unit": unit, "target": target, "holds": value <= target}
+    return json.dumps(held)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a smaller model")
+    parser.add_argument(
+        "--size", choices=list(SIZES), action="append", help="billions of parameters; default: 0.2 and 0.4"
+    )
+    parser.add_argument("--project", type=Path, help="measure time on a project's prepared model instead")
+    parser.add_argument("--sequences", type=int, default=8, help="of a project's calibration table")
+    parser.add_argument("--scratch", type=Path, help="folder for models and outputs; default: the system's")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage:
+        run_stage(arguments.root, arguments.stage)
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        if arguments.project:
+            workspace = copy_project(arguments.project, Path(folder) / "w", arguments.sequences)
+            seconds = [measure(workspace, placement)["seconds"] for placement in ("streamed", "whole")]
+            print(figure("streamed / whole time", seconds[0] / seconds[1], SLOWER, "x"))
+            return
+        for size in ["0.04"] if arguments.quick else arguments.size or ["0.2", "0.4"]:
+            print("\n".join(figures(size, Path(folder))))
+
+
+if __name__ == "__main__":
+    main()
