@@ -19,6 +19,7 @@ from torch import nn
 
 from fisherfold.network.blocks import BlockCall, list_blocks
 from fisherfold.network.experts import unfold_experts
+from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES
 from fisherfold.run.checkpoint import read_tensors
 from fisherfold.run.determinism import chosen_device
@@ -63,12 +64,12 @@ class StreamedModel:
     @property
     def width(self) -> int:
         """h, as the input embedding has it."""
-        return int(self.model.get_input_embeddings().weight.shape[-1])
+        return input_embedding(self.model).shape[-1]
 
     @property
     def vocabulary(self) -> int:
         """V, the rows of the input embedding."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        return len(input_embedding(self.model))
 
     @contextmanager
     def block(self, number: int) -> Iterator[nn.Module]:

@@ -4,7 +4,6 @@ Shapes: B sequences of T tokens in a batch, x [m] input and d [n] output gradien
 X [T, m] and D [T, n] those of one sequence, G = D^T X [n, m] the sequence's gradient, k sketch rank.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +11,6 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from fisherfold.linalg.gram import add_gram, exact_products
-from fisherfold.linalg.sketch import GradientBatch
 from fisherfold.network.gradient_pass import GradientPass, gradient_pass
 from fisherfold.network.labels import Labels
 from fisherfold.network.layers import (
@@ -26,130 +23,19 @@ from fisherfold.network.layers import (
     layer_modules,
 )
 from fisherfold.run.errors import InputError
-from fisherfold.statistics.gradient_forms import Arrays, GradientForm, Shapes
+from fisherfold.statistics.gradient_forms import GradientForm
+from fisherfold.statistics.side_sums import InputSums, OutputSums
 from fisherfold.statistics.stored_sums import restored, stored
 from fisherfold.statistics.token_sample import TokenSample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS_IN_CACHE = 256
-
 
 def _told_apart(values: torch.Tensor, sequences: int, length: int) -> bool:
     """Whether values [..., p] of a batch are those of one sequence after the other."""
     axis = values.dim() > 2 and len(values) == sequences
     return axis or sequences == 1 or values.shape[:-1].numel() == sequences * length
-
-
-class InputSums:
-    """Sums of x x^T and |x| over the tokens that a group of layers reads.
-
-    If several layers read them, also the sum of g g^T, where g = sum_c W_c^T d_c is what these send back; that of a single
-    layer is W^T (sum of d d^T) W.
-    """
-
-    def __init__(self, inputs: int, device: torch.device, shared: bool) -> None:
-        self.gram = torch.zeros(inputs, inputs, device=device)
-        self.absolute = torch.zeros(inputs, device=device)
-        self.gradient_gram = torch.zeros(inputs, inputs, device=device) if shared else None
-
-    def add(self, x: torch.Tensor) -> None:
-        """Add the tokens of x [..., m]."""
-        rows = x.flatten(0, -2).to(self.gram)
-        with exact_products(x):
-            add_gram(self.gram, rows)
-        for some in rows.split(ROWS_IN_CACHE):
-            self.absolute += some.abs().sum(0)
-
-    def add_gradient(self, g: torch.Tensor) -> None:
-        """Add the tokens of g [..., m]; they are of a shared group."""
-        assert self.gradient_gram is not None
-        with exact_products(g):
-            add_gram(self.gradient_gram, g.flatten(0, -2).to(self.gram))
-
-    def grams(self) -> list[torch.Tensor]:
-        """Those that are there."""
-        return [self.gram] if self.gradient_gram is None else [self.gram, self.gradient_gram]
-
-    def arrays(self) -> Arrays:
-        """The sums themselves, of symmetric ones the upper triangle."""
-        return {"input_abs": self.absolute, **dict(zip(("input_gram", "gradient_gram"), self.grams()))}
-
-
-class OutputSums:
-    """Sum of d d^T over the tokens of one layer and, if gradients are kept, sums over its sequences of G and G*G.
-
-    Of an expert also how many tokens were routed to it.
-    """
-
-    def __init__(self, layer: LinearLayer, device: torch.device, form: GradientForm | None, shapes: Shapes) -> None:
-        self.form = form
-        self.shapes = {**shapes, "norm": ()}
-        self.tokens = 0
-        self.gram = torch.zeros(layer.outputs, layer.outputs, device=device)
-        self.routed = torch.zeros(1, device=device) if layer.stack else None
-        self.kept: dict[str, list[torch.Tensor]] = defaultdict(list)
-        if form is not None:
-            self.gradient = torch.zeros(layer.outputs, layer.inputs, device=device)
-            self.squares_by_input = torch.zeros(layer.inputs, device=device)
-            self.squares_by_output = torch.zeros(layer.outputs, device=device)
-
-    def add(self, d: torch.Tensor) -> torch.Tensor:
-        """Add the tokens of d [..., n]; d in float32."""
-        values = d.to(self.gram)
-        rows = values.flatten(0, -2)
-        self.tokens += len(rows)
-        if self.routed is not None:
-            self.routed += len(rows)
-        with exact_products(d):
-            add_gram(self.gram, rows)
-        return values
-
-    def add_gradients(self, D: torch.Tensor, X: torch.Tensor) -> None:
-        """Add the gradients of a batch, from D [B, T, n] in float32 and X [B, T, m]."""
-        assert self.form is not None
-        exact = exact_products(X)  # a linear layer's output, and so its gradient, has its input's dtype
-        X = X.to(self.gram)
-        needed = self.form.needs_gradients(D.shape[1])
-        G = D.new_empty(len(D) if needed else 1, *self.gradient.shape)
-        norms = D.new_empty(len(D))
-        squares = torch.empty_like(self.gradient)
-        for s in range(len(D)):
-            one = G[s if needed else 0]
-            with exact:
-                torch.mm(D[s].T, X[s], out=one)
-            norms[s] = self._add_gradient(one, squares)
-        arrays = self.form.arrays(GradientBatch(D, X, G if needed else None, norms, coarse=exact))
-        for name, values in {**arrays, "norm": norms}.items():
-            self.kept[name].append(values)
-
-    def keep_zeros(self, sequences: int) -> None:
-        """Keep gradients of zero for sequences none of whose tokens came to the layer, an expert say."""
-        for name, shape in self.shapes.items():
-            self.kept[name].append(self.gram.new_zeros(sequences, *shape))
-
-    def _add_gradient(self, G: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-        """Add one sequence's gradient [n, m]; its norm squared. `squares` [n, m] is overwritten."""
-        torch.mul(G, G, out=squares)
-        by_output = squares.sum(1)
-        self.gradient += G
-        self.squares_by_input += squares.sum(0)
-        self.squares_by_output += by_output
-        return by_output.sum()
-
-    def grams(self) -> list[torch.Tensor]:
-        return [self.gram]
-
-    def arrays(self) -> Arrays:
-        arrays = {"output_gram": self.gram}
-        if self.routed is not None:
-            arrays["routed"] = self.routed
-        if self.form is not None:
-            arrays["gradient_sum"] = self.gradient
-            arrays["fisher_inputs"] = self.squares_by_input
-            arrays["fisher_outputs"] = self.squares_by_output
-        return arrays
 
 
 @dataclass
@@ -219,19 +105,19 @@ class ModelSums:
     def add(
         self, ids: torch.Tensor, positions: torch.Tensor | None = None, labels: Labels | None = None
     ) -> GradientPass:
-        """Run token ids [B, T] forward and backward and add what the layers see.
+        """Run token ids [B, T] forward and backward and add what the layers see; see `gradient_pass` and `watch`."""
+        return self.watch(ids.shape, positions, lambda: gradient_pass(self.model, ids, labels=labels))
+
+    def watch(self, shape: torch.Size, positions: torch.Tensor | None, run: Callable[[], GradientPass]) -> GradientPass:
+        """Add what the layers see while `run` takes B sequences of T tokens forward and backward.
 
         Args:
+            shape: [B, T].
             positions: [B, t], of the tokens to keep, if tokens are kept.
-            labels: see `gradient_pass`.
 
         Raises:
             InputError: gradients or tokens are kept and the tokens of a layer cannot be told apart by sequence.
         """
-        return self.watch(ids.shape, positions, lambda: gradient_pass(self.model, ids, labels=labels))
-
-    def watch(self, shape: torch.Size, positions: torch.Tensor | None, run: Callable[[], GradientPass]) -> GradientPass:
-        """Add what the layers see of B sequences of T tokens, `shape`, while they are run forward and backward; see `add`."""
         self._shape = shape
         self._calls: dict[str, list[Call]] = {name: [] for name in self.modules}
         self._positions = positions

@@ -7,9 +7,9 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fisherfold.network.layers import LinearLayer
+from fisherfold.network.layers import LinearLayer, input_embedding
 from fisherfold.network.models import DTYPES
 from fisherfold.run.engine import Unit, current_engine
 from fisherfold.run.errors import InputError
@@ -22,7 +22,7 @@ from fisherfold.run.tables import read_sequences
 from fisherfold.statistics.gradient_forms import GRADIENT_FORMS
 from fisherfold.statistics.kept import gradient_shapes, numbers_bytes, token_shapes
 from fisherfold.statistics.leaf import FACTS_FILE, capture_leaf, shard_group
-from fisherfold.statistics.shard import layer_slices, loaded_model, vocabulary
+from fisherfold.statistics.shard import layer_slices, loaded_model
 from fisherfold.statistics.stored_sums import SUMS, sum_shapes
 from fisherfold.statistics.tree_sum import Leaf, add_leaves, cut_leaves, portions
 
@@ -52,7 +52,7 @@ class Part(ABC):
     def whole(self) -> list[Path]:
         """The groups that hold the sums over all leaves."""
 
-    def facts(self) -> list[dict]:
+    def facts(self) -> list[dict[str, Any]]:
         """leaf.json of every leaf."""
         return [
             json.loads((self.scratch.units / name / FACTS_FILE).read_text(encoding="utf-8")) for name in self.leaves
@@ -122,7 +122,7 @@ class Placement(ABC):
         if fault := self.fault(source.params):
             raise InputError(f"Stage 'capture': {fault}")
         self.scratch, self.source, self.params = scratch, source, source.params
-        self.sequences, self.length = read_sequences(source.table, vocabulary(model)).shape
+        self.sequences, self.length = read_sequences(source.table, len(input_embedding(model))).shape
         self.leaves = cut_leaves(-(-self.sequences // self.params.sequences_per_shard), self.params.leaves)
 
     @staticmethod
