@@ -134,7 +134,8 @@ class Streamed(Placement):
         behind, tag = f"{_tag(self.leaves[number])}.head", _tag(self.leaves[number])
         for block in reversed(range(self.lowest, self.blocks)):
             parts = [part for part in self.parts if part.block == block]
-            named = {part.names[number]: part for part in parts} or {f"{tag}.backward-{block:03d}": None}
+            named: dict[str, StreamedPart | None] = {part.names[number]: part for part in parts}
+            named = named or {f"{tag}.backward-{block:03d}": None}
             for name, part in named.items():
                 steps[name] = self._backward_step(number, block, part, behind, name == next(iter(named)))
             behind = next(iter(named))
@@ -143,7 +144,7 @@ class Streamed(Placement):
     def _backward_step(self, number: int, block: int, part: StreamedPart | None, behind: str, first: bool) -> "Step":
         entered, scored = self._entered(number, block), f"{_tag(self.leaves[number])}.head"
         taken = BackwardPart(
-            block, part.layers if part else (), bool(part) and part.index == 0, first and block > self.lowest
+            block, part.layers if part else (), part is not None and part.index == 0, first and block > self.lowest
         )
         earlier = part.names[number - 1] if part and number else None
         reads = [(entered, HIDDEN), (behind, GRADIENT)] + ([(earlier, SUMS)] if earlier else [])
