@@ -18,12 +18,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fisherfold.run.errors import CorruptArtifact
 from fisherfold.runtime.fast_cpu import replace_layers
-from fisherfold.runtime.modeling_fisherfold import low_rank_layers, own_names
+from fisherfold.runtime.modeling_fisherfold import own_names
 from fisherfold.runtime.modeling_fisherfold_experts import replace_experts
 
 METHOD = "fisherfold"
@@ -33,8 +34,8 @@ METHOD = "fisherfold"
 class LowRankConfig(QuantizationConfigMixin):
     """Says that a checkpoint is one of ours. Its low-rank layers are in `config.fisherfold`; older ones may have them in here."""
 
-    def __init__(self, layers: dict[str, dict[str, Any]] | None = None, **_) -> None:
-        self.quant_method = METHOD
+    def __init__(self, layers: dict[str, dict[str, Any]] | None = None, **_: Any) -> None:
+        self.quant_method: Any = METHOD
         self.layers = layers or {}
 
 
@@ -57,15 +58,15 @@ class LowRankQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         """
         Raises:
             CorruptArtifact: a tensor of a low-rank layer is in none of the files.
         """
         config = model.config
-        config.fisherfold = getattr(config, METHOD, None) or {"layers": self.quantization_config.layers}
-        layers = low_rank_layers(model)
+        config.fisherfold = getattr(config, METHOD, None) or {"layers": getattr(self.quantization_config, "layers", {})}
+        layers = own_names(model, "layers")
         experts = own_names(model, "experts")
         replace_layers(model, layers)
         replace_experts(model, experts)
@@ -78,10 +79,10 @@ class LowRankQuantizer(HfQuantizer):
                 f"The checkpoint lacks {len(missing)} tensors of the model, such as {missing[0]!r}. Fetch or write it again."
             )
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_) -> None:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         """The weights are ordinary numbers: casting and training need not be refused, as they are for quantized models."""
-        model.is_quantized = False
-        model.config._is_quantized = False
+        for marked, flag in ((model, "is_quantized"), (model.config, "_is_quantized")):
+            setattr(marked, flag, False)
         vars(model.config).pop("auto_map", None)  # what `save_pretrained` writes holds no code
 
 
@@ -91,7 +92,7 @@ def _fit_marker(model: PreTrainedModel, name: str, files: Sequence[str]) -> None
     for path in files:
         with safe_open(Path(path), framework="pt") as file:
             for key in keys & set(file.keys()):
-                module = model.get_submodule(name)
+                module: Any = model.get_submodule(name)
                 module.weight = module.weight.new_empty(file.get_slice(key).get_shape())
 
 
@@ -120,7 +121,7 @@ class CheckpointConfig(PreTrainedConfig):
     """Reads an older checkpoint, which has a model type of its own (`fisherfold_llama`), as the dense architecture with a quantization."""
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **options):
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
         """The dense architecture's configuration."""
         dense_type = cls.model_type.removeprefix(f"{METHOD}_")
         own = {"model_type": dense_type, "quantization_config": {"quant_method": METHOD}}

@@ -13,12 +13,12 @@ plain layer runs.
 """
 
 import threading
-from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # not in its __all__
 
 from fisherfold.runtime import modeling_fisherfold as plain
 
@@ -125,7 +125,7 @@ KINDS: dict[str, type[nn.Module]] = plain.KINDS | {
 }
 
 
-def replace_layers(model: nn.Module, layers: Mapping[str, dict[str, Any]]) -> None:
+def replace_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
     """`plain.replace_layers` with the layers above."""
     plain.replace_layers(model, layers, KINDS)
     sites: dict[str, list[str]] = {}
@@ -133,7 +133,8 @@ def replace_layers(model: nn.Module, layers: Mapping[str, dict[str, Any]]) -> No
         if "source" in layer:
             sites.setdefault(layer["source"], [layer["source"]]).append(name)
     for source, names in sites.items():
-        model.get_submodule(source).watch(model.get_submodule(common_parent(names)))
+        shared: Any = model.get_submodule(source)
+        shared.watch(model.get_submodule(common_parent(names)))
 
 
 def common_parent(names: list[str]) -> str:
@@ -149,7 +150,7 @@ def is_token(x: torch.Tensor) -> bool:
 
 def is_traced() -> bool:
     """Whether torch compiles or traces what runs here."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or is_tracing()
 
 
 def is_bare(x: torch.Tensor, linear: nn.Module) -> bool:

@@ -25,7 +25,7 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, n: int, m: int, rank: int, bias: bool) -> None:
         super().__init__()
-        self.down = nn.Linear(m, rank, bias=False)
+        self.down: nn.Module = nn.Linear(m, rank, bias=False)
         self.up = nn.Linear(rank, n, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,6 +43,7 @@ class PivotedOutputLinear(nn.Module):
         self.down = nn.Linear(m, rank, bias=False)
         self.up = nn.Linear(rank, n - rank, bias=False)
         self.bias = nn.Parameter(torch.zeros(n)) if bias else None
+        self.order: torch.Tensor
         self.register_buffer("order", torch.arange(n))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,6 +65,7 @@ class PivotedInputLinear(nn.Module):
         self.rank = rank
         self.down = nn.Linear(m - rank, rank, bias=False)
         self.up = nn.Linear(rank, n, bias=bias)
+        self.order: torch.Tensor
         self.register_buffer("order", torch.arange(m))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -90,6 +92,7 @@ class FoldedInputs(nn.Module):
         super().__init__()
         self.rank = rank
         self.rest = nn.Linear(m - rank, rank, bias=False)
+        self.order: torch.Tensor
         self.register_buffer("order", torch.arange(m))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -114,13 +117,13 @@ class SharedMember(nn.Module):
 
     def join(self, model: nn.Module) -> None:
         """Find `source` in the model. It is held in a tuple, so that its weights are not registered here once more."""
-        self.site = (model.get_submodule(self.source),)
+        self.site: tuple[Any] = (model.get_submodule(self.source),)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.up(self.site[0].down(x))
 
 
-KINDS = {
+KINDS: dict[str, type[nn.Module]] = {
     "factors": LowRankLinear,
     "pivoted_outputs": PivotedOutputLinear,
     "pivoted_inputs": PivotedInputLinear,
@@ -146,23 +149,24 @@ def replace_layers(
     model: nn.Module, layers: dict[str, dict[str, Any]], kinds: dict[str, type[nn.Module]] = KINDS
 ) -> None:
     """Put the low-rank layers into a dense model in the place of nn.Linear (weight [n, m]) or Conv1D (weight [m, n])."""
+    find: Any = model.get_submodule
     for name, layer in layers.items():
-        dense, kind = model.get_submodule(name), kinds[layer["kind"]]
+        dense, kind = find(name), kinds[layer["kind"]]
         n, m = dense.weight.shape if isinstance(dense, nn.Linear) else dense.weight.shape[::-1]
         more = {key: value for key, value in layer.items() if key != "kind"}
         model.set_submodule(name, kind(n, m, bias=dense.bias is not None, **more))
         # Some classes set a layer's weight when they initialize the module around it. They find one that is set already.
-        model.get_submodule(name).weight = torch.empty(0, dense.weight.shape[1])
-        model.get_submodule(name).weight._is_hf_initialized = True
+        find(name).weight = torch.empty(0, dense.weight.shape[1])
+        find(name).weight._is_hf_initialized = True
     for name, layer in layers.items():
         if "source" in layer:
-            model.get_submodule(name).join(model)
+            find(name).join(model)
     for name in sorted(layers)[:1]:
         # An empty tensor in the place of a dense weight: the dense model's class finds the wrong shape there and stops,
         # where it would otherwise fill the layers that it misses with random numbers.
-        weight = model.get_submodule(name).weight
-        del model.get_submodule(name).weight
-        model.get_submodule(name).register_buffer("weight", torch.empty_like(weight))
+        weight = find(name).weight
+        del find(name).weight
+        find(name).register_buffer("weight", torch.empty_like(weight))
 
 
 NOT_DENSE = {"quant_method": "fisherfold"}  # tells programs that know the dense model alone that this is another
@@ -177,9 +181,9 @@ class FisherfoldConfig(DenseConfig):
 
     fisherfold: dict[str, Any] | None = None
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self.base_model_tp_plan = (self.fisherfold or {}).get("tensor_parallel")
+        self.base_model_tp_plan = (self.fisherfold or {}).get("tensor_parallel")  # type: ignore[misc, assignment]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "quantization_config" or value != NOT_DENSE:  # engines set it again, from the file
@@ -191,21 +195,15 @@ class FisherfoldConfig(DenseConfig):
 
 def own_names(model: PreTrainedModel, part: str) -> dict[str, dict[str, Any]]:
     """A part of `config.fisherfold` by the names of modules in this model, which may be the base model alone."""
-    entries = (model.config.fisherfold or {}).get(part, {})
     prefix = f"{model.base_model_prefix}." if model.base_model is model else ""
-    return {name.removeprefix(prefix): dict(entry) for name, entry in entries.items()}
+    own: dict[str, dict[str, Any]] = (model.config.fisherfold or {}).get(part, {})
+    own = {name.removeprefix(prefix): dict(entry) for name, entry in own.items()}
+    for entry in own.values():
+        entry.update({"source": entry["source"].removeprefix(prefix)} if "source" in entry else {})
+    return own
 
 
-def low_rank_layers(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """The low-rank layers of this model by their names in it."""
-    prefix = f"{model.base_model_prefix}." if model.base_model is model else ""
-    layers = own_names(model, "layers")
-    for layer in layers.values():
-        layer.update({"source": layer["source"].removeprefix(prefix)} if "source" in layer else {})
-    return layers
-
-
-class LowRank:
+class LowRank(PreTrainedModel):
     """The dense model, whole or base, with layers replaced."""
 
     config_class = FisherfoldConfig
@@ -215,15 +213,15 @@ class LowRank:
         vllm = None if config.base_model_tp_plan else sys.modules.get("vllm.distributed.parallel_state")
         if vllm and vllm.model_parallel_is_initialized() and vllm.get_tensor_model_parallel_world_size() > 1:
             raise ValueError("Pivoted or dropped layers cannot be split over devices. Set ranks.storage: factors.")
-        replace_layers(self, low_rank_layers(self))
+        replace_layers(self, own_names(self, "layers"))
 
     @classmethod
     def is_custom_code(cls) -> bool:
         return False  # all parts but the layers are transformers' own, and are initialized as such
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise RuntimeError(f"The checkpoint lacks {len(missing)} tensors of the model, such as {missing[0]!r}.")
@@ -239,7 +237,7 @@ class FisherfoldForCausalLM(LowRank, DenseForCausalLM):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return DenseForCausalLM._supports_default_dynamic_cache()  # transformers tells it from the name of the class
+        return DenseForCausalLM._supports_default_dynamic_cache()  # type: ignore[misc]  # told from the class's name
 
 
 FisherfoldConfig.register_for_auto_class()

@@ -6,10 +6,12 @@ their class in grouped products, and return to their places.
 Shapes: a layer has E experts of n outputs and m inputs, S rows reach it.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .modeling_fisherfold import FisherfoldConfig, FisherfoldForCausalLM, FisherfoldModel, own_names
 
@@ -36,6 +38,11 @@ EXPERT_FACTORS = {
 
 class ExpertClass(nn.Module):
     """Experts of one kind and rank: factors [E, ., .] that rows sorted by expert go through in grouped products."""
+
+    weight: torch.Tensor
+    down: torch.Tensor
+    up: torch.Tensor
+    order: torch.Tensor
 
     def __init__(self, experts: int, n: int, m: int, kind: str, rank: int) -> None:
         super().__init__()
@@ -84,7 +91,8 @@ class ExpertStack(nn.ModuleList):
     def in_turn(self, x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """The same for rows sorted by class and expert."""
         parts, first, row = [], 0, 0
-        for each in self:
+        classes: Iterable[Any] = self
+        for each in classes:
             own = sizes[first : first + each.experts]
             first, start, row = first + each.experts, row, row + sum(own)
             parts.append(each(x[start:row], own))
@@ -101,7 +109,7 @@ def by_group(x: torch.Tensor, groups: torch.Tensor, count: int, run: Any) -> tor
 class Experts:
     """Runs the experts of a dense model's module, some of whose stacks are `ExpertStack`s, others matrices [E, n, m] or [E, m, n]."""
 
-    def project(self, name: str, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    def project(self: Any, name: str, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """y_t = W_e x_t + b_e for x [S, m], e = experts [S]."""
         stack, bias = getattr(self, f"{name}_classes", None), getattr(self, f"{name}_bias", None)
         if stack is not None:
@@ -117,7 +125,7 @@ class RoutedExperts(Experts):
     """Experts that are given tokens and the choice of a router, as transformers' interface for experts has it."""
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         tokens, chosen = top_k_index.shape
         experts = top_k_index.reshape(-1)
@@ -132,7 +140,7 @@ class RoutedExperts(Experts):
 class CopiedExperts(Experts):
     """Experts that are given a copy of all tokens each, zero where the router did not choose it."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         rows = hidden_states.any(-1).nonzero()[:, 0]
         experts = rows.div(len(hidden_states) // self.num_experts, rounding_mode="floor")
         gate, up = self.project("gate_up_proj", hidden_states[rows], experts).chunk(2, dim=-1)
@@ -146,7 +154,8 @@ LAYOUTS = {"interface": RoutedExperts, "copies": CopiedExperts}
 def replace_experts(model: nn.Module, experts: dict[str, dict[str, Any]]) -> None:
     """Put low-rank stacks into a dense model's modules of experts: {module: {"layout": …, "stacks": {name: {"classes", "of"}}}}."""
     for name, found in experts.items():
-        module, layout = model.get_submodule(name), LAYOUTS[found["layout"]]
+        module: Any = model.get_submodule(name)
+        layout = LAYOUTS[found["layout"]]
         for stack, entry in found["stacks"].items():
             _, n, m = module._parameters.pop(stack).shape
             n, m = (m, n) if getattr(module, "is_transposed", True) else (n, m)
@@ -158,8 +167,10 @@ def replace_experts(model: nn.Module, experts: dict[str, dict[str, Any]]) -> Non
         model.get_submodule(owner).register_buffer(stack, torch.empty(0))  # as in `replace_layers`
 
 
-class LowRankExperts:
+class LowRankExperts(PreTrainedModel):
     """A low-rank model with stacks of experts replaced, too."""
+
+    config_class = FisherfoldConfig
 
     def __init__(self, config: FisherfoldConfig) -> None:
         super().__init__(config)
