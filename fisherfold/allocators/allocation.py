@@ -114,7 +114,7 @@ def pose(
     """
     limits = limits or Limits.of(params)
     limits.check_patterns(sites)
-    budget = budget or parameters(sites, None)
+    budget = budget or parameters(sites)
     shape = len(sites), max(site.full_rank for site in sites) + 1
     costs, allowed = np.zeros(shape, np.int64), np.zeros(shape, bool)
     for row, site in enumerate(sites):

@@ -43,10 +43,12 @@ BUDGETS: Registry[Callable[[Sequence[Site], Path], Budget]] = Registry("ranks.bu
 """(sites, folder of the prepared model) -> what is counted."""
 
 
-@BUDGETS.register("parameters")
 def parameters(sites: Sequence[Site], model: Path | None = None) -> Budget:
     """Stored numbers of the targeted layers: weights and indices, without biases."""
     return Budget("stored numbers of the targeted layers", Unit(), sum(site.dense_numbers for site in sites), 0)
+
+
+BUDGETS.register("parameters")(parameters)
 
 
 @BUDGETS.register("model_bytes")

@@ -107,8 +107,12 @@ def _opened(package: Path, name: str) -> Iterator[IO[bytes]]:
         with zipfile.ZipFile(package) as wheel, wheel.open(name) as data:
             yield data
         return
-    with tarfile.open(package) as archive, archive.extractfile(name) as data:
-        yield data
+    with tarfile.open(package) as archive:
+        member = archive.extractfile(name)
+        if member is None:
+            raise ValueError("it is no file")
+        with member as data:
+            yield data
 
 
 def download(member: PackagedMember, folder: Path) -> None:
