@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .modeling_fisherfold import FisherfoldConfig, FisherfoldForCausalLM, FisherfoldModel, own_names
 
@@ -167,14 +166,13 @@ def replace_experts(model: nn.Module, experts: dict[str, dict[str, Any]]) -> Non
         model.get_submodule(owner).register_buffer(stack, torch.empty(0))  # as in `replace_layers`
 
 
-class LowRankExperts(PreTrainedModel):
+class LowRankExperts:
     """A low-rank model with stacks of experts replaced, too."""
 
-    config_class = FisherfoldConfig
-
     def __init__(self, config: FisherfoldConfig) -> None:
-        super().__init__(config)
-        replace_experts(self, own_names(self, "experts"))
+        super().__init__(config)  # type: ignore[call-arg]  # of the class beside this one
+        model: Any = self
+        replace_experts(model, own_names(model, "experts"))
 
 
 class FisherfoldMixtureModel(LowRankExperts, FisherfoldModel):
