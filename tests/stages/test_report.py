@@ -10,16 +10,17 @@ from xml.etree import ElementTree
 import numpy as np
 import pyarrow as pa
 import pytest
+from project import ROOT
 from recorded_run import LLAMA, evaluation, finished, layer_rows, publish, said, spectra_rows
 
 from fisherfold.page.cut_view import cut_view, refinement_view
 from fisherfold.page.layer_views import gather, parameter_map, place, rank_views, read_spectra, spectrum_views
 from fisherfold.page.page import Markup, element, megabytes, number, percent, stand_alone
 from fisherfold.page.pictures import Line, line_chart
-from fisherfold.page.reproduce_view import reproduce_view
+from fisherfold.page.reproduce_view import reproduce_view, shipped_params
 from fisherfold.page.trajectory_view import trajectory_view
 from fisherfold.run.errors import CorruptArtifact
-from fisherfold.run.params import Params, ReportParams
+from fisherfold.run.params import Params, ReportParams, load_params
 from fisherfold.run.scratch import Scratch, scratch_folder
 from fisherfold.run.workspace import Workspace
 from flows.overrides import given
@@ -113,7 +114,7 @@ def test_the_figures_are_there(tmp_path):
         "96 tokens of 8 calibration sequences",
         "1 skipped because a gradient was not finite (5); every sequence's gradient was kept as a sketch of rank 4",
         "1 layer was left dense",
-        "All parameters are as shipped.",
+        "Every parameter that is not as shipped is set.",
         "Optimizing neural networks with Kronecker-factored approximate curvature",
     ):
         assert expected in text
@@ -345,13 +346,15 @@ def test_doing_it_again_sets_every_changed_parameter():
         "prepare.corpus=[{source: my texts.txt, share: 2}, {source: wikipedia-leads}]",
         'prepare.gates=["it\'s", b]',
     ]
+    changed += ["prepare.unseen=electronic-texts", "factorize.refine.passes=0"]
     params = given(changed)
     blocks = params.model_dump(mode="json")
     text = Page(reproduce_view({stage: blocks[stage] for stage in ("prepare", "ranks", "evaluate")})).text
     command = text[text.index("fisherfold run") : text.index("Or through DVC")]
-    words = shlex.split(command)
-    assert given([word for word in words if "=" in word]) == params
-    assert len([word for word in words if word == "--set"]) == 6
+    words = [word for word in shlex.split(command) if "=" in word]
+    assert given([*words, "prepare.unseen=electronic-texts"]) == params
+    assert len(words) == 6 and shipped_params() == load_params(ROOT / "params.yaml").model_dump(mode="json")
+    assert "factorize.refine.passes=0" in reproduce_view({"factorize": blocks["factorize"]})
 
 
 def test_the_contents_link_to_every_section(tmp_path):
