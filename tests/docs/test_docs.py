@@ -49,7 +49,7 @@ def test_commands_can_be_typed(path: Path) -> None:
     group = typer.main.get_command(app)
     for _, language, text in blocks(path):
         for line in text.replace("\\\n", " ").splitlines() if language == "bash" else ():
-            for words in filter(None, map(shlex.split, line.split("&&"))):
+            for words in filter(None, (shlex.split(part, comments=True) for part in line.split("&&"))):
                 if Path(words[0]).name == "fisherfold":
                     context = group.commands[words[1]].make_context(words[1], words[2:])
                     given([setting for setting in context.params.get("set") or context.params.get("assignments") or ()])
