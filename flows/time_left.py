@@ -16,6 +16,9 @@ from fisherfold.run.params import load_params
 from fisherfold.run.workspace import Workspace
 
 PATIENCE = 20.0  # seconds that a stage takes before a plan is made
+UNLIKE = (
+    "prepare",
+)  # downloads, and answers token by token: how long they took says nothing of the stages that compute
 
 
 class TimeLeft:
@@ -77,7 +80,7 @@ class TimeLeft:
 
     def seconds(self) -> float | None:
         """What the stages ahead will take; None if that is not known."""
-        shown = [stage for stage in self._planned if stage in self._taken]
+        shown = [stage for stage in self._planned if stage in self._taken and stage not in UNLIKE]
         pace = (
             sum(self._taken[stage] for stage in shown) / sum(self._planned[stage] for stage in shown) if shown else 1.0
         )

@@ -23,6 +23,7 @@ from fisherfold.statistics.placement import disk_bytes, sums_bytes
 from fisherfold.statistics.shard import layer_slices
 from fisherfold.statistics.stored_sums import sum_shapes
 from fisherfold.statistics.tree_sum import cut_leaves, portions
+from flows.planning.answers import greedy_answers, self_writing
 from flows.planning.demand import (
     Demand,
     StageCost,
@@ -53,10 +54,11 @@ STAGE_COSTS: Registry[Callable[[ModelShapes, Params, int], StageCost]] = Registr
 
 @STAGE_COSTS.register("prepare")
 def prepare_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
-    """Fetch, convert and tokenise, on the head."""
+    """Fetch, convert and tokenise, on the head; a chat model writes batches of answers, as many as its share of the sequences takes."""
     weights = shapes.parameters * DTYPES[params.prepare.dtype].itemsize
     write = Demand(read=weights, written=weights, host=CONVERSION * shapes.parameters)
-    return StageCost({"model": (write, ())}, peak=weights, published=weights)
+    units = {"model": (write, ())} | self_writing(shapes, params.prepare)
+    return StageCost(units, peak=weights, published=weights, dtype=params.prepare.dtype)
 
 
 @STAGE_COSTS.register("capture")
@@ -336,6 +338,7 @@ def evaluate_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCos
         for model in ("dense", "compressed"):
             units[f"{model}-{first}"] = (Demand(model=forward_operations(shapes, tokens, QUESTION_TOKENS)), ())
     weights = shapes.parameters * DTYPES[own.dtype].itemsize
+    units |= greedy_answers(shapes, params)
     both = weights * (2 - params.ranks.ratio)
     memory = both + LOGIT_BYTES * own.batch_size * length * shapes.vocabulary
     return StageCost(units, memory=memory, loads=both, dtype=own.dtype)

@@ -135,7 +135,7 @@ def test_bytes_of_every_group_are_exact(tmp_path, changes):
 def test_the_recorded_demo_run_was_foreseen(demo_shapes):
     params = load_params(ROOT / "params.yaml")
     recorded = {  # what has changed since among the defaults
-        "prepare": {"calibration_sequences": 48},
+        "prepare": {"calibration_sequences": 48, "self_written": 0.0, "held_out_prompts": 0},
         "capture": DEMO["capture"],
         "factorize": {"refine": RefineParams(passes=0)},
     }
