@@ -18,7 +18,7 @@ BALANCED: Values = {
     ("prepare", "held_out_prompts"): 32,
     ("kronecker", "dependence_draws"): 60,
     ("ranks", "allocator"): "fisher",
-    ("factorize", "refine", "passes"): 1,
+    ("factorize", "refine", "passes"): 2,
     ("evaluate", "answer_tokens"): 64,
 }
 """The shipped values."""
