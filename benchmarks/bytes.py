@@ -3,6 +3,7 @@
     python benchmarks/bytes.py --project . --folder /tmp/bytes --second other.txt            # all rows; goes on where it was stopped
     python benchmarks/bytes.py --project . --folder /tmp/bytes --rows dense-4,ours-3.5       # some of them
     python benchmarks/bytes.py --project . --folder /tmp/bytes --table                       # what has been measured
+    python benchmarks/bytes.py --project . --folder /tmp/bytes --layers model.layers.10.mlp.up_proj      # one layer, in seconds
 
 Wants a project whose stages up to `subspace` have run, with a Llama model. Every layer and every row is kept in --folder; with --minutes the
 script stops in time and the next call goes on.
@@ -34,7 +35,7 @@ from fisherfold.export.gauges import gauge, product
 from fisherfold.linalg.factor_rounding import LayerMetric, round_inputs_pivoted, round_outputs_pivoted, round_plain
 from fisherfold.linalg.group_grid import GROUP, Rounded, round_nearest
 from fisherfold.linalg.kronecker_rounding import round_under
-from fisherfold.linalg.rounding_losses import rounding_units
+from fisherfold.linalg.rounding_losses import PIVOTED, RoundingUnits, rounding_units
 from fisherfold.network.models import load_model, read_weight
 from fisherfold.network.sites import Site, read_sites
 from fisherfold.run.tables import read_sequences
@@ -125,15 +126,17 @@ class Rotated:
         """The layer with its damped metric and its basis."""
         site, (of_inputs, of_outputs) = self.sites[name], self.damping[name]
         layer = site.layers[0]
-        A = damped(self.statistics.input_covariance(layer), of_inputs)
-        B = damped(self.statistics.output_covariance(layer), of_outputs)
+        A = self.statistics.input_covariance(layer).double().numpy()
+        B = self.statistics.output_covariance(layer).double().numpy()
         lefts, right = site.read_basis(self.workspace.out("subspace") / "bases")
         left, right = lefts[0].double().numpy(), right.double().numpy()
         gain = self._gain(name)
         if gain is None:
-            return Layer(site, self.weight(name), LayerMetric(A, self.Q.T @ B @ self.Q), self.Q.T @ left, right)
+            metric = LayerMetric(damped(A, of_inputs), damped(self.Q.T @ B @ self.Q, of_outputs))
+            return Layer(site, self.weight(name), metric, self.Q.T @ left, right)
         A = self.Q.T @ (A / np.outer(gain, gain)) @ self.Q
-        return Layer(site, self.weight(name), LayerMetric(A, B), left, right * gain @ self.Q)
+        metric = LayerMetric(damped(A, of_inputs), damped(B, of_outputs))
+        return Layer(site, self.weight(name), metric, left, right * gain @ self.Q)
 
     def _gain(self, name: str) -> np.ndarray | None:
         """The gain of the norm that a layer reads the stream through; None for one that writes to it."""
@@ -163,8 +166,8 @@ def parameter(values: np.ndarray) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(values)).float(), requires_grad=False)
 
 
-def damped(metric: torch.Tensor, damping: float) -> np.ndarray:
-    M = metric.double().numpy()
+def damped(M: np.ndarray, damping: float) -> np.ndarray:
+    """As stage `subspace` damps, here after the rotation: what a norm with a small gain holds down would weigh too much otherwise."""
     return (1 - damping) * M + damping * np.trace(M) / len(M) * np.eye(len(M))
 
 
@@ -197,8 +200,6 @@ def kept_units(rotated: Rotated, folder: Path) -> dict[str, dict]:
 
 def plan_row(rotated: Rotated, folder: Path, row: Row) -> dict[str, Option]:
     """How every layer is kept."""
-    from fisherfold.linalg.rounding_losses import RoundingUnits
-
     units = {
         name: RoundingUnits(float(own["dense"]), own["components"]) for name, own in kept_units(rotated, folder).items()
     }
@@ -316,6 +317,29 @@ def divergence(rotated: Rotated, model: PreTrainedModel) -> float:
     return total / tokens
 
 
+def print_layers(rotated: Rotated, names: list[str]) -> None:
+    """Losses of single layers in parts of the loss of dropping them: cut to two thirds of the rank, rounded, and both."""
+    print(
+        f"{'layer':36} {'storage':10} {'rank':>5} {'bits':>5} {'cut':>9} {'nearest':>9} {'feedback':>9} {'predicted':>9}"
+    )
+    for name in names:
+        layer, site = rotated.layer(name), rotated.sites[name]
+        whole, sigma = layer.metric.loss(layer.W), rotated.sigma[name]
+        units = rounding_units(layer.W, layer.left, layer.right, sigma, layer.metric.inputs, layer.metric.outputs)
+        for storage in ("dense", "factors", "pivoted"):
+            rank = site.full_rank if storage == "dense" else site.full_rank * 2 // 3 // GROUP * GROUP
+            cut = float(np.square(sigma[rank:]).sum())
+            for bits in (8, 4):
+                losses = []
+                for nearest in (True, False):
+                    weight = kept_weight(layer, Option(rank, storage, bits, 0, 0.0), nearest)
+                    losses.append(layer.metric.loss(weight - layer.W) / whole)
+                rounding = units.of_dense(bits) if storage == "dense" else float(units.of_ranks(bits)[rank])
+                predicted = (cut + rounding * (PIVOTED if storage == "pivoted" else 1)) / whole
+                figures = " ".join(f"{value:9.2e}" for value in (cut / whole, *losses, predicted))
+                print(f"{name:36} {storage:10} {rank:5} {bits:5} {figures}", flush=True)
+
+
 def second_text(path: Path, workspace: Workspace, length: int) -> torch.Tensor:
     """Sequences spread over a text file."""
     ids = AutoTokenizer.from_pretrained(workspace.model)(path.read_text(encoding="utf-8"))["input_ids"]
@@ -377,9 +401,12 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--layers", default=None, help="print the losses of these layers alone")
     options = parser.parse_args()
     DEADLINE[0] = time.monotonic() + 60 * options.minutes
     workspace = Workspace(options.project.resolve())
+    if options.layers:
+        return print_layers(Rotated(workspace), options.layers.split(","))
     if not options.table:
         rotated = Rotated(workspace)
         sequences = read_sequences(workspace.table("evaluation"), rotated.model.config.vocab_size)[:TEXT]
