@@ -17,7 +17,7 @@ from fisherfold.linalg.group_grid import GROUP
 from fisherfold.linalg.kronecker_rounding import Side
 
 PIVOTED = 2.2
-"""Loss of pivoted factors over that of plain ones: an error of the pivots is repeated by every row that they make. Measured, see docs/bytes.md."""
+"""Loss of pivoted factors over that of plain ones: an error of the pivots is repeated by every row that they make. See docs/bytes.md."""
 
 
 @dataclass(frozen=True)
