@@ -125,7 +125,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **options: Any
     ) -> None:
         if getattr(model.config, METHOD, None) and type(model).__module__.startswith("transformers."):  # not code from a folder
-            layers = low_rank_layers(model)
+            layers = own_names(model, "layers")
             replace_layers(model, layers)
             if layers and checkpoint_files:
                 _fit_marker(model, min(layers), checkpoint_files)
@@ -133,7 +133,8 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         super()._process_model_after_weight_loading(model, **options)
-        vars(model.config).pop("auto_map", None)
+        if getattr(model.config, METHOD, None):
+            vars(model.config).pop("auto_map", None)  # as above
 
 
 AUTO_QUANTIZER_MAPPING["compressed-tensors"] = PackedQuantizer
