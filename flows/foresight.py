@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import Params
 from fisherfold.run.progress import announce
 from fisherfold.run.targets import TARGETS
@@ -45,7 +46,7 @@ def refuse(params: Params, model: Path, found: Path) -> None:
     """Refuse what a later stage would refuse.
 
     Raises:
-        ParameterError: no allocation meets the budget, or a limit's pattern matches nothing.
+        ParameterError: no allocation meets the budget, a limit's pattern matches nothing, or factorize.bits does not fit a layer.
         InputError: the model cannot be written as GGUF, which `factorize.gguf_export` asks for, not run by the engine of `factorize.target`, or
             not be placed as `capture.placement` says.
     """
@@ -57,6 +58,8 @@ def refuse(params: Params, model: Path, found: Path) -> None:
         from fisherfold.export.gguf_export import check_gguf
 
         check_gguf(json.loads((model / "config.json").read_text(encoding="utf-8")), model)
+    if params.factorize.bits:
+        check_groups(params.factorize.bits, found)
     check_budget(params, model, found)
     check_placement(params, model, found)
 
@@ -71,6 +74,28 @@ def check_placement(params: Params, model: Path, found: Path) -> None:
     from fisherfold.statistics.streamed_placement import PLACEMENTS
 
     PLACEMENTS.lookup(params.capture.placement).require(model, read_layers(found), params.capture.dtype)
+
+
+def check_groups(bits: int, found: Path) -> None:
+    """Refuse layers whose numbers do not come in whole groups, or that the format of few bits has no place for.
+
+    Raises:
+        ParameterError: names the first.
+    """
+    from fisherfold.linalg.group_grid import GROUP
+    from fisherfold.network.layers import read_layers
+
+    for layer in read_layers(found):
+        uneven = f"has {layer.inputs} inputs, which groups of {GROUP} do not divide" if layer.inputs % GROUP else None
+        if (
+            reason := uneven
+            or ("is one of a stack of experts" if layer.stack else None)
+            or ("is stored transposed (Conv1D)" if layer.transposed else None)
+        ):
+            raise ParameterError(
+                f"factorize.bits = {bits}: {layer.name!r} {reason}. Set factorize.bits = null, or leave such layers out of what is "
+                "compressed (prepare.experts = 'dense')."
+            )
 
 
 def target_costs(params: Params, found: Path) -> Iterator[str]:

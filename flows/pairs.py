@@ -4,6 +4,7 @@ What each stage refuses by itself once its inputs are there is refused here by t
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -114,3 +115,21 @@ def further_passes(params: Params) -> str | None:
         f"kronecker.estimator = {name!r} takes passes of its own with the whole model in memory, which capture.placement = "
         f"{params.capture.placement!r} avoids. Set kronecker.estimator = 'kfac', 'token' or 'sequence', or capture.placement = 'whole'."
     )
+
+
+@PAIRS.append
+def few_bits(params: Params) -> str | None:
+    """Numbers of few bits come in groups, are rounded under a metric on weights, and are read by a package of its own."""
+    if params.factorize.bits is None:
+        return None
+    group = importlib.import_module("fisherfold.linalg.group_grid").GROUP
+    asked = f"factorize.bits = {params.factorize.bits}"
+    if params.ranks.round_to % group:
+        return f"{asked} rounds numbers in groups of {group}, which ranks have to be multiples of: set ranks.round_to = {group}."
+    if params.subspace.metric == "fasc" or params.subspace.share_inputs:
+        return f"{asked} rounds each layer under its own metric: set subspace.share_inputs = false and a metric other than 'fasc'."
+    if params.factorize.gguf_export:
+        return f"{asked} is not what GGUF files have: set factorize.gguf_export = false and let llama.cpp quantize the dense export."
+    if importlib.util.find_spec("compressed_tensors") is None:
+        return f"{asked} is stored in a format that transformers reads through compressed-tensors: pip install compressed-tensors."
+    return None

@@ -32,7 +32,9 @@ from fisherfold.export.healing import FACTS, heal_unit, healed
 from fisherfold.export.lineage import write_lineage
 from fisherfold.export.model_card import compressed_card, dense_card
 from fisherfold.export.original_names import original_tensors
+from fisherfold.export.packed import as_stored, packed_modules, quantization_config, unpacked_weights, with_packed
 from fisherfold.export.refined_blocks import refine
+from fisherfold.export.rounded_layers import in_few_bits
 from fisherfold.export.sizes import count_sizes
 from fisherfold.export.stored_layer import StoredLayer, bias_place, low_rank_layers, replaced, stored_site
 from fisherfold.network.models import DTYPES, read_weight
@@ -80,10 +82,14 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         compressed = _factorized(scratch, workspace, sites, plan, dtype)
         layers = [layer for site in sites for layer in site.layers]
         compressed, dense, rows, healing = _trained(scratch, workspace, compressed, dense, params, dtype)
+        packed: dict[str, Path] = {}
+        if params.bits:
+            compressed, packed = in_few_bits(scratch, workspace, layers, compressed, dense, params.bits)
         stacks = find_stacks(layers, compressed)
         with scratch.publish() as out:
             pq.write_table(pa.Table.from_pylist(rows, REFINEMENT), out / "refinement.parquet")
-            write_model(out / "model", workspace, architecture, dense, compressed, dtype, stacks=stacks)
+            few = params.bits, packed
+            write_model(out / "model", workspace, architecture, dense, compressed, dtype, stacks=stacks, few=few)
             check_buffers(out / "model", dense, architecture)
             facts = count_sizes(out / "model", stored, plan, layers, stacks)
             facts["healing"] = healing
@@ -96,7 +102,8 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
             write_lineage(out / "model", workspace, inputs)
             (out / "factorize.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             if params.dense_export or params.gguf_export:
-                whole = original_tensors(architecture.empty_model(), dense_tensors(dense, compressed, dtype, stacks))
+                whole = dense_tensors(dense | unpacked_weights(packed, dense), compressed, dtype, stacks)
+                whole = original_tensors(architecture.empty_model(), whole)
             if params.dense_export:
                 write_dense(out / "dense", workspace, whole, dtype)
                 (out / "dense" / "README.md").write_text(dense_card(workspace, architecture, facts), encoding="utf-8")
@@ -166,13 +173,19 @@ def _trained(
 
 def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
     tables = ("calibration", "tuning") if params.refine.passes or params.heal.passes else ()
-    return {table: digest_file(workspace.table(table)) for table in tables} | {
-        "model": verify_output(workspace.out("prepare"), "model/"),
-        "facts": verify_output(workspace.out("prepare"), "prepare.json"),
-        "bases": verify_output(workspace.out("subspace"), "bases"),
-        "metric": verify_output(workspace.out("subspace"), "subspace.json"),
-        "ranks": verify_output(workspace.out("ranks")),
-    }
+    metrics = ("capture", "kronecker") if params.bits else ()
+    of_metrics = {stage: verify_output(workspace.out(stage)) for stage in metrics}
+    return (
+        of_metrics
+        | {table: digest_file(workspace.table(table)) for table in tables}
+        | {
+            "model": verify_output(workspace.out("prepare"), "model/"),
+            "facts": verify_output(workspace.out("prepare"), "prepare.json"),
+            "bases": verify_output(workspace.out("subspace"), "bases"),
+            "metric": verify_output(workspace.out("subspace"), "subspace.json"),
+            "ranks": verify_output(workspace.out("ranks")),
+        }
+    )
 
 
 def factorize_sites(
@@ -249,12 +262,16 @@ def write_model(
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
     stacks: Sequence[Stack] = (),
+    few: tuple[int | None, Mapping[str, Path]] = (None, {}),
 ) -> None:
-    """The checkpoint with low-rank layers: weights, configuration, its own code, and the dense model's other files."""
+    """The checkpoint with low-rank layers, `few` being the bits of all layers and where dense ones lie in them: weights, configuration, its own code, and the dense model's other files."""
     folder.mkdir(parents=True)
-    write_tensors(folder, compressed_tensors(dense, compressed, dtype, stacks), shard_bytes)
+    bits, packed = few
+    tensors = with_packed(compressed_tensors(dense, compressed, dtype, stacks), packed)
+    write_tensors(folder, tensors, shard_bytes)
     layers = {name: stored.entry for name, stored in compressed.items() if not stored.layer.stack}
-    write_config(folder, architecture, dtype, layers, stacks)
+    quantization = quantization_config({bits: packed_modules(tensors)}) if bits else None
+    write_config(folder, architecture, dtype, layers, stacks, quantization)
     write_code(folder, architecture, mixture=bool(stacks))
     copy_companions(workspace.model, folder)
 
@@ -274,7 +291,7 @@ def compressed_tensors(
         del tensors[f"{name}.weight"]
         if stored.layer.bias:
             tensors[f"{name}.{bias_place(stored)}"] = tensors.pop(f"{name}.bias")
-        tensors |= {f"{name}.{parameter}": tensor.cast(dtype) for parameter, tensor in stored.factors.items()}
+        tensors |= {f"{name}.{parameter}": as_stored(parameter, t, dtype) for parameter, t in stored.factors.items()}
     if linear:  # see FisherfoldForCausalLM: makes the dense model's class refuse this checkpoint
         shape = 0, dense[f"{min(linear)}.weight"].shape[1]
         tensors[f"{min(linear)}.weight"] = StoredTensor(shape, dtype, lambda: torch.empty(shape, dtype=dtype))

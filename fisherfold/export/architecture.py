@@ -116,9 +116,10 @@ def write_config(
     dtype: torch.dtype,
     layers: Mapping[str, dict[str, Any]],
     stacks: Sequence[Stack] = (),
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config.json: the dense model's, the low-rank layers and stacks of experts, the classes in the folder's own code, and a method of quantization
-    that keeps programs which know the dense model alone from taking this for one.
+    that keeps programs which know the dense model alone from taking this for one, or that of modules in few bits.
     """
     classes = auto_classes(mixture=bool(stacks))
     architectures = [classes["AutoModelForCausalLM"].rpartition(".")[2]]
@@ -131,7 +132,7 @@ def write_config(
         "dtype": str(dtype).removeprefix("torch."),
         "fisherfold": {"layers": dict(layers), "tensor_parallel": None if stacks else split_plan(model, layers)}
         | ({"experts": expert_records(model, stacks)} if stacks else {}),
-        "quantization_config": {"quant_method": runtime.METHOD},
+        "quantization_config": dict(quantization or {"quant_method": runtime.METHOD}),
     }
     text = json.dumps(architecture.config | own, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fisherfold.export.expert_tensors import Stack, stored_numbers
+from fisherfold.export.packed import count_stored
 from fisherfold.network.layers import LinearLayer
 from fisherfold.run.checkpoint import StoredTensor, count_bytes, count_numbers, read_tensors
 from fisherfold.run.errors import CorruptArtifact
@@ -45,7 +46,7 @@ def count_sizes(
         "targeted_parameters_dense": sum(row["dense_parameters"] for row in plan.values()),
         "targeted_parameters_compressed": sum(stored.values()),
         "model_parameters_dense": count_numbers(dense),
-        "model_parameters_compressed": count_numbers(saved),
+        "model_parameters_compressed": count_stored(saved),
         "model_bytes_dense": count_bytes(dense),
         "model_bytes_compressed": count_bytes(saved),
     }
@@ -56,4 +57,4 @@ def _targeted_numbers(module: str, saved: Mapping[str, StoredTensor]) -> int:
     own = {
         name: tensor for name, tensor in saved.items() if name.startswith(f"{module}.") and not name.endswith(".bias")
     }
-    return count_numbers(own)
+    return count_stored(own)

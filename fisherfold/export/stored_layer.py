@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fisherfold.export.gauges import product, right_factor
+from fisherfold.export.packed import matrices
 from fisherfold.export.refined_blocks import LowRank
 from fisherfold.network.layers import LinearLayer
 from fisherfold.network.sites import Site
@@ -48,7 +49,8 @@ class StoredLayer:
 
     def product(self) -> np.ndarray:
         """Its weight multiplied out, float64 [n, m]."""
-        parameters = {name: exact(tensor.read()) for name, tensor in self.factors.items()}
+        read = {name: tensor.read() for name, tensor in self.factors.items()}
+        parameters = {name: exact(tensor) for name, tensor in matrices(read).items()}
         if self.source:
             shared = right_factor(self.source.tensors)
             parameters |= {name: exact(tensor.read()) for name, tensor in shared.items()}

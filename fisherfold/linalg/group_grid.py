@@ -12,6 +12,8 @@ import numpy as np
 
 GROUP = 32  # numbers that share a scale
 SCALE_BYTES = 2
+SIGNIFICANT = 2**8  # values of a mantissa that bfloat16 tells apart
+HEADROOM = 1.5  # codes left free at the end of a range: feedback moves numbers beyond it
 SHRINKS = np.linspace(1.0, 0.5, 21)  # of the largest magnitude: what is left of it inside the grid
 SMALLEST = float(
     np.finfo(np.float16).tiny
@@ -20,7 +22,7 @@ SMALLEST = float(
 
 @dataclass(frozen=True)
 class Grid:
-    """The scales [n, m / GROUP] of a matrix [n, m], float64 with values of float16, and the bits of its codes."""
+    """The scales [n, m / GROUP] of a matrix [n, m], float64 with values that 16 bits hold, and the bits of its codes."""
 
     bits: int
     scales: np.ndarray
@@ -71,7 +73,7 @@ def fit_grid(values: np.ndarray, bits: int, weights: np.ndarray | None = None) -
     ends = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)[..., 0]
     best, least = np.zeros_like(ends), np.full(ends.shape, np.inf)
     for shrink in SHRINKS:
-        scales = _storable(-ends * shrink / 2 ** (bits - 1))
+        scales = _storable(-ends * shrink / (2 ** (bits - 1) - HEADROOM * (bits > 2)))
         codes = nearest_codes(groups, scales[..., None], bits)
         loss = (importance * np.square(groups - scales[..., None] * codes)).sum(-1)
         better = loss < least
@@ -80,8 +82,9 @@ def fit_grid(values: np.ndarray, bits: int, weights: np.ndarray | None = None) -
 
 
 def _storable(scales: np.ndarray) -> np.ndarray:
-    """Scales as float16 keeps them, none of them zero."""
-    kept = scales.astype(np.float16).astype(np.float64)
+    """Scales with the digits of bfloat16 in the range of float16, so that either keeps them as they are; none of them is zero."""
+    mantissa, exponent = np.frexp(scales)
+    kept = np.ldexp(np.rint(mantissa * SIGNIFICANT) / SIGNIFICANT, exponent)
     return np.where(np.abs(kept) < SMALLEST, SMALLEST, kept)
 
 

@@ -57,7 +57,11 @@ class StoredTensor:
         """The same tensor in `dtype` if its numbers are not whole."""
         if not self.dtype.is_floating_point or self.dtype == dtype:
             return self
-        return StoredTensor(self.shape, dtype, lambda: self.read().to(dtype))
+        return StoredTensor(self.shape, dtype, partial(_read_as, self.read, dtype))
+
+
+def _read_as(read: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    return read().to(dtype)
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -18,8 +18,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fisherfold.run.errors import CorruptArtifact
@@ -115,6 +116,28 @@ def _module_names(names: set[str], model: PreTrainedModel) -> set[str]:
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     return {rename_source_key(name, renamings, converters)[0] for name in names}
+
+
+class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
+    """Checkpoints in few bits, of ours and of others: low-rank layers are put in before compressed-tensors looks for its modules."""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **options: Any
+    ) -> None:
+        if getattr(model.config, METHOD, None) and type(model).__module__.startswith("transformers."):  # not code from a folder
+            layers = own_names(model, "layers")
+            replace_layers(model, layers)
+            if layers and checkpoint_files:
+                _fit_marker(model, min(layers), checkpoint_files)
+        super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **options)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
+        super()._process_model_after_weight_loading(model, **options)
+        if getattr(model.config, METHOD, None):
+            vars(model.config).pop("auto_map", None)  # as above
+
+
+AUTO_QUANTIZER_MAPPING["compressed-tensors"] = PackedQuantizer
 
 
 class CheckpointConfig(PreTrainedConfig):

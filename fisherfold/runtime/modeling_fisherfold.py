@@ -190,7 +190,7 @@ class FisherfoldConfig(DenseConfig):
             super().__setattr__(name, value)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        return super().to_diff_dict() | {"quantization_config": dict(NOT_DENSE)}
+        return {"quantization_config": dict(NOT_DENSE)} | super().to_diff_dict()  # another if numbers have few bits
 
 
 def own_names(model: PreTrainedModel, part: str) -> dict[str, dict[str, Any]]:

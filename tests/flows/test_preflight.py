@@ -43,6 +43,9 @@ FISHER = {"capture": SKETCH, "kronecker": {"estimator": "sequence"}}
         ({"capture": STREAMED | {"skip_nonfinite": True}}, "Set capture.skip_nonfinite: false"),
         ({"capture": STREAMED | {"knowledge_questions": 32}}, "Set capture.knowledge_questions: 0"),
         ({"capture": STREAMED, "kronecker": {"estimator": "every_token"}}, "passes of its own with the whole model"),
+        ({"factorize": {"bits": 4}}, "set ranks.round_to = 32"),
+        ({"factorize": {"bits": 4}, "ranks": {"round_to": 32}, "subspace": {"share_inputs": True}}, "its own metric"),
+        ({"factorize": {"bits": 8, "gguf_export": True}, "ranks": {"round_to": 64}}, "factorize.gguf_export = false"),
     ],
 )
 def test_parameters_that_do_not_go_together(changed, says):
@@ -81,6 +84,13 @@ def test_a_budget_that_no_allocation_meets_is_refused_once_the_layers_are_known(
         check_prepared(workspace, check_params({"ranks": {"ratio": 0.5, "floor": 0.9}}, "test"))
     with pytest.raises(ParameterError, match="no_such"):
         check_prepared(workspace, check_params({"ranks": {"exclude": ["no_such*"]}}, "test"))
+
+
+def test_layers_that_groups_do_not_divide_are_refused(tmp_path):
+    few = check_params({"factorize": {"bits": 4}}, "test")
+    workspace = workspace_with(tmp_path, LinearLayer("down", 64, 48, bias=False, transposed=False, group="down"))
+    with pytest.raises(ParameterError, match="48 inputs, which groups of 32 do not divide"):
+        check_prepared(workspace, few)
 
 
 def test_a_folder_of_tasks_that_is_not_there(tmp_path):

@@ -1,0 +1,426 @@
+"""Low rank beside fewer bits, at equal bytes: perplexity on two texts and KL on the model's own answers.
+
+    python benchmarks/bytes.py --project . --folder /tmp/bytes --second other.txt            # all rows; goes on where it was stopped
+    python benchmarks/bytes.py --project . --folder /tmp/bytes --rows dense-4,ours-3.5       # some of them
+    python benchmarks/bytes.py --project . --folder /tmp/bytes --table                       # what has been measured
+    python benchmarks/bytes.py --project . --folder /tmp/bytes --layers model.layers.10.mlp.up_proj      # one layer, in seconds
+
+Wants a project whose stages up to `subspace` have run, with a Llama model. Every layer and every row is kept in --folder; with --minutes the
+script stops in time and the next call goes on.
+
+The demo models lie on a 4-bit grid (they come from GGUF files), so rounding them to 4 bits would cost nothing. Their residual stream is
+rotated first by a random orthogonal Q, norm gains folded into the layers that read it (SliceGPT, QuaRot): the function is the same, which
+`same_function` checks, and the grid is gone. The metrics and bases are rotated with the weights. A rotated model needs a head of its own; the bytes that are
+counted are those of the targeted layers, by number of the dense model's weights.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from fisherfold.allocators.cost import DENSE
+from fisherfold.allocators.widths import SIXTEENTHS, UNROUNDED, Option, cheapest_loss, options_of
+from fisherfold.evaluation.losses import compare_tokens
+from fisherfold.evaluation.own_answers import conversations
+from fisherfold.export.gauges import gauge, product
+from fisherfold.linalg.factor_rounding import LayerMetric, round_inputs_pivoted, round_outputs_pivoted, round_plain
+from fisherfold.linalg.group_grid import GROUP, Rounded, round_nearest
+from fisherfold.linalg.kronecker_rounding import round_under
+from fisherfold.linalg.rounding_losses import PIVOTED, RoundingUnits, rounding_units
+from fisherfold.network.models import load_model, read_weight
+from fisherfold.network.sites import Site, read_sites
+from fisherfold.run.tables import read_sequences
+from fisherfold.run.workspace import Workspace
+from fisherfold.statistics.layer_statistics import Statistics
+
+READ_STREAM = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm"} | {
+    "gate_proj": "post_attention_layernorm",
+    "up_proj": "post_attention_layernorm",
+}
+WRITE_STREAM = ("o_proj", "down_proj")
+ANSWERS = 16  # own answers that are compared
+TEXT = 16  # sequences of each text
+STORAGE = "pivoted"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to keep the model.
+
+    Attributes:
+        widths: that an allocation chooses from, or the one of all layers.
+        bits: a weight may take on average; None: full rank and the one width.
+        nearest: rounded to nearest, not by feedback.
+    """
+
+    widths: tuple[int, ...]
+    bits: float | None = None
+    nearest: bool = False
+
+
+ROWS = {
+    "dense-16": Row((UNROUNDED,)),
+    "dense-4-nearest": Row((4,), nearest=True),
+    "dense-4": Row((4,)),
+    "ours-3.5": Row((UNROUNDED, 8, 4), 3.5),
+    "dense-3": Row((3,)),
+    "ours-2.7": Row((UNROUNDED, 8, 4), 2.7),
+    "ours-2.7-all": Row((8, 4, 3, 2), 2.7),
+    "dense-3-nearest": Row((3,), nearest=True),
+    "dense-2": Row((2,)),
+    "rank-9.6": Row((UNROUNDED,), 9.6),  # 40 % of the numbers removed
+    "rank-9.6-4": Row((4,), 9.6 * 4.5 / 16),  # the same ranks and fewer bits
+    "rank-9.6-8": Row((8,), 9.6 * 8.5 / 16),
+    "rank-9.6-4-nearest": Row((4,), 9.6 * 4.5 / 16, nearest=True),
+    "dense-8": Row((8,)),
+    "dense-8-nearest": Row((8,), nearest=True),
+    "rank-4.5": Row((UNROUNDED,), 4.5),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A rotated layer: its weight, metric, and components."""
+
+    site: Site
+    W: np.ndarray
+    metric: LayerMetric
+    left: np.ndarray
+    right: np.ndarray
+
+
+class Rotated:
+    """The project's model with its residual stream rotated, layer by layer."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.statistics = Statistics(workspace.out("capture"))
+        self.sites = {site.name: site for site in read_sites(workspace.out("subspace"))}
+        self.model = load_model(workspace.model, torch.float32)
+        self.gains = {
+            name: norm.weight.double().numpy() for name, norm in self.model.named_modules() if name.endswith("norm")
+        }
+        size = self.model.config.hidden_size
+        self.Q = np.linalg.qr(np.random.default_rng(0).standard_normal((size, size)))[0]
+        rows = pq.read_table(workspace.out("subspace") / "diagnostics.parquet").to_pylist()
+        self.damping = {row["module"]: (row["input_damping"], row["output_damping"]) for row in rows}
+        table = pq.read_table(workspace.out("subspace") / "spectra.parquet").to_pandas()
+        self.sigma = {name: group["sigma"].to_numpy() for name, group in table.groupby("module", sort=False)}
+
+    def weight(self, name: str) -> np.ndarray:
+        """W [n, m] of one layer of the rotated model."""
+        W = read_weight(self.workspace.model, self.sites[name].layers[0]).double().numpy()
+        gain = self._gain(name)
+        return self.Q.T @ W if gain is None else W * gain @ self.Q
+
+    def layer(self, name: str) -> Layer:
+        """The layer with its damped metric and its basis."""
+        site, (of_inputs, of_outputs) = self.sites[name], self.damping[name]
+        layer = site.layers[0]
+        A = self.statistics.input_covariance(layer).double().numpy()
+        B = self.statistics.output_covariance(layer).double().numpy()
+        lefts, right = site.read_basis(self.workspace.out("subspace") / "bases")
+        left, right = lefts[0].double().numpy(), right.double().numpy()
+        gain = self._gain(name)
+        if gain is None:
+            metric = LayerMetric(damped(A, of_inputs), damped(self.Q.T @ B @ self.Q, of_outputs))
+            return Layer(site, self.weight(name), metric, self.Q.T @ left, right)
+        A = self.Q.T @ (A / np.outer(gain, gain)) @ self.Q
+        metric = LayerMetric(damped(A, of_inputs), damped(B, of_outputs))
+        return Layer(site, self.weight(name), metric, left, right * gain @ self.Q)
+
+    def _gain(self, name: str) -> np.ndarray | None:
+        """The gain of the norm that a layer reads the stream through; None for one that writes to it."""
+        block, _, kind = name.rpartition(".")
+        if kind in WRITE_STREAM:
+            return None
+        return self.gains[f"{block.rpartition('.')[0]}.{READ_STREAM[kind]}"]
+
+    def whole(self) -> PreTrainedModel:
+        """The rotated model in memory."""
+        model = load_model(self.workspace.model, torch.float32)
+        embedding = model.get_input_embeddings().weight.double().numpy()
+        head = torch.nn.Linear(*embedding.shape[::-1], bias=False)
+        head.weight = parameter(embedding * self.gains["model.norm"] @ self.Q)
+        model.config.tie_word_embeddings = False
+        model.set_output_embeddings(head)
+        model.get_input_embeddings().weight = parameter(embedding @ self.Q)
+        for name, module in model.named_modules():
+            if name.endswith("norm"):
+                module.weight = parameter(np.ones(len(module.weight)))
+        for name in self.sites:
+            model.get_submodule(name).weight = parameter(self.weight(name))
+        return model
+
+
+def parameter(values: np.ndarray) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(values)).float(), requires_grad=False)
+
+
+def damped(M: np.ndarray, damping: float) -> np.ndarray:
+    """As stage `subspace` damps, here after the rotation: what a norm with a small gain holds down would weigh too much otherwise."""
+    return (1 - damping) * M + damping * np.trace(M) / len(M) * np.eye(len(M))
+
+
+@torch.inference_mode()
+def same_function(rotated: Rotated, model: PreTrainedModel) -> float:
+    """Largest difference of a logit between the model and the rotated one, over the largest logit."""
+    ids = torch.arange(5, 69)[None]
+    mine, theirs = rotated.model(ids).logits, model(ids).logits
+    difference = float((mine - theirs).abs().max() / mine.abs().max())
+    assert difference < 1e-3, f"the rotated model is another one: {difference}"
+    return difference
+
+
+def kept_units(rotated: Rotated, folder: Path) -> dict[str, dict]:
+    """Predicted losses of rounding, of every layer, at one bit."""
+    found = {}
+    for name in rotated.sites:
+        path = folder / "units" / f"{name}.npz"
+        if not path.exists():
+            layer = rotated.layer(name)
+            units = rounding_units(
+                layer.W, layer.left, layer.right, rotated.sigma[name], layer.metric.inputs, layer.metric.outputs
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(path, dense=units.dense, components=units.components)
+            yield_time()
+        found[name] = dict(np.load(path))
+    return found
+
+
+def plan_row(rotated: Rotated, folder: Path, row: Row) -> dict[str, Option]:
+    """How every layer is kept."""
+    units = {
+        name: RoundingUnits(float(own["dense"]), own["components"]) for name, own in kept_units(rotated, folder).items()
+    }
+    options = []
+    for name, site in rotated.sites.items():
+        ranks = np.append(np.arange(0, site.full_rank, GROUP), site.full_rank)
+        ranks = ranks[-1:] if row.bits is None else ranks
+        options.append(options_of(site, rotated.sigma[name], units[name], row.widths, ranks, STORAGE))
+    numbers = sum(site.dense_numbers for site in rotated.sites.values())
+    most = sum(max(option.cost for option in own) for own in options)
+    budget = most if row.bits is None else int(numbers * row.bits * SIXTEENTHS / 8)
+    return dict(zip(rotated.sites, cheapest_loss(options, budget)))
+
+
+def kept_weight(layer: Layer, option: Option, nearest: bool) -> np.ndarray:
+    """The product of what is stored."""
+    if option.rank == 0:
+        return np.zeros_like(layer.W)
+    if option.storage == DENSE:
+        return layer.W if option.bits == UNROUNDED else rounded_dense(layer, option.bits, nearest).values
+    left, right = layer.left[:, : option.rank], layer.right[: option.rank]
+    if option.bits == UNROUNDED:
+        return left @ right
+    stored = gauge(left, right, option.storage, torch.float64)
+    parameters = dict(stored.parameters)
+    up, down, order = parameters["up.weight"], parameters["down.weight"], parameters.get("order")
+    if nearest:
+        found_up, found_down = round_nearest(up, option.bits), round_nearest(down, option.bits)
+    else:
+        rounding: dict[str, Callable] = {
+            "factors": lambda: round_plain(up, down, layer.W, option.bits, layer.metric),
+            "pivoted_outputs": lambda: round_outputs_pivoted(down, up, order, layer.W, option.bits, layer.metric),
+            "pivoted_inputs": lambda: round_inputs_pivoted(up, down, order, layer.W, option.bits, layer.metric),
+        }
+        factors = rounding[stored.kind]()
+        found_up, found_down = factors.up, factors.down
+    parameters |= {"up.weight": found_up.values, "down.weight": found_down.values}
+    return product(stored.kind, parameters, *layer.W.shape)
+
+
+def rounded_dense(layer: Layer, bits: int, nearest: bool) -> Rounded:
+    if nearest:
+        return round_nearest(layer.W, bits)
+    return round_under(layer.W, bits, layer.metric.inputs, layer.metric.outputs)
+
+
+def kept_layers(rotated: Rotated, folder: Path, name: str, plan: dict[str, Option], nearest: bool) -> Iterator[tuple]:
+    """(module, weight, loss) of every layer, from the folder or made now."""
+    for module, option in plan.items():
+        path = folder / name / f"{module}.npz"
+        if not path.exists():
+            layer = rotated.layer(module)
+            weight = kept_weight(layer, option, nearest)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(
+                path.with_suffix(".part.npz"),
+                weight=weight.astype(np.float32),
+                loss=layer.metric.loss(weight - layer.W),
+            )
+            path.with_suffix(".part.npz").rename(path)
+            yield_time()
+        kept = np.load(path)
+        yield module, kept["weight"], float(kept["loss"])
+
+
+def measure(rotated: Rotated, folder: Path, name: str, texts: dict[str, torch.Tensor]) -> dict:
+    """Perplexities, divergence, bytes and losses of one row."""
+    row, started = ROWS[name], time.monotonic()
+    plan = plan_row(rotated, folder, row)
+    losses, model = {}, None
+    for _ in kept_layers(rotated, folder, name, plan, row.nearest):
+        pass
+    model = rotated.whole()
+    same = same_function(rotated, model)
+    for module, weight, loss in kept_layers(rotated, folder, name, plan, row.nearest):
+        model.get_submodule(module).weight.copy_(torch.from_numpy(weight))
+        losses[module] = loss
+    numbers = sum(site.dense_numbers for site in rotated.sites.values())
+    found = {
+        "bits": 8 * sum(option.cost for option in plan.values()) / SIXTEENTHS / numbers,
+        "dense_layers": sum(option.storage == DENSE for option in plan.values()),
+        "widths": {str(bits): sum(option.bits == bits for option in plan.values()) for bits in row.widths},
+        "predicted": sum(option.loss for option in plan.values()),
+        "measured": sum(losses.values()),
+        "layers": {
+            module: [plan[module].rank, plan[module].bits, plan[module].loss, loss] for module, loss in losses.items()
+        },
+        "logits_differ": same,
+    }
+    found |= {f"perplexity_{text}": perplexity(model, ids) for text, ids in texts.items()}
+    found["own_answers_kl"] = divergence(rotated, model)
+    found["seconds"] = time.monotonic() - started
+    for path in (folder / name).glob("*.npz"):
+        path.unlink()
+    return found
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, sequences: torch.Tensor) -> float:
+    losses = []
+    for ids in sequences.split(4):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item() * len(ids))
+    return math.exp(sum(losses) / len(sequences))
+
+
+def divergence(rotated: Rotated, model: PreTrainedModel) -> float:
+    """KL(dense ‖ row) a token over the dense model's own answers."""
+    rows = conversations(pq.read_table(rotated.workspace.table("answers")), None)[:ANSWERS]
+    total = tokens = 0.0
+    for row in rows:
+        found = compare_tokens(rotated.model, model, torch.tensor(row.prompt + row.answer)[None])
+        total += float(found["divergence"][0, len(row.prompt) - 1 :].double().sum())
+        tokens += len(row.answer)
+    return total / tokens
+
+
+def print_layers(rotated: Rotated, names: list[str]) -> None:
+    """Losses of single layers in parts of the loss of dropping them: cut to two thirds of the rank, rounded, and both."""
+    print(
+        f"{'layer':36} {'storage':10} {'rank':>5} {'bits':>5} {'cut':>9} {'nearest':>9} {'feedback':>9} {'predicted':>9}"
+    )
+    for name in names:
+        layer, site = rotated.layer(name), rotated.sites[name]
+        whole, sigma = layer.metric.loss(layer.W), rotated.sigma[name]
+        units = rounding_units(layer.W, layer.left, layer.right, sigma, layer.metric.inputs, layer.metric.outputs)
+        for storage in ("dense", "factors", "pivoted"):
+            rank = site.full_rank if storage == "dense" else site.full_rank * 2 // 3 // GROUP * GROUP
+            cut = float(np.square(sigma[rank:]).sum())
+            for bits in (8, 4):
+                losses = []
+                for nearest in (True, False):
+                    weight = kept_weight(layer, Option(rank, storage, bits, 0, 0.0), nearest)
+                    losses.append(layer.metric.loss(weight - layer.W) / whole)
+                rounding = units.of_dense(bits) if storage == "dense" else float(units.of_ranks(bits)[rank])
+                predicted = (cut + rounding * (PIVOTED if storage == "pivoted" else 1)) / whole
+                figures = " ".join(f"{value:9.2e}" for value in (cut / whole, *losses, predicted))
+                print(f"{name:36} {storage:10} {rank:5} {bits:5} {figures}", flush=True)
+
+
+def second_text(path: Path, workspace: Workspace, length: int) -> torch.Tensor:
+    """Sequences spread over a text file."""
+    ids = AutoTokenizer.from_pretrained(workspace.model)(path.read_text(encoding="utf-8"))["input_ids"]
+    starts = np.linspace(0, len(ids) - length, TEXT, dtype=int)
+    return torch.tensor([ids[start : start + length] for start in starts])
+
+
+DEADLINE = [math.inf]
+
+
+def yield_time() -> None:
+    """Stop where the time is over; what has been made is kept."""
+    if time.monotonic() > DEADLINE[0]:
+        raise SystemExit("time is over: call again to go on")
+
+
+def print_table(folder: Path) -> None:
+    rows = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    names = [key for key in next(iter(rows.values())) if key.startswith("perplexity")]
+    print(
+        f"{'row':20} {'bits':>6} {'dense':>6} "
+        + " ".join(f"{name:>18}" for name in names)
+        + f" {'KL':>8} {'predicted':>10} {'measured':>10}"
+    )
+    for name in [name for name in ROWS if name in rows]:
+        row = rows[name]
+        texts = " ".join(f"{row[text]:18.2f}" for text in names)
+        print(
+            f"{name:20} {row['bits']:6.2f} {row['dense_layers']:6} {texts} {row['own_answers_kl']:8.4f} {row['predicted']:10.3g} {row['measured']:10.3g}"
+        )
+    report(rows, names)
+
+
+def report(rows: dict[str, dict], names: list[str]) -> None:
+    """The issue's figures, as far as their rows have been measured."""
+    for bits, limit in ((8, 1.01), (4, 1.15)):
+        pair = rows.get(f"rank-9.6-{bits}"), rows.get("rank-9.6")
+        if all(pair):
+            value = max(pair[0][name] / pair[1][name] for name in names)
+            print_figure(f"perplexity of factors in {bits} bits over 16 bits, ratio 0.4", value, limit, value <= limit)
+    pairs = [
+        (plan[2], plan[3]) for row in rows.values() for plan in row["layers"].values() if plan[3] > 0 and plan[2] > 0
+    ]
+    if len(pairs) > 2:
+        ranks = np.argsort(np.argsort(np.array(pairs), axis=0), axis=0)
+        value = float(np.corrcoef(ranks.T)[0, 1])
+        print_figure("rank correlation of predicted and measured loss, layers of all rows", value, 0.95, value >= 0.95)
+
+
+def print_figure(figure: str, value: float, target: float, holds: bool) -> None:
+    print(json.dumps({"figure": figure, "value": value, "unit": "", "target": target, "holds": holds}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--project", type=Path, default=Path())
+    parser.add_argument("--folder", type=Path, required=True, help="what is kept from call to call")
+    parser.add_argument("--second", type=Path, default=None, help="a text of another kind")
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--layers", default=None, help="print the losses of these layers alone")
+    options = parser.parse_args()
+    DEADLINE[0] = time.monotonic() + 60 * options.minutes
+    workspace = Workspace(options.project.resolve())
+    if options.layers:
+        return print_layers(Rotated(workspace), options.layers.split(","))
+    if not options.table:
+        rotated = Rotated(workspace)
+        sequences = read_sequences(workspace.table("evaluation"), rotated.model.config.vocab_size)[:TEXT]
+        texts = {"first": sequences}
+        if options.second:
+            texts["second"] = second_text(options.second, workspace, sequences.shape[1])
+        for name in options.rows.split(","):
+            path = options.folder / f"{name}.json"
+            if not path.exists():
+                found = measure(rotated, options.folder, name, texts)
+                path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                print(name, {key: value for key, value in found.items() if key != "layers"}, flush=True)
+    print_table(options.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Rank and bits of every site together: one knapsack over bytes.
+
+A site may have any of some ranks, in 16 bits or in any of some widths; full rank is the dense weight. An option costs its bytes and loses
+
+    Σ_{i >= r} σ_i² (truncation)  +  the predicted loss of rounding (``fisherfold.linalg.rounding_losses``),
+
+both in the unit of the metric, so that the least sum under the budget is one Lagrangian problem (``fisherfold.linalg.knapsack``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fisherfold.allocators.cost import ALLOWED_FORMATS, DENSE, FORMATS, Unit
+from fisherfold.linalg import knapsack
+from fisherfold.linalg.group_grid import GROUP, SCALE_BYTES
+from fisherfold.linalg.knapsack import Knapsack
+from fisherfold.linalg.rounding_losses import PIVOTED, RoundingUnits
+from fisherfold.network.sites import Site
+
+UNROUNDED = 16
+"""The width of numbers that are not rounded to whole ones."""
+SIXTEENTHS = 16
+"""Costs are counted in sixteenths of a byte: a number of b bits and its share of a scale take 2 b + 1 of them."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a site may be kept: rank r (full: dense), storage, bits, cost in sixteenths of a byte, predicted loss."""
+
+    rank: int
+    storage: str
+    bits: int
+    cost: int
+    loss: float
+
+
+def unit_of(bits: int, index_bytes: int = 8) -> Unit:
+    """The price of a number of so many bits, with its share of a scale, and of an index."""
+    scale = 0 if bits == UNROUNDED else SCALE_BYTES * SIXTEENTHS // GROUP
+    return Unit(bits * SIXTEENTHS // 8 + scale, index_bytes * SIXTEENTHS)
+
+
+def options_of(
+    site: Site, sigma: np.ndarray, units: RoundingUnits, widths: Sequence[int], ranks: np.ndarray, storage: str
+) -> list[Option]:
+    """Every option of a site; `ranks` are those it may have, multiples of GROUP below its full rank, and perhaps this."""
+    truncation = np.append(np.cumsum(np.square(sigma)[::-1])[::-1], 0.0)
+    return [_option(site, int(rank), bits, truncation, units, storage) for bits in widths for rank in ranks]
+
+
+def _option(site: Site, rank: int, bits: int, truncation: np.ndarray, units: RoundingUnits, storage: str) -> Option:
+    """The cheapest format of a rank and width; one that outgrows the matrix in as many bits is dense."""
+    unit = unit_of(bits)
+    stored = {name: FORMATS.lookup(name)(site, np.array(rank)).priced(unit) for name in ALLOWED_FORMATS[storage]}
+    cost, name = min((int(price), name) for name, price in stored.items())
+    dense = site.dense_numbers * unit.weight
+    if rank == site.full_rank or cost >= dense:
+        return Option(site.full_rank, DENSE, bits, dense, 0.0 if bits == UNROUNDED else units.of_dense(bits))
+    factor = PIVOTED if name != "factors" else 1.0
+    rounding = 0.0 if bits == UNROUNDED else factor * float(units.of_ranks(bits)[rank])
+    return Option(rank, name, bits, cost, float(truncation[rank]) + rounding)
+
+
+def cheapest_loss(options: Sequence[Sequence[Option]], budget: int) -> list[Option]:
+    """One option for each site, of least loss together within `budget` sixteenths of a byte; the cheapest ones fit."""
+    options = [_undominated(own) for own in options]
+    shape = len(options), max(map(len, options))
+    worth, cost = np.full(shape, -np.inf), np.zeros(shape, np.int64)
+    for row, own in enumerate(options):
+        worth[row, : len(own)] = [-option.loss for option in own]
+        cost[row, : len(own)] = [option.cost for option in own]
+    picks = knapsack.solve(Knapsack(worth, cost, budget))
+    return [own[pick] for own, pick in zip(options, picks)]
+
+
+def _undominated(options: Sequence[Option]) -> list[Option]:
+    """Those that no other is both cheaper and better than, by cost: the knapsack takes a dearer option to be worth more."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.cost, option.loss)):
+        if not kept or option.loss < kept[-1].loss:
+            kept.append(option)
+    return kept

@@ -1,0 +1,80 @@
+"""Ranks and bits in one knapsack, against all combinations, and predicted losses against those of rounding."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from fisherfold.allocators.cost import DENSE
+from fisherfold.allocators.widths import UNROUNDED, cheapest_loss, options_of, unit_of
+from fisherfold.linalg.factor_rounding import LayerMetric, round_plain
+from fisherfold.linalg.group_grid import GROUP, stored_bytes
+from fisherfold.linalg.kronecker_rounding import round_under, side_of
+from fisherfold.linalg.rounding_losses import rounding_units
+from fisherfold.network.layers import LinearLayer
+from fisherfold.network.sites import Site
+
+N, M = 128, 96
+WIDTHS = (UNROUNDED, 8, 4)
+
+
+def layer(seed: int):
+    """W, its balanced components and σ, and its metric."""
+    generator = np.random.default_rng(seed)
+    roots = [generator.standard_normal((size, size)) / np.sqrt(size) + np.eye(size) for size in (M, N)]
+    A, B = (root @ root.T + 0.3 * np.eye(len(root)) for root in roots)
+    W = generator.standard_normal((N, M)) * 0.95 ** np.arange(M) @ generator.standard_normal((M, M))
+    R_A, R_B = np.linalg.cholesky(A), np.linalg.cholesky(B)
+    U, sigma, Vh = np.linalg.svd(R_B.T @ W @ R_A, full_matrices=False)
+    left = np.linalg.solve(R_B.T, U * np.sqrt(sigma))
+    right = np.linalg.solve(R_A.T, (np.sqrt(sigma)[:, None] * Vh).T).T
+    return W, left, right, sigma, LayerMetric(A, B)
+
+
+def site(name: str) -> Site:
+    return Site(name, (LinearLayer(name, N, M, False, False, name),))
+
+
+def options(seed: int, storage: str = "pivoted"):
+    W, left, right, sigma, metric = layer(seed)
+    units = rounding_units(W, left, right, sigma, metric.inputs, metric.outputs)
+    return options_of(site(f"l{seed}"), sigma, units, WIDTHS, np.arange(0, M + 1, GROUP), storage)
+
+
+def test_the_knapsack_finds_the_best_of_all_combinations():
+    own = [options(seed) for seed in range(3)]
+    dense = N * M * unit_of(UNROUNDED).weight * 3
+    for share in (0.15, 0.3, 0.5):
+        budget = int(share * dense)
+        chosen = cheapest_loss(own, budget)
+        fitting = [picks for picks in product(*own) if sum(option.cost for option in picks) <= budget]
+        assert sum(option.cost for option in chosen) <= budget
+        least = min(sum(option.loss for option in picks) for picks in fitting)
+        assert sum(option.loss for option in chosen) == pytest.approx(least)
+
+
+def test_costs_are_the_bytes_of_what_is_stored():
+    for option in options(0):
+        if option.bits == UNROUNDED:
+            continue
+        rank, order = option.rank, 8 * M  # the inputs, which are fewer, are pivoted
+        shapes = {
+            DENSE: [(N, M)],
+            "factors": [(rank, M), (N, rank)],
+            "pivoted": [(rank, M - rank), (N, rank)],
+        }[option.storage]
+        bytes_ = sum(stored_bytes(*shape, option.bits) for shape in shapes) + order * (option.storage == "pivoted")
+        assert option.cost == 16 * bytes_
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_predicted_losses_are_near_those_of_rounding(bits):
+    W, left, right, sigma, metric = layer(1)
+    units = rounding_units(W, left, right, sigma, metric.inputs, metric.outputs)
+    dense = metric.loss(round_under(W, bits, side_of(metric.A, M), side_of(metric.B, N)).values - W)
+    assert dense == pytest.approx(units.of_dense(bits), rel=0.35)
+    rank = 64
+    cut = left[:, :rank] @ right[:rank]
+    found = round_plain(left[:, :rank], right[:rank], cut, bits, metric)
+    measured = metric.loss(found.up.values @ found.down.values - cut)
+    assert 0.2 < measured / units.of_ranks(bits)[rank] < 1.1  # fitting one factor to the other gains more than half here

@@ -1,0 +1,81 @@
+"""Stage `factorize` with `bits`: the checkpoint loads by compressed-tensors, with code from its folder and with `fisherfold.runtime`, as one model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import VOCABULARY, random_ids, tiny_tokenizer
+from tiny_subspace import publish_ranks, publish_subspace
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fisherfold.export.packed import matrices, pack, packed_tensors, unpacked
+from fisherfold.linalg.group_grid import round_nearest
+from fisherfold.network.layers import find_layers, write_dense_layers, write_layers
+from fisherfold.network.models import load_model
+from fisherfold.run.params import FactorizeParams, KroneckerParams, PrepareParams
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.workspace import Workspace
+from stages import factorize
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def workspace_of(root) -> Workspace:
+    """As `subspace_workspace`, of a model wide enough for groups of 32."""
+    workspace = Workspace(root)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", vocab_size=VOCABULARY, **SIZES)
+    with Scratch(workspace, "prepare", PrepareParams(), {}) as scratch, scratch.publish() as out:
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(out / "model")
+        tiny_tokenizer().save_pretrained(out / "model")
+        write_dense_layers(out, {})
+        (out / "prepare.json").write_text(
+            json.dumps({"model": {"name": "tiny", "origin": "local", "licence": None, "digest": "0"}})
+        )
+    layers = find_layers(load_model(workspace.model, torch.float32))
+    write_layers(workspace.out("prepare"), layers)
+    publish_subspace(workspace, layers, {}, False, "svd")
+    (workspace.out("capture") / "capture.json").write_text("{}")
+    with Scratch(workspace, "kronecker", KroneckerParams(), {}) as scratch, scratch.publish():
+        pass  # nothing of either is read for metric svd
+    return workspace
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_packed_matrix_is_what_was_packed_and_what_compressed_tensors_reads(bits):
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    rounded = round_nearest(np.random.default_rng(0).standard_normal((5, 64)), bits)
+    tensors = packed_tensors(rounded)
+    np.testing.assert_allclose(unpacked(tensors).numpy(), rounded.values, rtol=1e-3)
+    assert torch.equal(
+        torch.from_numpy(pack(rounded.codes, bits)), helpers.pack_to_int32(torch.from_numpy(rounded.codes), bits)
+    )
+
+
+def test_the_checkpoint_loads_in_both_ways_as_what_was_rounded(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    workspace = workspace_of(tmp_path)
+    ranks = {"model.layers.0.mlp.up_proj": 32, "model.layers.0.mlp.down_proj": 32, "model.layers.0.self_attn.q_proj": 0}
+    publish_ranks(workspace, ranks, "factors")
+    factorize.run(workspace, FactorizeParams(bits=8, dense_export=True))
+    out = workspace.out("factorize")
+    facts = json.loads((out / "factorize.json").read_text())
+    dense = AutoModelForCausalLM.from_pretrained(out / "dense").eval()
+    saved = load_file(out / "model" / "model.safetensors")
+    layer = "model.layers.0.self_attn.k_proj"
+    torch.testing.assert_close(matrices(saved)[f"{layer}.weight"].float(), dense.get_submodule(layer).weight.data)
+    assert facts["targeted_parameters_compressed"] == 64 * 64 * 3 + 64 * 96 + 2 * 32 * (64 + 96)
+    assert facts["model_bytes_compressed"] == sum(tensor.numel() * tensor.itemsize for tensor in saved.values())
+    assert all(0 < record["rounding_loss"] < 1e-3 for record in facts["layers"].values() if record["rank"])
+    ids = random_ids(2, 9)
+    for options in ({"trust_remote_code": True}, {}):
+        model = AutoModelForCausalLM.from_pretrained(out / "model", **options).eval()
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=2e-4, rtol=1e-3)
