@@ -210,7 +210,7 @@ class RefineParams(Block):
     threads: Count = 2
     passes: Annotated[int, Field(ge=0)] = 0
     rate: Annotated[float, Field(gt=0)] = 2e-4
-    batch_size: Count = 8
+    batch_size: Count = 2
 
 
 class HealParams(Block):

@@ -118,13 +118,15 @@ def _module_names(names: set[str], model: PreTrainedModel) -> set[str]:
     return {rename_source_key(name, renamings, converters)[0] for name in names}
 
 
-class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
+class PackedQuantizer(CompressedTensorsHfQuantizer):
     """Checkpoints in few bits, of ours and of others: low-rank layers are put in before compressed-tensors looks for its modules."""
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **options: Any
     ) -> None:
-        if getattr(model.config, METHOD, None) and type(model).__module__.startswith("transformers."):  # not code from a folder
+        if getattr(model.config, METHOD, None) and type(model).__module__.startswith(
+            "transformers."
+        ):  # not code from a folder
             layers = own_names(model, "layers")
             replace_layers(model, layers)
             if layers and checkpoint_files:

@@ -77,4 +77,6 @@ def test_predicted_losses_are_near_those_of_rounding(bits):
     cut = left[:, :rank] @ right[:rank]
     found = round_plain(left[:, :rank], right[:rank], cut, bits, metric)
     measured = metric.loss(found.up.values @ found.down.values - cut)
-    assert 0.2 < measured / units.of_ranks(bits)[rank] < 1.1  # fitting one factor to the other gains more than half here
+    assert (
+        0.2 < measured / units.of_ranks(bits)[rank] < 1.1
+    )  # fitting one factor to the other gains more than half here
