@@ -357,7 +357,7 @@ def yield_time() -> None:
 
 
 def print_table(folder: Path) -> None:
-    rows = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    rows = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
     names = [key for key in next(iter(rows.values())) if key.startswith("perplexity")]
     print(
         f"{'row':20} {'bits':>6} {'dense':>6} "

@@ -12,7 +12,7 @@ from fisherfold.run.params import Params
 
 SHIPPED: dict[str, dict[str, Any]] = {
     "prepare": {"unseen": "electronic-texts"},
-    "factorize": {"refine": {"passes": 1}},
+    "factorize": {"refine": {"passes": 2}},
 }
 """Where params.yaml, as it is shipped, has another value than the parameter has where none is given."""
 LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -63,13 +63,13 @@ class LeafSource:
     params: CaptureParams
     leaf: Leaf
 
-    def open(self) -> StreamedModel:
+    def opened(self) -> StreamedModel:
         """The model's skeleton."""
         return streamed_model(self.model, self.params.dtype)
 
     def shards(self) -> dict[int, dict[int, torch.Tensor]]:
         """Ids [T] of every sequence by its number, by shard."""
-        ids = read_sequences(self.table, self.open().vocabulary)
+        ids = read_sequences(self.table, self.opened().vocabulary)
         numbers = range(self.leaf.first, self.leaf.last + 1)
         return {shard: {s: ids[s] for s in shard_sequences(shard, len(ids), self.params)} for shard in numbers}
 
@@ -107,7 +107,7 @@ def try_blocks(folder: Path, model: Path, dtype: str) -> None:
 
 def embed(folder: Path, source: LeafSource) -> None:
     """Unit of work: what reaches the first block."""
-    streamed = source.open()
+    streamed = source.opened()
     with torch.no_grad(), streamed.surroundings(embedding=True), GroupWriter(folder / HIDDEN) as writer:
         for _, numbers, ids in source.batches("embedding, batch"):
             _write(writer, numbers, _finite(source, "the embedding", numbers, streamed.enter(ids)))
@@ -119,7 +119,7 @@ def forward(folder: Path, source: LeafSource, block: int, before: Path) -> None:
     Raises:
         NumericalError: what leaves it is not finite.
     """
-    streamed = source.open()
+    streamed = source.opened()
     where = f"the output of {streamed.names[block]}"
     with streamed.block(block) as module, GroupWriter(folder / HIDDEN) as writer:
         run = BlockRun(streamed, block, module)
@@ -135,7 +135,7 @@ def head(folder: Path, source: LeafSource, before: Path) -> None:
     Raises:
         NumericalError: a loss is not finite.
     """
-    streamed, params = source.open(), source.params
+    streamed, params = source.opened(), source.params
     losses: dict[int, list[float]] = {}
     with streamed.surroundings(head=True), GroupWriter(folder / GRADIENT) as writer:
         for shard, numbers, ids in source.batches("losses, batch"):
@@ -171,7 +171,7 @@ def backward(
     Raises:
         NumericalError: a gradient is not finite.
     """
-    streamed, params = source.open(), source.params
+    streamed, params = source.opened(), source.params
     losses = json.loads((scored / LOSSES).read_text(encoding="utf-8"))
     with streamed.block(part.block) as module:
         run = BlockRun(streamed, part.block, module)
