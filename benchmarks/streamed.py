@@ -100,7 +100,9 @@ def copy_project(project: Path, root: Path, sequences: int) -> Workspace:
     workspace, table = Workspace(root), Workspace(project).table("calibration")
     rows = read_table(table).slice(0, sequences)
     ids = torch.tensor(rows["input_ids"].to_pylist())
-    vocabulary = json.loads((project / "artifacts/prepare/prepare.json").read_text(encoding="utf-8"))["data"]["vocabulary"]
+    vocabulary = json.loads((project / "artifacts/prepare/prepare.json").read_text(encoding="utf-8"))["data"][
+        "vocabulary"
+    ]
     write_sequences(workspace.table("calibration"), ids.numpy(), rows["articles"].to_pylist(), vocabulary)
     return workspace
 

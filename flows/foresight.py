@@ -6,8 +6,9 @@ of it. `fisherfold stage prepare` asks, and whatever knows a prepared model may.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import Params
 from fisherfold.run.progress import announce
 from fisherfold.run.targets import TARGETS
+
+if TYPE_CHECKING:
+    from fisherfold.network.layers import LinearLayer
 
 DEFAULT_TARGET = Params().factorize.target
 LITTLE = 0.1  # of a whole model
@@ -51,41 +55,40 @@ def refuse(params: Params, model: Path, found: Path) -> None:
             not be placed as `capture.placement` says.
     """
     from fisherfold.export.served import CHECKS
-    from fisherfold.network.layers import read_layers
+    from fisherfold.network.layers import read_dense_layers, read_layers
 
-    CHECKS[params.factorize.target](params.factorize, model, read_layers(found))
+    layers = read_layers(found)
+    CHECKS[params.factorize.target](params.factorize, model, layers)
     if params.factorize.gguf_export:
         from fisherfold.export.gguf_export import check_gguf
 
         check_gguf(json.loads((model / "config.json").read_text(encoding="utf-8")), model)
     if params.factorize.bits:
-        check_groups(params.factorize.bits, found)
-    check_budget(params, model, found)
-    check_placement(params, model, found)
+        check_groups(params.factorize.bits, layers)
+    check_budget(params, model, layers, read_dense_layers(found))
+    check_placement(params, model, layers)
 
 
-def check_placement(params: Params, model: Path, found: Path) -> None:
+def check_placement(params: Params, model: Path, layers: Sequence["LinearLayer"]) -> None:
     """Refuse a model that stage capture cannot run as `capture.placement` says.
 
     Raises:
         InputError: says why.
     """
-    from fisherfold.network.layers import read_layers
     from fisherfold.statistics.streamed_placement import PLACEMENTS
 
-    PLACEMENTS.lookup(params.capture.placement).require(model, read_layers(found), params.capture.dtype)
+    PLACEMENTS.lookup(params.capture.placement).require(model, layers, params.capture.dtype)
 
 
-def check_groups(bits: int, found: Path) -> None:
+def check_groups(bits: int, layers: Sequence["LinearLayer"]) -> None:
     """Refuse layers whose numbers do not come in whole groups, or that the format of few bits has no place for.
 
     Raises:
         ParameterError: names the first.
     """
     from fisherfold.linalg.group_grid import GROUP
-    from fisherfold.network.layers import read_layers
 
-    for layer in read_layers(found):
+    for layer in layers:
         uneven = f"has {layer.inputs} inputs, which groups of {GROUP} do not divide" if layer.inputs % GROUP else None
         if (
             reason := uneven
@@ -127,7 +130,7 @@ def _kept_ranks(params: Params, found: Path) -> tuple[float, float]:
     )
 
 
-def check_budget(params: Params, model: Path, found: Path) -> None:
+def check_budget(params: Params, model: Path, layers: Sequence["LinearLayer"], dense: dict[str, str]) -> None:
     """Refuse a ratio that no allocation meets, and limits that match no module.
 
     Raises:
@@ -136,11 +139,11 @@ def check_budget(params: Params, model: Path, found: Path) -> None:
     from fisherfold.allocators.allocation import pose
     from fisherfold.allocators.budget import BUDGETS
     from fisherfold.allocators.limits import Limits
-    from fisherfold.network.layers import read_dense_layers, read_layers
     from fisherfold.network.sites import find_sites
+    from stages.subspace import shares_inputs
 
-    sites = find_sites(read_layers(found), params.subspace.share_inputs or params.subspace.metric == "fasc")
-    limits = Limits.of(params.ranks, (), read_dense_layers(found))
+    sites = find_sites(layers, shares_inputs(params.subspace))
+    limits = Limits.of(params.ranks, (), dense)
     budget = BUDGETS.lookup(params.ranks.budget)(sites, model)
     pose(sites, [np.zeros(site.full_rank) for site in sites], params.ranks, limits, budget)
 

@@ -126,7 +126,7 @@ def few_bits(params: Params) -> str | None:
     asked = f"factorize.bits = {params.factorize.bits}"
     if params.ranks.round_to % group:
         return f"{asked} rounds numbers in groups of {group}, which ranks have to be multiples of: set ranks.round_to = {group}."
-    if params.subspace.metric == "fasc" or params.subspace.share_inputs:
+    if importlib.import_module("stages.subspace").shares_inputs(params.subspace):
         return f"{asked} rounds each layer under its own metric: set subspace.share_inputs = false and a metric other than 'fasc'."
     if params.factorize.gguf_export:
         return f"{asked} is not what GGUF files have: set factorize.gguf_export = false and let llama.cpp quantize the dense export."

@@ -16,9 +16,8 @@ from fisherfold.run.params import load_params
 from fisherfold.run.workspace import Workspace
 
 PATIENCE = 20.0  # seconds that a stage takes before a plan is made
-UNLIKE = (
-    "prepare",
-)  # downloads, and answers token by token: how long they took says nothing of the stages that compute
+UNLIKE = ("prepare",)
+"""Stages that download, and answer token by token: how long they took says nothing of those that compute."""
 
 
 class TimeLeft:

@@ -174,7 +174,7 @@ def write_block(folder: Path, block: nn.Module, name: str, layers: Mapping[str, 
     state = block.state_dict()
     write_layers_of(folder, state, f"{name}.", layers)
     (folder / "rest").mkdir()
-    write_tensors(folder / "rest", {f"{name}.{key}": _stored(value) for key, value in sorted(state.items())})
+    write_tensors(folder / "rest", {f"{name}.{key}": StoredTensor.of(value) for key, value in sorted(state.items())})
 
 
 def write_layers_of(folder: Path, state: dict[str, torch.Tensor], prefix: str, layers: Mapping[str, LowRank]) -> None:
@@ -182,10 +182,6 @@ def write_layers_of(folder: Path, state: dict[str, torch.Tensor], prefix: str, l
     for layer in layers:
         own = f"{layer.removeprefix(prefix)}."
         tensors = {key.removeprefix(own): state.pop(key) for key in list(state) if key.startswith(own)}
-        stored = {key: _stored(value) for key, value in tensors.items() if value.numel() and key != "weight"}
+        stored = {key: StoredTensor.of(value) for key, value in tensors.items() if value.numel() and key != "weight"}
         (folder / "layers" / layer).mkdir(parents=True)
         write_tensors(folder / "layers" / layer, stored)
-
-
-def _stored(values: torch.Tensor) -> StoredTensor:
-    return StoredTensor(tuple(values.shape), values.dtype, lambda: values)

@@ -112,11 +112,7 @@ def _rounded_layer(stored: StoredLayer, folder: Path) -> StoredLayer:
 def _write(
     folder: Path, tensors: Mapping[str, torch.Tensor], metric: LayerMetric, found: np.ndarray, W: np.ndarray
 ) -> None:
-    stored = {name: _stored(tensor) for name, tensor in sorted(tensors.items())}
+    stored = {name: StoredTensor.of(tensor) for name, tensor in sorted(tensors.items())}
     write_tensors(folder, stored)
     loss = metric.loss(found - W) / (metric.loss(W) or 1.0)
     (folder / "layer.json").write_text(json.dumps({"rounding_loss": loss}) + "\n", encoding="utf-8")
-
-
-def _stored(tensor: torch.Tensor) -> StoredTensor:
-    return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)

@@ -43,6 +43,11 @@ class StoredTensor:
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "StoredTensor":
+        """A tensor in memory."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
     @property
     def numbers(self) -> int:
         """How many numbers the tensor has."""

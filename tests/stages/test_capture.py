@@ -1,4 +1,3 @@
-import itertools
 import os
 import shutil
 import signal
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from capture_bits import assert_same_bits, groups
+from killed import Killed, killed_again_and_again
 from project import ROOT
 from safetensors.torch import load_file, save_file
 from shuffled import Shuffled
@@ -288,35 +288,12 @@ def test_leaves_in_any_order_give_the_same_bits(workspace, in_leaves, slots):
     assert len(engine.given_out) == len(set(engine.given_out)) > 2
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("seconds", ["0", "1e9"])
 def test_killed_anywhere_it_resumes_with_the_same_bits(workspace, in_leaves, monkeypatch, seconds):
     """Ends the run at the 1st, 4th, 7th … of its durable steps, each run going on from the one before."""
     monkeypatch.setenv("FISHERFOLD_SAVE_SECONDS", seconds)
-    sync = disk.sync_folder
-    for fatal in itertools.count(1, 3):
-        calls = itertools.count(1)
-
-        def deadly(path, fatal=fatal, calls=calls):
-            if next(calls) == fatal:
-                raise Killed
-            sync(path)
-
-        with monkeypatch.context() as patch:
-            for module in (disk, scratch, savepoints, unit_work):
-                patch.setattr(module, "sync_folder", deadly)
-            for module in (savepoints, unit_work):
-                patch.setattr(module, "sync_tree", lambda folder: None)
-            patch.setattr(os, "fsync", lambda descriptor: None)  # dozens of runs should not wait for the disk
-            try:
-                capture.run(workspace, LEAVES)
-                break
-            except Killed:
-                continue
-    assert fatal > 5
+    folders, trees = (disk, scratch, savepoints, unit_work), (savepoints, unit_work)
+    assert killed_again_and_again(lambda: capture.run(workspace, LEAVES), monkeypatch, 3, folders, trees) > 5
     assert_same_bits(workspace, in_leaves)
 
 

@@ -1,13 +1,12 @@
 """`capture.placement: streamed` against `whole`: the same bits with one decoder block in memory, however it is cut and interrupted."""
 
-import itertools
-import os
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from capture_bits import assert_same_bits
+from killed import killed_again_and_again
 from shuffled import Shuffled
 from tiny import FAMILIES, VOCABULARY, random_ids, tiny_workspace
 from tiny_families import tiny_family
@@ -16,7 +15,7 @@ from fisherfold.inputs.targeting import open_experts
 from fisherfold.network.layers import read_layers, write_layers
 from fisherfold.network.streamed_model import StreamedModel
 from fisherfold.network.targets import find_targets
-from fisherfold.run import disk
+from fisherfold.run import disk, scratch, unit_work
 from fisherfold.run.engine import use_engine
 from fisherfold.run.errors import InputError, NumericalError
 from fisherfold.run.group_writer import SUFFIX
@@ -124,32 +123,12 @@ def test_layers_in_the_last_block_alone(prepared, tmp_path):
         assert_same_bits(other, one)
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_killed_anywhere_it_resumes_with_the_same_bits(prepared, whole, tmp_path, monkeypatch):
     """Ends the run at the 1st, 6th, 11th … of its durable steps, each run going on from the one before."""
     shutil.copytree(prepared.root, tmp_path / "w")
-    workspace, sync = Workspace(tmp_path / "w"), disk.sync_folder
-    for fatal in itertools.count(1, 5):
-        calls = itertools.count(1)
-
-        def deadly(path, fatal=fatal, calls=calls):
-            if next(calls) == fatal:
-                raise Killed
-            sync(path)
-
-        with monkeypatch.context() as patch:
-            for module in ("scratch", "unit_work", "disk"):
-                patch.setattr(f"fisherfold.run.{module}.sync_folder", deadly)
-            patch.setattr(os, "fsync", lambda descriptor: None)
-            try:
-                capture.run(workspace, CUT)
-                break
-            except Killed:
-                continue
-    assert fatal > 10
+    workspace = Workspace(tmp_path / "w")
+    folders = (scratch, unit_work, disk)
+    assert killed_again_and_again(lambda: capture.run(workspace, CUT), monkeypatch, 5, folders) > 10
     assert_same_bits(workspace, whole)
 
 

@@ -13,6 +13,7 @@ import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killed import Killed
 from object_storage import BUCKET, READ_TIMEOUT, configure
 from project import command
 from tiny import tiny_workspace
@@ -373,10 +374,6 @@ def test_capture_by_slices_of_layers_gathers_pointers(storage, prepared, local, 
         for ours, theirs in zip(*(reader.gradient_shards(layer) for reader in readers), strict=True):
             assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
     assert disk_bytes(readers[0].layers, params, 6) < disk_bytes(readers[0].layers, PARAMS, 6)
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.parametrize(("module", "step"), [(scratch, "append_line"), (unit_work, "sync_tree")])
