@@ -176,7 +176,7 @@ class FermigradParams(Block):
     tau_last: Share = 0.007
     rate_first: Share = 0.03
     rate_last: Share = 0.005
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class MeasuredParams(Block):
@@ -218,8 +218,8 @@ class HealParams(Block):
 
     threads: Count = 2
     passes: Annotated[int, Field(ge=0)] = 0
-    rate: Annotated[float, Field(gt=0)] = 1e-4
-    batch_size: Count = 8
+    rate: Annotated[float, Field(gt=0)] = 1.5e-5
+    batch_size: Count = 2
 
 
 class FactorizeParams(ComputeBlock):
