@@ -115,6 +115,7 @@ for command in (
     using.compare,
     using.verify,
     using.chat,
+    using.export,
     using.report,
 ):
     app.command()(command)

@@ -17,8 +17,10 @@ MEASURES = {
     "empty answers": ("compressed", "empty_answers", "{}"),
     "targeted parameters": ("size", "targeted_parameters_compressed", None),
     "bytes of the model": ("size", "model_bytes_compressed", None),
+    "reads, tokens a second": ("speed", "reading", "{:.3g}"),
+    "answers, tokens a second": ("speed", "answering", "{:.3g}"),
 }
-"""What is compared: where it stands in metrics.json, and how it is shown."""
+"""What is compared: where it stands in metrics.json, or in what a run remembers of speed, and how it is shown."""
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     flat = [dict(_flat(run.get("params") or {})) for run in runs]
     known = all("params" in run for run in runs)
     names = dict.fromkeys([*flat[0], *flat[1]]) if known else {}
-    pairs = {name: [_measure(run["metrics"], *where[:2]) for run in runs] for name, where in MEASURES.items()}
+    pairs = {name: [_measure(run, *where[:2]) for run in runs] for name, where in MEASURES.items()}
     return {
         "runs": [run["run"] for run in runs],
         "parameters": {
@@ -39,7 +41,11 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _measure(metrics: Mapping[str, Any], part: str, key: str) -> float | None:
+def _measure(run: Mapping[str, Any], part: str, key: str) -> float | None:
+    metrics = run["metrics"]
+    if part == "speed":
+        pace = (run.get("speed") or {}).get(key) or {}
+        return pace.get("compressed")
     if part == "ratio":
         pair = [metrics[model].get(key) for model in ("compressed", "dense")]
         return None if None in pair else pair[0] / pair[1]

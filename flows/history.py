@@ -1,6 +1,6 @@
 """What the runs of a project gave, one line each, so that they can be compared: parameters and metrics.json.
 
-artifacts/runs.jsonl      {"run": 1, "ended": "2026-01-31T12:00:00", "minutes": 9.2, "params": …, "metrics": …}
+artifacts/runs.jsonl      {"run": 1, "ended": "2026-01-31T12:00:00", "minutes": 9.2, "params": …, "metrics": …, "speed": …}
 """
 
 import json
@@ -18,7 +18,13 @@ from fisherfold.run.workspace import Workspace
 METRICS = Path("artifacts", "evaluate", "metrics.json")
 
 
-def note_run(workspace: Workspace, params: Params, metrics: Mapping[str, Any], seconds: float) -> None:
+def note_run(
+    workspace: Workspace,
+    params: Params,
+    metrics: Mapping[str, Any],
+    seconds: float,
+    speed: Mapping[str, Any] | None = None,
+) -> None:
     """Remember what a finished run gave, unless the last one gave the same."""
     entry = {"params": params.model_dump(mode="json"), "metrics": metrics}
     known = read_runs(workspace)
@@ -26,7 +32,7 @@ def note_run(workspace: Workspace, params: Params, metrics: Mapping[str, Any], s
         return
     ended = datetime.now().isoformat(timespec="seconds")
     number = known[-1]["run"] + 1 if known else 1
-    line = {"run": number, "ended": ended, "minutes": round(seconds / 60, 2), **entry}
+    line = {"run": number, "ended": ended, "minutes": round(seconds / 60, 2), "speed": speed, **entry}
     append_line(_file(workspace), json.dumps(line, sort_keys=True))
 
 

@@ -9,8 +9,10 @@ from fisherfold.evaluation.verdict import verdict
 from fisherfold.run.params import Params
 from fisherfold.run.progress import millions
 from fisherfold.run.targets import TARGETS
+from fisherfold.run.times import speed
 from fisherfold.run.workspace import Workspace
 from flows.history import note_run, read_metrics, read_runs
+from flows.report_page import page_path
 from flows.time_left import in_words
 
 WIDTH = 80
@@ -21,7 +23,7 @@ def tell_outcome(workspace: Workspace, params: Params, stages: Sequence[str], se
     """Print the block of a run that went well, and remember what it gave. Of stages that were not asked for there is nothing to tell."""
     metrics = read_metrics(workspace) if "evaluate" in stages else None
     if metrics:
-        note_run(workspace, params, metrics, seconds)
+        note_run(workspace, params, metrics, seconds, speed(workspace))
     print("\n".join(outcome_lines(workspace, params, stages, metrics, seconds)))
 
 
@@ -30,7 +32,8 @@ def outcome_lines(
 ) -> Iterator[str]:
     """The lines of the block."""
     yield ""
-    rows = [*(figures(metrics) if metrics else ()), ("took", in_words(seconds)), *_places(workspace, stages)]
+    measured = [*figures(metrics), *paces(speed(workspace))] if metrics else []
+    rows = [*measured, ("took", in_words(seconds)), *_places(workspace, stages)]
     for label, text in rows:
         yield f"  {label:<{LABEL}}{text}"
     if metrics:
@@ -46,9 +49,10 @@ def outcome_lines(
 
 def _places(workspace: Workspace, stages: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Where results lie that somebody would look at."""
-    for label, stage, name in (("model", "factorize", "model"), ("report", "report", "index.html")):
+    places = {"factorize": ("model", workspace.out("factorize") / "model"), "report": ("report", page_path(workspace))}
+    for stage, (label, path) in places.items():
         if stage in stages:
-            yield label, _typed(workspace.out(stage) / name)
+            yield label, _typed(path)
 
 
 def figures(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -63,6 +67,14 @@ def figures(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "knowledge", f"{known[0]} → {known[1]} of the questions right"
     yield "size", _change(size, "model_bytes", in_bytes)
     yield "layers", _change(size, "targeted_parameters", millions) + " in the targeted layers"
+
+
+def paces(found: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """Tokens a second of both models, where they were measured; see `fisherfold.evaluation.speed`."""
+    for label, use in (("reads", "reading"), ("answers", "answering")):
+        if pair := (found or {}).get(use):
+            ratio = pair["compressed"] / pair["dense"]
+            yield label, f"{pair['dense']:.3g} → {pair['compressed']:.3g} tokens a second ({ratio:.2f} times)"
 
 
 def _change(size: Mapping[str, int], what: str, shown: Callable[[float], str]) -> str:

@@ -13,7 +13,7 @@ right, through lm-eval.
     artifacts/evaluate/tasks.json         results of `evaluate.tasks`
 
 Units: the stored weights, shards of sequences on both models, a few own answers on both models, prompts on one model, runs of
-questions on one model, one task on one model.
+questions on one model, one task on one model, the speed of both. Times are no result: they go to artifacts/times.json.
 """
 
 import csv
@@ -32,6 +32,7 @@ from fisherfold.evaluation.metrics import metrics
 from fisherfold.evaluation.model_run import ModelRun, forget_models
 from fisherfold.evaluation.own_answers import compare_answers, conversations, own_answer_units, summarise_own_answers
 from fisherfold.evaluation.scores import MODELS, mean_by_position, summarise_answers, summarise_losses
+from fisherfold.evaluation.speed import FILE, measure_speed
 from fisherfold.evaluation.stored_weights import find_zero_layers, read_zero_layers
 from fisherfold.evaluation.text import loss_units, measure_losses, read_losses, sources, summarise_sources
 from fisherfold.run.errors import CorruptArtifact, ParameterError
@@ -39,6 +40,7 @@ from fisherfold.run.files import describe_files, digest_file, digest_json, verif
 from fisherfold.run.params import EvaluateParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.tables import ANSWERS, QUESTIONS, read_table
+from fisherfold.run.times import note_speed
 from fisherfold.run.workspace import Workspace
 
 POSITION_RUNS = 32
@@ -75,6 +77,7 @@ def run(workspace: Workspace, params: EvaluateParams) -> None:
             samples = _ask_both(scratch, models, tables["answers"], params.answer_tokens)
             answers = _answer_questions(scratch, models, workspace.table("questions"), tables["questions"].num_rows)
             further = _run_tasks(scratch, models, params, tasks)
+            _measure_speed(scratch, models, workspace)
         finally:
             forget_models()
         zero = _find_zero_layers(scratch, models)
@@ -170,6 +173,11 @@ def _run_tasks(
 ) -> dict[str, dict]:
     units = task_units(models, params.tasks, source, params.task_limit)
     return read_tasks(_map(scratch, "lm-eval tasks", run_task, units), params.tasks, models)
+
+
+def _measure_speed(scratch: Scratch, models: dict[str, ModelRun], workspace: Workspace) -> None:
+    folders = scratch.map("speed", measure_speed, {"speed": (models, workspace.table("evaluation"))})
+    note_speed(workspace, json.loads((folders["speed"] / FILE).read_text(encoding="utf-8")))
 
 
 def _find_zero_layers(scratch: Scratch, models: dict[str, ModelRun]) -> list[str]:

@@ -2,6 +2,8 @@
 
 artifacts/report/index.html      nothing loaded from anywhere, no scripts but its own, the same bytes for the same run
 artifacts/report/README.md       the compressed model's card with what was measured, to take the place of the one in its folder
+
+Times, memory and speed differ from run to run, so they are on no page of this stage: `flows.report_page` writes the same page with them.
 """
 
 import math
@@ -10,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from fisherfold.evaluation.verdict import verdict
 from fisherfold.export.card_results import with_results
 from fisherfold.page.answers_view import answers_view
-from fisherfold.page.cut_view import cut_view, refinement_view
+from fisherfold.page.cost_view import cost_view, speed_sentence, speed_view
+from fisherfold.page.cut_view import cut_view, nats, refinement_view
 from fisherfold.page.knowledge_view import knowledge_view
 from fisherfold.page.layer_views import (
     diagnostic_table,
@@ -22,6 +25,7 @@ from fisherfold.page.layer_views import (
     spectrum_views,
 )
 from fisherfold.page.next_view import next_view
+from fisherfold.page.origin_view import origin_view
 from fisherfold.page.page import (
     Markup,
     contents,
@@ -38,6 +42,7 @@ from fisherfold.page.quality_view import at, points, quality_view, ratio_of, tim
 from fisherfold.page.record import MODELS, Record
 from fisherfold.page.references import REFERENCES
 from fisherfold.page.reproduce_view import reproduce_view
+from fisherfold.page.sweep_view import sweep_view
 from fisherfold.page.trajectory_view import trajectory_view
 from fisherfold.page.verdict_view import verdict_view
 from fisherfold.run.params import ReportParams
@@ -47,6 +52,13 @@ from fisherfold.run.workspace import Workspace
 CARD = "model/README.md"
 LONGEST_FACT = 300
 THEME = element("button", "Light or dark", id="theme", type="button", hidden="hidden")
+TRUST = (
+    "The Fisher information of a layer, how much the loss minds every possible change of its weights, is approximated by two small matrices: A, "
+    "which inputs occur, and B, which outputs matter. Three figures say how far to trust them. Effective tokens: how many tokens' worth of "
+    "gradients B really rests on, since few large ones outweigh many small. Variance: how much A and B would change with other text, as a share "
+    "of their size (more text makes it smaller). Condition: the largest over the smallest weight that the metric gives to a direction; damping "
+    "keeps it from growing without bound."
+)
 WHAT_RATIO_IS_OF = {"model_bytes": "the whole model's bytes"}
 
 
@@ -74,6 +86,8 @@ def write_page(record: Record, title: str) -> str:
         quality_view(record),
         answers_view(record.rows("evaluate", "answers.parquet"), record.metrics),
         _sizes(record),
+        speed_view(record),
+        sweep_view(record.sweep, _here(record)),
         next_view(judged.level, record.facts["ranks"].get("ratio")),
         _layers(ranks),
         trajectory_view(record.rows("ranks", "trajectory.parquet"), ranks),
@@ -82,7 +96,8 @@ def write_page(record: Record, title: str) -> str:
         refinement_view(record.rows("factorize", "refinement.parquet")),
         knowledge_view(record.rows("capture", "questions.parquet"), record.rows("kronecker", "dependence.parquet")),
         _measurement(record),
-        _disk(record),
+        cost_view(record),
+        origin_view(record),
         _settings(record),
         reproduce_view(record.params),
         _references(record, ranks),
@@ -171,7 +186,7 @@ def _summary(record: Record, layers: int) -> str:
     ]
     if compressed["knowledge_accuracy"] is not None:
         sentences.append(_knowledge_sentence(record))
-    return " ".join(sentences)
+    return " ".join([*sentences, speed_sentence(record.speed)]).strip()
 
 
 def _knowledge_sentence(record: Record) -> str:
@@ -212,6 +227,14 @@ def _sizes(record: Record) -> Markup:
     return section("How small it is", table(caption, ("", "dense", "compressed", "kept"), rows))
 
 
+def _here(record: Record) -> tuple[float, float] | None:
+    """Kept share and perplexity by the dense model's, of this run."""
+    size, perplexities = record.metrics["size"], [record.metrics[model]["perplexity"] for model in MODELS]
+    ratio = ratio_of(*reversed(perplexities))
+    kept = ratio_of(size["targeted_parameters_compressed"], size["targeted_parameters_dense"])
+    return None if ratio is None or kept is None else (kept, ratio)
+
+
 def _layers(ranks: list[dict]) -> Markup | None:
     return section("Where the parameters went", rank_views(ranks), kind_table(ranks)) if ranks else None
 
@@ -228,12 +251,9 @@ def _cut(record: Record, ranks: list[dict]) -> Markup | None:
     perplexities = [record.metrics[model]["perplexity"] for model in MODELS]
     measured = math.log(perplexities[1] / perplexities[0]) if all(perplexities) else None
     losses = record.facts["ranks"].get("predicted_loss_increase"), measured
-    return cut_view(read_spectra(spectra), ranks, record.facts["factorize"].get("layers", {}), losses)
-
-
-def _disk(record: Record) -> Markup:
-    rows = [(stage, megabytes(held)) for stage, held in record.bytes.items()]
-    return section("What it left on disk", table("Bytes of every stage's output", ("stage", "output"), rows))
+    return cut_view(
+        read_spectra(spectra), ranks, record.facts["factorize"].get("layers", {}), losses, nats(record.facts)
+    )
 
 
 def _measurement(record: Record) -> Markup:
@@ -248,6 +268,7 @@ def _measurement(record: Record) -> Markup:
     return section(
         "How it was measured",
         element("p", _capture_sentence(record.facts["capture"])),
+        element("p", TRUST),
         residual_map(kronecker),
         diagnostic_table(
             "Kronecker factors",

@@ -27,9 +27,22 @@ def write_lineage(folder: Path, workspace: Workspace, inputs: Mapping[str, str])
     """
     facts = json.loads((workspace.out("prepare") / "prepare.json").read_text(encoding="utf-8"))
     sources = {name: _source(entry) for name, entry in facts.items() if isinstance(entry, dict) and "digest" in entry}
-    files = {name: entry for name, entry in describe_files(folder).items() if name != CARD}
-    document = {"files": files, "lineage": sources | {"inputs": dict(inputs)}}
+    _describe(folder, sources | {"inputs": dict(inputs)})
+
+
+def _describe(folder: Path, lineage: Mapping[str, Any]) -> None:
+    files = {name: entry for name, entry in describe_files(folder).items() if name not in (CARD, FILE)}
+    document = {"files": files, "lineage": lineage}
     (folder / FILE).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def pass_on_lineage(source: Path, folder: Path) -> None:
+    """Describe a folder that was made from another model folder, which may say nothing of itself."""
+    try:
+        lineage = read_lineage(source)["lineage"]
+    except CorruptArtifact:
+        lineage = {}
+    _describe(folder, lineage)
 
 
 def _source(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,13 +56,18 @@ class GreedyDecoder:
         self.device, self.vocabulary = embedding.device, embedding.shape[0]
 
     @torch.inference_mode()
-    def answer(self, prompts: Sequence[Tokens], longest: int) -> list[Tokens]:
-        """An answer of at most `longest` tokens to each prompt; a token that ends it is part of it."""
+    def answer(self, prompts: Sequence[Tokens], longest: int, ends: Sequence[int] | None = None) -> list[Tokens]:
+        """An answer of at most `longest` tokens to each prompt; a token that ends it is part of it.
+
+        Args:
+            ends: instead of the model's own; none: every answer has `longest` tokens.
+        """
+        ends = self.ends if ends is None else list(ends)
         if not self.caches or longest < 1:  # `generate` refuses to write nothing
             most_likely = lambda logits: logits.argmax(-1)  # noqa: E731
-            return decode_plainly(self.model, prompts, longest, self.ends, most_likely)
-        sequences = self._generate(prompts, longest, self.ends).sequences
-        return [until_end(answer, self.ends) for answer in sequences[:, max(map(len, prompts)) :].tolist()]
+            return decode_plainly(self.model, prompts, longest, ends, most_likely)
+        sequences = self._generate(prompts, longest, ends).sequences
+        return [until_end(answer, ends) for answer in sequences[:, max(map(len, prompts)) :].tolist()]
 
     @cached_property
     def caches(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from fisherfold.page.layer_views import place
-from fisherfold.page.page import element, figure, join, number, percent, section, table
+from fisherfold.page.page import details, element, figure, join, number, percent, section, table
 from fisherfold.page.pictures import Line, legend, line_chart
 
 SOURCES = {"questions": "fisher_mass", "plain text": "text_mass"}
@@ -37,7 +37,7 @@ def knowledge_view(answers: Sequence[Mapping[str, Any]], dependence: Sequence[Ma
         ),
         _picture("Share of the Fisher mass by decoder block", masses, "share"),
         _picture("ρ by decoder block", rhos, "ρ"),
-        _block_table(masses, rhos),
+        details("Fisher mass and ρ of every block as a table", _block_table(masses, rhos)),
     )
 
 
@@ -68,6 +68,7 @@ def _picture(label: str, found: Mapping[str, Mapping[int, float]], unit: str) ->
 
 
 def _block_table(masses: Mapping[str, Mapping[int, float]], rhos: Mapping[str, Mapping[int, float]]) -> Markup:
+    masses, rhos = ({name: found for name, found in each.items() if found} for each in (masses, rhos))
     blocks = sorted({block for found in (*masses.values(), *rhos.values()) for block in found})
     body = [
         (

@@ -268,9 +268,9 @@ def _spectrum_point(sigma: np.ndarray, component: int) -> tuple[float, float]:
 
 
 def diagnostic_table(caption: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> Markup | None:
-    """Median and largest value by kind of module of the `columns` (key: heading) that some row has a value for."""
+    """Median and largest value by kind of module of the `columns` (key: heading) that some row has a value other than 0 for."""
     by_name = {row["module"]: row for row in rows}
-    present = {key: heading for key, heading in columns.items() if any(row.get(key) is not None for row in rows)}
+    present = {key: heading for key, heading in columns.items() if any(row.get(key) for row in rows)}
     if not present:
         return None
     body = []

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from fisherfold.run.errors import CorruptArtifact
 from fisherfold.run.files import digest_json, read_manifest, verify_output
+from fisherfold.run.times import speed, stage_times
 from fisherfold.run.workspace import Workspace
 
 FACTS = {
@@ -36,9 +37,16 @@ MODELS = ("dense", "compressed")
 
 @dataclass(frozen=True)
 class Record:
-    """The recorded facts of a run; whatever a stage did not record reads as None or empty."""
+    """The recorded facts of a run; whatever a stage did not record reads as None or empty.
+
+    Attributes:
+        workspace: the project folder.
+        beside: whether figures that stand beside the outputs are read too: times, speed, a sweep. No two runs share them, so the page
+            that is an output has none.
+    """
 
     workspace: Workspace
+    beside: bool = False
 
     def digests(self) -> dict[str, str]:
         """Digest of all that is read, by stage.
@@ -66,6 +74,27 @@ class Record:
             stage: sum(entry["bytes"] for entry in manifest["files"].values())
             for stage, manifest in self._manifests.items()
         }
+
+    @cached_property
+    def outputs(self) -> dict[str, str]:
+        """Digest of the files of each stage's output."""
+        return {stage: digest_json(manifest["files"]) for stage, manifest in self._manifests.items()}
+
+    @cached_property
+    def times(self) -> dict[str, dict[str, float]]:
+        """Seconds and largest memory of the stages, as far as they are known."""
+        return stage_times(self.workspace) if self.beside else {}
+
+    @cached_property
+    def speed(self) -> dict[str, Any] | None:
+        """Tokens a second of both models, where they were measured."""
+        return speed(self.workspace) if self.beside else None
+
+    @cached_property
+    def sweep(self) -> list[dict[str, Any]]:
+        """Results of the last sweep, a row a model; see ``flows.sweep``."""
+        path = self.workspace.artifacts / "sweep" / "results.parquet"
+        return pq.read_table(path).to_pylist() if self.beside and path.exists() else []
 
     @cached_property
     def _manifests(self) -> dict[str, dict[str, Any]]:

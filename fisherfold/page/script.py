@@ -60,6 +60,18 @@ SCRIPT = r"""
     return [traces, layout(spec.size[1] + (small ? 10 : 60), {xaxis: axis(spec.x), yaxis: y, title, showlegend: !small && spec.lines.length > 1, legend: key})];
   }
 
+  function bars(spec) {
+    const most = Math.max(...spec.values) || 1;
+    const trace = {type: "bar", orientation: "h", x: spec.values, y: spec.names.map(safe), text: spec.texts.map(safe), textposition: "outside",
+      cliponaxis: false, marker: {color: colour("--accent")}, hovertemplate: "%{y}: %{text}<extra></extra>", textfont: {color: colour("--soft")}};
+    const title = {text: safe(spec.title), x: 0, xanchor: "left", font: {size: 13, color: colour("--ink")}};
+    const x = {visible: false, range: [0, 1.45 * most], fixedrange: true};
+    const y = axis("", {autorange: "reversed", showgrid: false, fixedrange: true, ticksuffix: " "});
+    return [[trace], layout(60 + 24 * spec.names.length, {xaxis: x, yaxis: y, title, showlegend: false, bargap: 0.35})];
+  }
+
+  const kinds = {heat, lines, bars};
+
   function draw(chart) {
     const spec = JSON.parse(chart.querySelector("script").textContent);
     let live = chart.querySelector(".live");
@@ -70,7 +82,7 @@ SCRIPT = r"""
       live.setAttribute("aria-label", chart.querySelector("svg").getAttribute("aria-label"));
       chart.classList.add("drawn");
     }
-    const [traces, look] = (spec.kind === "heat" ? heat : lines)(spec, chart.clientWidth < 500);
+    const [traces, look] = kinds[spec.kind](spec, chart.clientWidth < 500);
     Plotly.react(live, traces, look, settings);
   }
 

@@ -90,6 +90,9 @@ footer { margin-top: 4rem; color: var(--soft); font-size: .85rem; }
   section { margin-top: 2.4rem; }
   .number { padding-left: .7rem; }
   .error { display: block; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .7rem .8rem; }
+  .next { padding-left: 1.1rem; }
+  table { font-size: .86rem; }
   caption { white-space: normal; }
 }
 @media print { .chart.drawn > svg { display: block; } .live, .contents, #theme { display: none; } body { background: #fff; } details { display: block; } .scroll { overflow: visible; } }

@@ -58,9 +58,12 @@ def run(
         print_dry_run(workspace, stages, assignments)
         return 0
     from flows.pipeline import run_pipeline
+    from flows.report_page import write_page
 
     status = run_pipeline(workspace, stages, assignments)
     if not status:
+        if "report" in stages:
+            write_page(workspace, params.report.title)
         tell_outcome(workspace, params, stages, time.monotonic() - start)
     return status
 
@@ -152,6 +155,7 @@ def stage(name: Annotated[StageName, Argument(help="Which.", show_choices=True)]
     from fisherfold.run.params import load_params
     from fisherfold.run.progress import begin
     from fisherfold.run.scratch import clear_scratch, forget_output
+    from fisherfold.run.times import timed
     from flows.engine_choice import run_on_engine
     from flows.forced import is_forced
     from flows.foresight import foresee
@@ -171,5 +175,8 @@ def stage(name: Annotated[StageName, Argument(help="Which.", show_choices=True)]
     begin(name)
     module = importlib.import_module(f"stages.{name}")
     further = {"look_ahead": partial(foresee, every)} if name == "prepare" else {}
-    run_on_engine(name, partial(module.run, workspace, params, **further), settings, getattr(params, "threads", None))
+    with timed(workspace, name):
+        run_on_engine(
+            name, partial(module.run, workspace, params, **further), settings, getattr(params, "threads", None)
+        )
     return 0

@@ -1,14 +1,14 @@
-"""The commands for what a run has made: compare, verify, chat, report."""
+"""The commands for what a run has made: compare, verify, chat, export, report."""
 
 import json as json_text
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, BadParameter, Option
 
 from fisherfold.run.errors import CorruptArtifact
-from flows.commands.options import Json, project_here, workspace_here
+from flows.commands.options import PARAMS_FILE, Json, project_here, workspace_here
 
 RunName = Annotated[str | None, Argument(metavar="RUN", help="Its number, a folder or metrics.json, a DVC experiment.")]
 
@@ -63,11 +63,37 @@ def chat(
     return chat_with(folder, dense, workspace, iter(prompt) if prompt else typed_prompts(), tokens)
 
 
+def export(
+    form: Annotated[
+        Literal["dense", "gguf"], Argument(help="An ordinary Hugging Face folder, or a file for llama.cpp.")
+    ],
+    target: Annotated[Path, Argument(metavar="TARGET", help="What to write; it must not exist.")],
+    model: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Of a compressed model; default: this project's.")
+    ] = None,
+) -> int:
+    """Write the compressed model multiplied out, for tools that know dense models alone."""
+    folder = model or workspace_here().out("factorize") / "model"
+    if not folder.is_dir():
+        raise CorruptArtifact(f"{folder} is not there. Make it: fisherfold run")
+    from fisherfold.export.multiplied_out import export as write
+    from flows.verbosity import silence_libraries
+
+    silence_libraries()
+    write(folder, target, form)
+    print(f"{target}: as large and as slow as the dense model, with the compressed one's answers")
+    return 0
+
+
 def report(show: Annotated[bool, Option("--open/--no-open", help="Open it in a browser.")] = True) -> int:
     """Open the report of the last run, and print where it lies."""
-    page = workspace_here().out("report") / "index.html"
-    if not page.exists():
-        raise CorruptArtifact(f"{page} is not there. Make it: fisherfold run")
+    workspace = workspace_here()
+    if not (workspace.out("report") / "index.html").exists():
+        raise CorruptArtifact(f"{workspace.root} holds no finished run. Make one: fisherfold run")
+    from fisherfold.run.params import load_params
+    from flows.report_page import write_page
+
+    page = write_page(workspace, load_params(workspace.root / PARAMS_FILE).report.title)
     print(page)
     if show:
         import webbrowser

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from fisherfold.allocators.cost import FORMATS
 from fisherfold.export import healing, refined_blocks, sizes
 from fisherfold.export.architecture import dense_architecture
+from fisherfold.export.lineage import damaged_files, read_lineage
+from fisherfold.export.multiplied_out import export
 from fisherfold.export.refinement import relative_error
 from fisherfold.network.layers import read_layers
 from fisherfold.network.sites import read_sites
@@ -110,6 +112,30 @@ def test_shared_right_factors_are_stored_once(tmp_path, family, storage):
     compressed = AutoModelForCausalLM.from_pretrained(workspace.out("factorize") / "model", trust_remote_code=True)
     ids = random_ids(2, 9)
     torch.testing.assert_close(compressed.eval()(ids).logits, dense(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_multiplied_out_afterwards_has_the_same_bits(tmp_path, family, shared):
+    workspace = subspace_workspace(tmp_path, family, shared=shared)
+    sites = read_sites(workspace.out("subspace"))
+    ranks = np.resize([6, 3, 5, 0], len(sites)).tolist()
+    publish_ranks(workspace, {site.name: rank for site, rank in zip(sites, ranks)}, "pivoted")
+    out = factorized(workspace, dense_export=True)[0].out("factorize")
+    export(out / "model", tmp_path / "dense", "dense")
+    found, wanted = digests(tmp_path / "dense"), digests(out / "dense")
+    assert found["model.safetensors"] == wanted["model.safetensors"]
+    assert (
+        found.keys() == wanted.keys() - {"README.md"}
+        and damaged_files(tmp_path / "dense", read_lineage(tmp_path / "dense")["files"]) == []
+    )
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")).__module__.startswith("transformers.")
+    for source, target, says in (
+        (out / "model", "dense", "exists already"),
+        (tmp_path / "dense", "other", "is not a model that"),
+    ):
+        with pytest.raises(InputError, match=says):
+            export(source, tmp_path / target, "dense")
 
 
 def test_counts_come_from_the_saved_tensors(llama):

@@ -10,6 +10,7 @@ from tiny import VOCABULARY, random_ids, tiny_tokenizer
 from tiny_subspace import publish_ranks, publish_subspace
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fisherfold.export.multiplied_out import export
 from fisherfold.export.packed import matrices, pack, packed_tensors, unpacked
 from fisherfold.linalg.group_grid import round_nearest
 from fisherfold.network.layers import find_layers, write_dense_layers, write_layers
@@ -75,6 +76,8 @@ def test_the_checkpoint_loads_in_both_ways_as_what_was_rounded(tmp_path):
     assert facts["targeted_parameters_compressed"] == 64 * 64 * 3 + 64 * 96 + 2 * 32 * (64 + 96)
     assert facts["model_bytes_compressed"] == sum(tensor.numel() * tensor.itemsize for tensor in saved.values())
     assert all(0 < record["rounding_loss"] < 1e-3 for record in facts["layers"].values() if record["rank"])
+    export(out / "model", tmp_path / "dense", "dense")
+    assert (tmp_path / "dense" / "model.safetensors").read_bytes() == (out / "dense" / "model.safetensors").read_bytes()
     ids = random_ids(2, 9)
     for options in ({"trust_remote_code": True}, {}):
         model = AutoModelForCausalLM.from_pretrained(out / "model", **options).eval()

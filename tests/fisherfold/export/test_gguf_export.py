@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from fisherfold.export.gguf_export import check_gguf, gguf_format, write_gguf
 from fisherfold.export.gguf_vocabulary import splitting
+from fisherfold.export.multiplied_out import export
 from fisherfold.run.errors import InputError
 from fisherfold.run.params import FactorizeParams
 from stages import factorize
@@ -29,6 +30,8 @@ def test_it_computes_what_the_dense_export_computes(tmp_path, family, dtype):
         torch.testing.assert_close(again(random_ids(2, 9)).logits, dense(random_ids(2, 9)).logits, atol=1e-6, rtol=1e-5)
     card = (out / "model" / "README.md").read_text()
     assert "`model.gguf`: for llama.cpp" in card
+    export(out / "model", tmp_path / "again.gguf", "gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == (out / "model.gguf").read_bytes()
     assert "the folder `dense`" in card
 
 
