@@ -16,6 +16,8 @@ from prefect.artifacts import (
 from prefect.events import emit_event
 
 from fisherfold.evaluation.verdict import verdict
+from fisherfold.run.errors import FisherfoldError
+from fisherfold.run.times import speed
 from fisherfold.run.workspace import Workspace
 
 UPDATE_INTERVAL = 2.0  # seconds between updates of one progress artifact
@@ -79,7 +81,27 @@ def address(kind: str, picture: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-RESULTS: dict[str, Callable[[Workspace], None]] = {"ranks": rank_picture, "evaluate": evaluation_views}
+def report_link(workspace: Workspace) -> None:
+    """The figures in a few lines, and where the report lies that has the rest; it is written anew, with what the run took."""
+    from flows.outcome import figures, paces
+    from flows.report_page import write_page
+
+    try:
+        page = write_page(workspace)
+    except FisherfoldError:  # the page is for looking at; a run is not undone by it
+        return
+    metrics = json.loads((workspace.out("evaluate") / "metrics.json").read_text(encoding="utf-8"))
+    rows = [*figures(metrics), *paces(speed(workspace))]
+    lines = [f"[{page.name}]({page.as_uri()}), {page}", "", "| | dense → compressed |", "|---|---|"]
+    text = "\n".join([*lines, *(f"| {label} | {value} |" for label, value in rows), "", *verdict(metrics).lines])
+    create_markdown_artifact(text, "report", f"Report on the model of {workspace.root}")
+
+
+RESULTS: dict[str, Callable[[Workspace], None]] = {
+    "ranks": rank_picture,
+    "evaluate": evaluation_views,
+    "report": report_link,
+}
 """What is shown once a stage is up to date."""
 
 

@@ -12,7 +12,7 @@ from fisherfold.run.targets import TARGETS
 from fisherfold.run.times import speed
 from fisherfold.run.workspace import Workspace
 from flows.history import note_run, read_metrics, read_runs
-from flows.report_page import page_path
+from flows.report_page import shown_page
 from flows.time_left import in_words
 
 WIDTH = 80
@@ -49,7 +49,7 @@ def outcome_lines(
 
 def _places(workspace: Workspace, stages: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Where results lie that somebody would look at."""
-    places = {"factorize": ("model", workspace.out("factorize") / "model"), "report": ("report", page_path(workspace))}
+    places = {"factorize": ("model", workspace.out("factorize") / "model"), "report": ("report", shown_page(workspace))}
     for stage, (label, path) in places.items():
         if stage in stages:
             yield label, _typed(path)

@@ -7,15 +7,22 @@ import os
 from pathlib import Path
 
 from fisherfold.page.record import Record
+from fisherfold.run.params import load_params
 from fisherfold.run.workspace import Workspace
 
 
 def page_path(workspace: Workspace) -> Path:
-    """Where it lies."""
+    """Where it is written."""
     return workspace.artifacts / "report.html"
 
 
-def write_page(workspace: Workspace, title: str) -> Path:
+def shown_page(workspace: Workspace) -> Path:
+    """What there is to look at: this page, or the one of stage `report` where DVC alone has run."""
+    path = page_path(workspace)
+    return path if path.exists() else workspace.out("report") / "index.html"
+
+
+def write_page(workspace: Workspace) -> Path:
     """Write it from what lies in artifacts/ now.
 
     Raises:
@@ -23,7 +30,7 @@ def write_page(workspace: Workspace, title: str) -> Path:
     """
     from stages import report
 
-    path = page_path(workspace)
+    path, title = page_path(workspace), load_params(workspace.root / "params.yaml").report.title
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(report.write_page(Record(workspace, beside=True), title), encoding="utf-8")
     os.replace(partial, path)

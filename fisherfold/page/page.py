@@ -119,7 +119,8 @@ def stand_alone(picture: Markup) -> str:
     drawn = str(picture)[picture.index("<svg") : picture.index("</svg>") + len("</svg>")]
     width, height = (float(size) for size in drawn.partition('viewBox="0 0 ')[2].partition('"')[0].split())
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}"'
-    return drawn.replace("<svg", opening, 1).replace(">", f"><style>{STYLE}</style>", 1)
+    style = f"{STYLE}svg {{ background: var(--paper); }}".replace(".chart > svg", "svg")
+    return drawn.replace("<svg", opening, 1).replace(">", f"><style>{style}</style>", 1)
 
 
 def number(value: float | None, digits: int = 3) -> str:

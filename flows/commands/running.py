@@ -58,12 +58,9 @@ def run(
         print_dry_run(workspace, stages, assignments)
         return 0
     from flows.pipeline import run_pipeline
-    from flows.report_page import write_page
 
     status = run_pipeline(workspace, stages, assignments)
     if not status:
-        if "report" in stages:
-            write_page(workspace, params.report.title)
         tell_outcome(workspace, params, stages, time.monotonic() - start)
     return status
 

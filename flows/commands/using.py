@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from typer import Argument, BadParameter, Option
 
 from fisherfold.run.errors import CorruptArtifact
-from flows.commands.options import PARAMS_FILE, Json, project_here, workspace_here
+from flows.commands.options import Json, project_here, workspace_here
 
 RunName = Annotated[str | None, Argument(metavar="RUN", help="Its number, a folder or metrics.json, a DVC experiment.")]
 
@@ -90,10 +90,9 @@ def report(show: Annotated[bool, Option("--open/--no-open", help="Open it in a b
     workspace = workspace_here()
     if not (workspace.out("report") / "index.html").exists():
         raise CorruptArtifact(f"{workspace.root} holds no finished run. Make one: fisherfold run")
-    from fisherfold.run.params import load_params
     from flows.report_page import write_page
 
-    page = write_page(workspace, load_params(workspace.root / PARAMS_FILE).report.title)
+    page = write_page(workspace)
     print(page)
     if show:
         import webbrowser

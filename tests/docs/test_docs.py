@@ -19,6 +19,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?^```(\w*)\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
 WRITTEN = ("python", "bash", "text")
+ROOMS = ("fisherfold", "stages", "flows")
 
 
 def blocks(path: Path) -> Iterator[tuple[bool, str, str]]:
@@ -62,13 +63,26 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_a_block_that_does_not_run_says_why() -> None:
-    new = [
-        path
-        for path in PAGES
-        if path.parent.name in ("how-to", "explanation") or path.name in ("tutorial.md", "index.md")
+    """Guides hold Python, which runs; commands of `fisherfold`, which are parsed; text; and what is marked."""
+    guides = [p for p in PAGES if p.parent.name in ("how-to", "explanation") or p.name in ("tutorial.md", "index.md")]
+    unmarked = [(path, language, text) for path in guides for marked, language, text in blocks(path) if not marked]
+    other = [(name(path), text) for path, language, text in unmarked if language not in WRITTEN]
+    other += [
+        (name(path), line)
+        for path, language, text in unmarked
+        for line in (text.replace("\\\n", " ").splitlines() if language == "bash" else ())
+        if not line.startswith(("fisherfold ", "#"))
     ]
-    odd = [(name(path), language) for path in new for _, language, _ in blocks(path) if language not in WRITTEN]
-    assert odd == []
+    assert other == []
+
+
+def test_the_messages_that_troubleshooting_explains_are_those_of_the_code() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", code)  # a message in several literals
+    page = (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text(encoding="utf-8")
+    cells = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    messages = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
+    assert len(messages) > 25 and [text for text in messages if text not in joined] == []
 
 
 def test_the_notebook_runs_and_gives_what_it_shows(tmp_path: Path) -> None:
