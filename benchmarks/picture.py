@@ -1,7 +1,7 @@
 """The README's picture: which layers of a model gave up how much, from a project that has run.
 
-    python benchmarks/picture.py --to docs/kept.svg            # of this project
-    python benchmarks/picture.py --project FOLDER --to FILE.svg
+python benchmarks/picture.py --to docs/kept.svg            # of this project
+python benchmarks/picture.py --project FOLDER --to FILE.svg
 """
 
 import argparse

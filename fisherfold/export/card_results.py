@@ -10,6 +10,7 @@ from fisherfold.export.card_templates import RESULTS
 PLACE = "<!-- results -->\n"
 SAMPLES = 4
 LONGEST = 300  # characters of an answer
+DIVERGENCE = "KL to the dense model, nats a token"
 COUNTS = {"empty_answers": "empty answers", "looping_answers": "answers that repeat themselves to the end"}
 
 
@@ -66,22 +67,35 @@ def _measured(figures: Mapping[str, Any], name: str) -> str:
 
 
 def _model_index(name: str, metrics: Mapping[str, Any]) -> str:
-    """`model-index` as YAML (JSON is YAML), one result a source, and one for the questions."""
+    """`model-index` as YAML (JSON is YAML), one result a source, one for the model's own answers, and one for the questions."""
+    compressed = metrics["compressed"]
     results = [
         _result(
             source,
-            [("perplexity", "Perplexity", found["compressed"]), ("kl", "KL to the dense model", found["kl_to_dense"])],
+            [_metric("perplexity", "Perplexity", found, "compressed"), _metric("kl", DIVERGENCE, found, "kl_to_dense")],
         )
         for source, found in metrics["by_source"].items()
     ]
-    accuracy = metrics["compressed"]["knowledge_accuracy"]
-    results += [] if accuracy is None else [_result("multiple-choice questions", [("accuracy", "Accuracy", accuracy)])]
+    if compressed["own_answers_kl"] is not None:
+        results.append(
+            _result("the dense model's own answers", [_metric("kl", DIVERGENCE, compressed, "own_answers_kl")])
+        )
+    if compressed["knowledge_accuracy"] is not None:
+        accuracy = _metric("accuracy", "Accuracy", compressed, "knowledge_accuracy")
+        results.append(_result("multiple-choice questions", [accuracy]))
     return f"model-index: {json.dumps([{'name': name, 'results': results}], ensure_ascii=False)}\n"
 
 
-def _result(dataset: str, figures: Sequence[tuple[str, str, float]]) -> dict[str, Any]:
+def _metric(kind: str, label: str, figures: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """One figure with its standard error, where it has one."""
+    error = figures[f"{key}_error"]
+    errors = {} if error is None else {"args": {"standard_error": error}}
+    return {"type": kind, "name": label, "value": figures[key], **errors}
+
+
+def _result(dataset: str, figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "task": {"type": "text-generation", "name": "Text generation"},
         "dataset": {"type": dataset, "name": f"{dataset}, held out"},
-        "metrics": [{"type": kind, "name": label, "value": value} for kind, label, value in figures],
+        "metrics": list(figures),
     }

@@ -134,8 +134,10 @@ def test_the_hub_reads_results_and_front_matter(workspace):
     found = {(result.dataset_type, result.metric_type): result.metric_value for result in card.data.eval_results}
     assert found == {
         ("wiki", "perplexity"): 22.0, ("wiki", "kl"): 0.2, ("news", "perplexity"): 60.0, ("news", "kl"): 0.2,
-        ("multiple-choice questions", "accuracy"): 0.5,
+        ("multiple-choice questions", "accuracy"): 0.5, ("the dense model's own answers", "kl"): 0.5,
     }  # fmt: skip
+    errors = {result.metric_type: result.metric_args for result in card.data.eval_results}
+    assert errors == {"perplexity": None, "kl": {"standard_error": 0.02}, "accuracy": {"standard_error": 0.1}}
     assert card.data.license == "apache-2.0" and card.data.tags == ["fisherfold", "low-rank"]
     assert card.data.model_name == "tiny, low-rank"
 
