@@ -17,8 +17,8 @@ MEASURES = {
     "empty answers": ("compressed", "empty_answers", "{}"),
     "targeted parameters": ("size", "targeted_parameters_compressed", None),
     "bytes of the model": ("size", "model_bytes_compressed", None),
-    "reads, tokens a second": ("speed", "reading", "{:.3g}"),
-    "answers, tokens a second": ("speed", "answering", "{:.3g}"),
+    "reads, tokens a second": ("speed", "reading", "{:.1f}"),
+    "answers, tokens a second": ("speed", "answering", "{:.1f}"),
 }
 """What is compared: where it stands in metrics.json, or in what a run remembers of speed, and how it is shown."""
 

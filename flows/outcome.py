@@ -74,7 +74,12 @@ def paces(found: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
     for label, use in (("reads", "reading"), ("answers", "answering")):
         if pair := (found or {}).get(use):
             ratio = pair["compressed"] / pair["dense"]
-            yield label, f"{pair['dense']:.3g} → {pair['compressed']:.3g} tokens a second ({ratio:.2f} times)"
+            yield label, f"{paced(pair['dense'])} → {paced(pair['compressed'])} tokens a second ({ratio:.2f} times)"
+
+
+def paced(tokens: float) -> str:
+    """Tokens a second for people: three digits, no exponent."""
+    return f"{tokens:.0f}" if tokens >= 100 else f"{tokens:.3g}"
 
 
 def _change(size: Mapping[str, int], what: str, shown: Callable[[float], str]) -> str:

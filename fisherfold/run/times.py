@@ -57,7 +57,7 @@ def _note_stage(workspace: Workspace, stage: str, ended: bool) -> None:
     times = read_times(workspace)
     before = times["unfinished"].pop(stage, {"seconds": 0.0, "peak_bytes": 0})
     taken = {
-        "seconds": round(before["seconds"] + time.time() - psutil.Process().create_time(), 1),
+        "seconds": round(before["seconds"] + _seconds_of_this_process(), 1),
         "peak_bytes": max(before["peak_bytes"], RSS_UNIT * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss),
     }
     if not ended:
@@ -67,6 +67,10 @@ def _note_stage(workspace: Workspace, stage: str, ended: bool) -> None:
         if taken["seconds"] >= known.get(digest, taken)["seconds"]:  # to publish a finished output again takes no time
             known[digest] = taken
     _write(workspace, times)
+
+
+def _seconds_of_this_process() -> float:
+    return time.time() - psutil.Process().create_time()
 
 
 def note_speed(workspace: Workspace, figures: dict[str, Any]) -> None:

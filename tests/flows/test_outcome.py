@@ -7,6 +7,7 @@ import pytest
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import STAGES, Params, check_params
 from fisherfold.run.progress import millions
+from fisherfold.run.times import note_speed
 from fisherfold.run.workspace import Workspace
 from flows import cli
 from flows.compare import compare, print_comparison
@@ -60,6 +61,21 @@ def test_a_run_ends_with_figures_a_verdict_places_and_what_to_do_next(project, c
     ):
         assert text in told
     assert max(map(len, told.splitlines())) <= WIDTH
+
+
+def test_how_fast_the_models_are_is_told_remembered_and_compared(project, capsys):
+    finish(project, METRICS, ratio=0.2)  # was not measured
+    assert "tokens a second" not in capsys.readouterr().out
+    (project.out("factorize")).mkdir(parents=True)
+    (project.out("factorize") / "manifest.json").write_text('{"files": {}}')
+    note_speed(
+        project, {"reading": {"dense": 800.0, "compressed": 1000.0}, "answering": {"dense": 20.0, "compressed": 22.0}}
+    )
+    finish(project, DAMAGED, ratio=0.4)
+    told = capsys.readouterr().out
+    assert "reads        800 → 1000 tokens a second (1.25 times)" in told
+    assert "answers      20 → 22 tokens a second (1.10 times)" in told
+    assert compare(*read_runs(project))["measures"]["answers, tokens a second"] == [None, 22.0]
 
 
 def test_of_a_damaged_model_less_is_to_be_removed(project, capsys):

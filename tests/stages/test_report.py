@@ -9,19 +9,22 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from project import ROOT
 from recorded_run import LLAMA, evaluation, finished, layer_rows, publish, said, spectra_rows
 
-from fisherfold.page.cut_view import cut_view, refinement_view
+from fisherfold.page.cut_view import cut_view, nats, refinement_view
 from fisherfold.page.layer_views import gather, parameter_map, place, rank_views, read_spectra, spectrum_views
 from fisherfold.page.page import Markup, element, megabytes, number, percent, stand_alone
 from fisherfold.page.pictures import Line, line_chart
+from fisherfold.page.record import Record
 from fisherfold.page.reproduce_view import reproduce_view, shipped_params
 from fisherfold.page.trajectory_view import trajectory_view
 from fisherfold.run.errors import CorruptArtifact
 from fisherfold.run.params import Params, ReportParams, load_params
 from fisherfold.run.scratch import Scratch, scratch_folder
+from fisherfold.run.times import note_speed, timed
 from fisherfold.run.workspace import Workspace
 from flows.overrides import given
 from stages import report
@@ -99,7 +102,7 @@ def test_only_its_own_scripts_may_run(tmp_path):
     kinds = [script.get("type") for script in page.all("script")]
     for kind, script in zip(kinds, page.scripts, strict=True):
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        assert (json.loads(script)["kind"] in ("heat", "lines")) if kind else f"'sha256-{digest}'" in policy
+        assert (json.loads(script)["kind"] in ("heat", "lines", "bars")) if kind else f"'sha256-{digest}'" in policy
     assert kinds.count(None) == 2 and len(page.all("svg")) > len(kinds) - 2 > 4
 
 
@@ -378,8 +381,66 @@ def test_predicted_and_measured_by_layer():
 def test_refinement_by_block():
     rows = [{"block": f"b.{i}", "held_out_before": 2.0, "held_out_after": 2.0 - i, "accepted": i > 0} for i in range(2)]
     view = refinement_view(rows)
-    assert "1 of 2 blocks got better" in view and view.count("<polyline") == 2
+    assert "1 of 2 blocks got better" in view and "by 25 % on average" in view and view.count("<polyline") == 1
     assert refinement_view([]) is None
+
+
+def test_what_no_two_runs_share_is_on_the_page_that_is_looked_at_alone(tmp_path):
+    workspace = finished(tmp_path, LLAMA)
+    before = write(workspace)
+    for stage, text in (("capture", "slow"), ("factorize", "quick")):
+        with timed(workspace, stage):
+            assert text
+    pace = {"dense": 20.0, "compressed": 25.0}
+    tokens = {"read": 512, "prompt": 32, "written": 32}
+    note_speed(
+        workspace,
+        {"reading": pace, "answering": pace, "tokens": tokens, "dtype": "float32", "device": "cpu", "threads": 2},
+    )
+    rows = [
+        {
+            "metric": "kfac",
+            "allocator": "fisher",
+            "kept": 1 - ratio,
+            "ratio": ratio,
+            "perplexity": 10 / (1 - ratio),
+            "perplexity_dense": 10.0,
+        }
+        for ratio in (0.2, 0.4)
+    ]
+    (workspace.artifacts / "sweep").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), workspace.artifacts / "sweep" / "results.parquet")
+    page = Page(report.write_page(Record(workspace, beside=True), "Title"))
+    sections = [attributes["id"] for attributes in page.all("section")]
+    assert {"how-fast-it-is", "quality-against-size", "what-the-run-took"} <= {*sections}
+    for text in (
+        "writes 25.0 tokens a second, the dense model 20.0 (1.25 times)",
+        "Memory at most",
+        "2 models of the last sweep",
+    ):
+        assert text in page.text
+    shutil.rmtree(workspace.out("report"))
+    shutil.rmtree(scratch_folder(workspace, "report"))
+    assert write(workspace) == before and "how-fast-it-is" not in before
+
+
+def test_what_the_model_was_made_of_and_what_to_beware_of(tmp_path):
+    workspace = finished(tmp_path, LLAMA)
+    corpus = [{"name": "mine", "origin": "local", "digest": "ab" * 32, "licence": None}]
+    publish(workspace, "prepare", prepare__json={"model": {"name": "tiny", "licence": "Apache-2.0"}, "corpus": corpus})
+    text = Page(write(workspace)).text
+    assert "No licence is stated for mine" in text and "abababababababab" in text
+    assert "1 calibration sequences were left out" in text
+
+
+def test_a_prediction_has_the_unit_of_the_loss_where_the_metric_is_a_fisher():
+    facts = {"capture": {"sequence_length": 11, "labels": "model"}, "subspace": {"metric": "kfac"}}
+    assert nats(facts) == 100.0
+    assert nats(facts | {"subspace": {"metric": "svd_llm"}}) is None and nats(facts | {"capture": {}}) is None
+    rows = layer_rows(["model.layers.0.q"])
+    stored = {"model.layers.0.q": {"reconstruction_error": 0.25}}
+    view = cut_view({"model.layers.0.q": np.array([2.0, 1.0, 1.0, 1.0])}, rows, stored, (0.001, 0.11), 100.0)
+    assert "would rise by 0.100 nats a token; on held-out text it rose by 0.110" in view
 
 
 def test_a_picture_alone_is_an_svg_file():
