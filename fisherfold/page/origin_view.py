@@ -1,6 +1,6 @@
 """What the model was made of: the dense model and every text with origin, licence and digest, the outputs in between, and what to beware of."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -9,6 +9,7 @@ from fisherfold.page.page import details, element, section, table
 from fisherfold.page.record import Record
 
 SHOWN = 16  # digits of a digest
+LISTED = 8
 NOT_STATED = "not stated"
 
 
@@ -49,11 +50,16 @@ def _warnings(record: Record) -> Iterator[str]:
     if unknown:
         yield f"No licence is stated for {', '.join(map(str, unknown))}: see to it before you pass the model on."
     if skipped := record.facts["capture"].get("skipped"):
-        yield f"{len(skipped)} calibration sequences were left out, for their gradient was not finite."
+        yield f"Calibration sequences left out, for their gradient was not finite: {len(skipped)}."
     if unreached := record.facts["capture"].get("unreached"):
-        yield f"{len(unreached)} layers were never reached by the calibration text: {', '.join(map(str, unreached[:8]))}."
+        yield f"Layers that the calibration text never reached: {_some(unreached)}."
     if zero := record.facts["evaluate"].get("zero_layers"):
-        yield f"{len(zero)} layers hold nothing but zeros where the dense model has weights: {', '.join(map(str, zero[:8]))}."
+        yield f"Layers of nothing but zeros, where the dense model has weights: {_some(zero)}."
     sources = record.metrics.get("by_source") or {}
     if sources and all(source.get("calibrated") for source in sources.values()):
         yield "All evaluation text is of sources that calibration drew from, which flatters the model (prepare.unseen names others)."
+
+
+def _some(names: Sequence[object]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(map(str, names[:LISTED])) + more

@@ -27,6 +27,7 @@ from fisherfold.run.errors import CorruptArtifact, InputError, NumericalError, P
 from fisherfold.run.params import EvaluateParams, FactorizeParams, PrepareParams
 from fisherfold.run.scratch import Scratch, scratch_folder
 from fisherfold.run.tables import ANSWERS, QUESTIONS, read_sequences, read_table, write_sequences, write_table
+from fisherfold.run.times import speed
 from fisherfold.run.workspace import Workspace
 from stages import evaluate
 
@@ -277,6 +278,14 @@ def test_figures_equal_the_oracle(workspace):
         )
     divergence = (log_p["dense"].exp() * (log_p["dense"] - log_p["compressed"])).sum(-1).mean()
     assert metrics["compressed"]["kl_to_dense"] == pytest.approx(float(divergence), rel=1e-4)
+
+
+def test_speed_is_measured_and_no_result(workspace):
+    evaluate.run(workspace, EvaluateParams())
+    found = speed(workspace)
+    assert all(found[use][model] > 0 for use in ("reading", "answering") for model in evaluate.MODELS)
+    assert 1 <= found["tokens"]["written"] <= 32 and found["device"] == "cpu"
+    assert not any("speed" in path.name for path in workspace.out("evaluate").iterdir())
 
 
 def oracle_accuracy(workspace: Workspace, model: torch.nn.Module) -> float:
