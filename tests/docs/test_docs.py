@@ -11,6 +11,7 @@ import pytest
 import tiny
 import typer
 from project import ROOT
+from tiny_project import copy, fisherfold
 
 from flows.cli import app
 from flows.overrides import given
@@ -96,6 +97,21 @@ def test_the_notebook_runs_and_gives_what_it_shows(tmp_path: Path) -> None:
 
 def _printed(outputs: list) -> str:
     return "".join(output.text for output in outputs if output.get("name") == "stdout")
+
+
+@pytest.mark.slow
+def test_the_tutorial_can_be_typed_line_by_line(finished: Path, tmp_path: Path) -> None:
+    """On a tiny project that has run, as after the tutorial's first block."""
+    project = copy(finished, tmp_path)
+    typed = [
+        line
+        for marked, language, text in blocks(ROOT / "docs" / "tutorial.md")
+        for line in (text.splitlines() if language == "bash" and not marked else ())
+    ]
+    assert len(typed) > 5
+    for line in typed:
+        result = fisherfold(project, *shlex.split(line, comments=True)[1:])
+        assert (result.returncode, "Traceback" in result.stderr) == (0, False), (line, result.stderr)
 
 
 @pytest.mark.slow
