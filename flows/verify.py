@@ -1,5 +1,6 @@
 """`fisherfold verify`: is every byte what was written, and is every output made from what lies here now?"""
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,10 @@ from fisherfold.run.pointers import pointer_file
 from fisherfold.run.workspace import STAGES, Workspace
 from flows.staleness import NEVER, stale_reasons, summary
 from flows.tables import print_table
+
+TOLD = {"name": "–", "origin": "–", "licence": "not stated"}
+"""What is told of a source, and what stands for it where nothing is known."""
+DIGITS, WIDTH = 12, 80
 
 
 class Checked(NamedTuple):
@@ -73,10 +78,12 @@ def print_model(folder: Path) -> int:
     """
     document = read_lineage(folder)
     faults = damaged_files(folder, document["files"])
-    for name, source in document["lineage"].items():
-        told = {key: value for key, value in source.items() if key != "digest"} if name != "inputs" else source
-        for key, value in told.items():
-            print(f"{name + ' ' + key:<18}{value if name != 'inputs' else str(value)[:16]}")
+    sources = {name: source for name, source in document["lineage"].items() if name != "inputs"}
+    rows = [(name, *(str(source.get(key, absent)) for key, absent in TOLD.items())) for name, source in sources.items()]
+    print_table(("made from", "name", "origin", "licence"), rows)
+    inputs = ", ".join(f"{name} {digest[:DIGITS]}" for name, digest in document["lineage"].get("inputs", {}).items())
+    if inputs:
+        print(textwrap.fill(f"by the outputs {inputs}", WIDTH))
     for fault in faults:
         print(f"damaged: {fault}")
     print(f"{len(document['files'])} files, {len(faults)} damaged")
