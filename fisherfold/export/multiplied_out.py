@@ -4,12 +4,13 @@ The same tensors as stage factorize writes with `factorize.dense_export` and `fa
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from fisherfold.export.architecture import DenseArchitecture, copy_companions, dense_architecture
 from fisherfold.export.gauges import product, right_factor
@@ -110,9 +111,12 @@ def _whole(folder: Path, config: Mapping[str, Any], architecture: DenseArchitect
     }
     for name, entry in layers.items():
         module = model.get_submodule(name)
+        weight = cast(torch.Tensor, module.weight)
         shared = right_factor(own[entry["source"]]) if "source" in entry else {}
-        read = partial(_weight, own[name] | shared, entry["kind"], module, dtype)
-        whole[f"{name}.weight"] = StoredTensor(tuple(module.weight.shape), dtype, read)
+        read = partial(
+            _weight, own[name] | shared, entry["kind"], weight.shape, not isinstance(module, nn.Linear), dtype
+        )
+        whole[f"{name}.weight"] = StoredTensor(tuple(weight.shape), dtype, read)
         if module.bias is not None:
             whole[f"{name}.bias"] = own[name]["bias" if entry["kind"] in OWN_BIAS else "up.bias"]
     return original_tensors(model, _unpacked(whole, dtype))
@@ -129,12 +133,10 @@ def _below(tensors: Mapping[str, StoredTensor], layer: str) -> dict[str, StoredT
 
 
 def _weight(
-    tensors: Mapping[str, StoredTensor], kind: str, module: torch.nn.Module, dtype: torch.dtype
+    tensors: Mapping[str, StoredTensor], kind: str, shape: Sequence[int], transposed: bool, dtype: torch.dtype
 ) -> torch.Tensor:
     """The product, as the dense model stores it: [m, n] in a Conv1D."""
-    transposed = not isinstance(module, torch.nn.Linear)
-    rows, columns = module.weight.shape
-    outputs, inputs = (columns, rows) if transposed else (rows, columns)
+    outputs, inputs = reversed(shape) if transposed else shape
     values = {name: tensor.read() for name, tensor in tensors.items() if name not in ("bias", "up.bias")}
     factors = {name: exact(tensor) for name, tensor in matrices(values).items()}
     weight = torch.from_numpy(product(kind, factors, outputs, inputs)).to(dtype)
