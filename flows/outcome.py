@@ -99,14 +99,14 @@ def next_commands(
     level: str, workspace: Workspace, params: Params, stages: Sequence[str], again: bool
 ) -> Iterator[tuple[str, str]]:
     """What somebody would do next, as commands to paste; `again`: this was not the first run."""
-    damaged = level == "damaged"
-    other = less(params.ranks.ratio) if damaged else more(params.ranks.ratio)
+    close = level == "close"
+    other = more(params.ranks.ratio) if close else less(params.ranks.ratio)
     target = TARGETS[params.factorize.target]
     yield "talk to it", "fisherfold chat"
     yield "serve it", target.serve(_typed(workspace.out("factorize") / target.serves))
     if "report" in stages:
         yield "look at it", "fisherfold report"
-    yield "remove less" if damaged else "remove more", f"fisherfold run --set ranks.ratio={other:g}"
+    yield "remove more" if close else "remove less", f"fisherfold run --set ranks.ratio={other:g}"
     if again:
         yield "compare", "fisherfold compare"
 
