@@ -4,22 +4,28 @@
     python benchmarks/serving.py --vllm PYTHON --project FOLDER        # ranks of `fisher` from that project's spectra
     python benchmarks/serving.py --vllm PYTHON --storage pivoted --round-to 1      # as factorize.target=transformers stores it
     python benchmarks/serving.py --vllm PYTHON --requests 8 --prompt 256 --tokens 64
+    python benchmarks/serving.py --vllm PYTHON --bench                 # by vLLM's own `vllm bench throughput`, on the clock
 
 The models have the shapes of SmolLM2-135M (or of another file in data/shapes, or the project's) and random weights, for time depends on shapes
 alone; storage and ranks are those of factorize.target=vllm. Each is loaded in turn by the same process, warmed up, and given all requests at once; the
 median of some times counts. The dense model takes its turn twice as vLLM's own code runs it, and once in the Transformers backend, which runs the compressed
-ones. On a machine with a GPU, vLLM takes that, and the clock is compared; on a CPU the processor's seconds are, which other work moves less.
+ones. On a machine with a GPU, vLLM takes that, and the clock is compared; on a CPU the processor's seconds are, which other work moves less. With --bench each
+model has a process of its own, in turn, and the best of some turns counts.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
 from throughput import compressed_model, dense_model, kind_of, plan_layers, print_figure, read_config
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fisherfold.export.architecture import dense_architecture, write_code, write_config
 from fisherfold.network.layers import find_layers
@@ -29,6 +35,14 @@ from fisherfold.runtime import modeling_fisherfold
 
 SUITS = {keys[-1]: value for keys, value in TARGETS["vllm"].values.items()}
 DENSE, AGAIN, SAME = "dense", "dense again", "dense, same backend"
+WORDS = 1000
+SWITCHES = ["--trust-remote-code", "--enforce-eager", "--no-enable-prefix-caching", "--disable-detokenize"]
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
 NOISE = 0.03  # of a repetition on an idle machine
 
 
@@ -46,9 +60,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a request")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--bench", action="store_true", help="measure with `vllm bench throughput`")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         folders = write_models(Path(root), options)
+        if options.bench:
+            return print_bench(benched(folders, options), options)
         found = measured(folders, options)
     used = 0 if torch.cuda.is_available() else 1
     dense = min(found[name][used] for name in (DENSE, AGAIN))
@@ -58,6 +75,15 @@ def main() -> None:
         print(f"{name:20} {rate:10.3f} {rate * options.tokens:9.1f} {processor:11.1f} {dense / found[name][used]:8.2f}")
     for ratio in options.ratios.split(","):
         print_figure(f"requests a second over dense, ratio {ratio}", dense / found[ratio][used], 1.0, NOISE)
+
+
+def print_bench(found: dict[str, float], options: argparse.Namespace) -> None:
+    """A line a model."""
+    dense = max(found[name] for name in (DENSE, AGAIN))
+    for name, rate in found.items():
+        print(f"{name:20} {rate:10.3f} requests/s {rate / dense:8.2f} × dense")
+    for ratio in options.ratios.split(","):
+        print_figure(f"vllm bench, requests a second over dense, ratio {ratio}", found[ratio] / dense, 1.0, NOISE)
 
 
 def write_models(root: Path, options: argparse.Namespace) -> dict[str, Path]:
@@ -76,6 +102,15 @@ def write_models(root: Path, options: argparse.Namespace) -> dict[str, Path]:
         folders[ratio] = root / ratio
         write_compressed(folders[ratio], root / DENSE, model, layers)
     return folders | {AGAIN: root / DENSE, SAME: root / DENSE}
+
+
+def write_words(folder: Path) -> None:
+    """A tokenizer that has a word for each of the first tokens: `vllm bench` makes its prompts of words."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2").save_pretrained(
+        folder
+    )
 
 
 def write_compressed(folder: Path, dense: Path, model: PreTrainedModel, layers: dict[str, dict]) -> None:
@@ -100,6 +135,30 @@ def measured(folders: dict[str, Path], options: argparse.Namespace) -> dict[str,
     command += [f"{'transformers' if name == SAME else 'auto'}:{folder}" for name, folder in folders.items()]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True)
     return dict(zip(folders, json.loads(process.stdout.splitlines()[-1]), strict=True))
+
+
+def benched(folders: dict[str, Path], options: argparse.Namespace) -> dict[str, float]:
+    """The most requests a second that `vllm bench throughput` gives each model, by name."""
+    found = dict.fromkeys(folders, 0.0)
+    for folder in folders.values():
+        write_words(folder)
+    for name, folder in [*folders.items()] * options.repeats:
+        found[name] = max(found[name], bench(folder, "transformers" if name == SAME else "auto", options))
+    return found
+
+
+def bench(folder: Path, implementation: str, options: argparse.Namespace) -> float:
+    """Requests a second of one model, in a process of its own."""
+    answer = folder.parent / "bench.json"
+    settings: dict[str, object] = {
+        "--model": folder, "--model-impl": implementation, "--dtype": options.dtype, "--max-model-len": options.prompt + options.tokens,
+        "--dataset-name": "random", "--input-len": options.prompt, "--output-len": options.tokens, "--num-prompts": options.requests,
+        "--num-warmups": 1, "--output-json": answer,
+    }  # fmt: skip
+    command = [str(Path(options.vllm).with_name("vllm")), "bench", "throughput", *SWITCHES]
+    command += [str(word) for pair in settings.items() for word in pair]
+    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=os.environ | QUIET, check=True)
+    return float(json.loads(answer.read_text(encoding="utf-8"))["requests_per_second"])
 
 
 if __name__ == "__main__":

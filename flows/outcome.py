@@ -1,5 +1,6 @@
 """The end of a run: what was lost and gained, a verdict, where the results lie, and what to do next. Eighty columns."""
 
+import json
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,8 @@ def outcome_lines(
     """The lines of the block."""
     yield ""
     measured = [*figures(metrics), *paces(speed(workspace))] if metrics else []
-    rows = [*measured, ("took", in_words(seconds)), *_places(workspace, stages)]
+    told = [*measured, *_format_cost(workspace, stages), ("took", in_words(seconds))]
+    rows = [*told, *_places(workspace, stages)]
     for label, text in rows:
         yield f"  {label:<{LABEL}}{text}"
     if metrics:
@@ -45,6 +47,15 @@ def outcome_lines(
         yield ""
         for label, words in next_commands(judged.level, workspace, params, stages, len(read_runs(workspace)) > 1):
             yield f"  {label:<{LABEL}}{words}"
+
+
+def _format_cost(workspace: Workspace, stages: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What ranks.storage and ranks.round_to, which suit an engine, cost."""
+    path = workspace.out("ranks") / "budget.json"
+    budget = json.loads(path.read_text(encoding="utf-8")) if "ranks" in stages and path.exists() else {}
+    if found := budget.get("format"):
+        text = f"{found['storage']} in multiples of {found['round_to']}: predicted loss {found['price']:+.0%}"
+        yield "format", text
 
 
 def _places(workspace: Workspace, stages: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -22,6 +22,7 @@ from fisherfold.allocators.allocation import ALLOCATORS, Allocation, allocate, p
 from fisherfold.allocators.budget import BUDGETS
 from fisherfold.allocators.cost import DENSE, Choice, choose_storage
 from fisherfold.allocators.expert_classes import into_classes
+from fisherfold.allocators.format_price import format_price, price_line
 from fisherfold.allocators.limits import Limits, matches
 from fisherfold.network.layers import DENSE_FILE, LinearLayer, read_dense_layers, read_layers
 from fisherfold.network.sites import Site, read_facts, read_sites
@@ -80,6 +81,8 @@ def run(workspace: Workspace, params: RanksParams) -> None:
         ranks = into_classes(task, allocate(task, allocator), params.expert_classes)
         choices = [choose_storage(site, int(rank), params.storage, budget.unit) for site, rank in zip(sites, ranks)]
         _describe(sites, choices)
+        if (price := format_price(task, limits, budget)) is not None:
+            announce("ranks", price_line(params.storage, params.round_to, price))
         with scratch.publish() as out:
             pq.write_table(
                 ranks_table(read_layers(subspace), sites, choices, facts, params.allocator), out / "ranks.parquet"
@@ -88,7 +91,9 @@ def run(workspace: Workspace, params: RanksParams) -> None:
                 pq.write_table(extra, out / f"{name}.parquet")
             (out / "budget.json").write_text(
                 json.dumps(
-                    _budget(task, choices) | _routing(workspace, read_layers(subspace)), indent=1, sort_keys=True
+                    _budget(task, choices, price) | _routing(workspace, read_layers(subspace)),
+                    indent=1,
+                    sort_keys=True,
                 )
                 + "\n",
                 encoding="utf-8",
@@ -176,9 +181,10 @@ def _routing(workspace: Workspace, layers: Sequence[LinearLayer]) -> dict:
     return {"routed": {layer.name: statistics.tokens_seen(layer) / statistics.tokens for layer in experts}}
 
 
-def _budget(task: Allocation, choices: Sequence[Choice]) -> dict:
+def _budget(task: Allocation, choices: Sequence[Choice], price: float | None) -> dict:
     """The contract of budget.json. `budget` and `spent` are of the targeted layers, in the unit of ranks.budget."""
-    return {
+    priced = {"storage": task.params.storage, "round_to": task.params.round_to, "price": price}
+    return ({} if price is None else {"format": priced}) | {
         "ratio": task.params.ratio,
         "unit": task.params.budget,
         "targeted_parameters_dense": sum(site.dense_numbers for site in task.sites),

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from project import ROOT
-from served_models import FAMILIES, STORAGES, served_model
+from served_models import FAMILIES, OTHERS, STORAGES, served_model
+from tiny import CHAT, tiny_tokenizer
 from transformers import AutoModelForCausalLM
+from vllm_server import INTERPRETER, ask, ask_at_once, serving
 
-INTERPRETER = "FISHERFOLD_VLLM_PYTHON"
 OWN = "FISHERFOLD_SERVED"
 REQUESTS = [[3, 4, 5, 6, 7], [10, 20, 30, 40, 50, 60, 70, 80, 90]]
 TOKENS = 12
@@ -47,10 +48,10 @@ def served(folders):
 
 
 @torch.no_grad()
-def greedy(folder: Path) -> list[list[int]]:
+def greedy(folder: Path, requests: list[list[int]] = REQUESTS) -> list[list[int]]:
     """What transformers adds, one request at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    ids = [torch.tensor([request]) for request in REQUESTS]
+    ids = [torch.tensor([request]) for request in requests]
     options = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None}
     return [model.generate(each, **options)[0, each.shape[1] :].tolist() for each in ids]
 
@@ -64,9 +65,31 @@ def test_two_requests_at_once_get_the_tokens_of_transformers(folders, served, st
     )  # a model that says one thing shows nothing
 
 
+def test_other_families(tmp_path):
+    made = {family: served_model(tmp_path / family, family, "pivoted") for family in OTHERS}
+    found = answers(list(made.values()))
+    assert {family: found[str(folder)] for family, folder in made.items()} == {
+        family: greedy(folder) for family, folder in made.items()
+    }
+
+
 def test_what_cannot_be_split_is_refused(tmp_path):
     folder = served_model(tmp_path, "llama", "pivoted")
     assert "initialization failed" in answers([folder], processes=2)[str(folder)]  # the reason is in the worker's log
+
+
+def test_the_server(tmp_path):
+    """`vllm serve`: two requests at once and a talk get the tokens of transformers, and it stops when it is told to."""
+    folder = served_model(tmp_path, "llama", "pivoted")
+    (folder / "chat_template.jinja").write_text(CHAT)
+    said = [{"role": "user", "content": "w7 w8"}]
+    exact = {"max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True}
+    with serving(folder, tmp_path / "log") as address:
+        choices = ask_at_once(address, "/v1/completions", [exact | {"prompt": ids} for ids in REQUESTS])
+        talk = ask(address, "/v1/chat/completions", messages=said, **exact)
+    assert [choice["token_ids"] for choice in choices] == greedy(folder)
+    words = tiny_tokenizer().apply_chat_template(said, chat_template=CHAT, add_generation_prompt=True)["input_ids"]
+    assert [talk["token_ids"]] == greedy(folder, [words])
 
 
 @pytest.mark.skipif(OWN not in os.environ, reason=f"{OWN} names no folder")

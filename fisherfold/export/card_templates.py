@@ -91,7 +91,7 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 `fisherfold.runtime`, which loads it without code from the folder. Adapters and quantizers find ordinary `nn.Linear` layers inside (PEFT:
 `target_modules="all-linear"`).
 
-To serve it: `{{ serve }}`.
+To serve it: `{{ serve }}`{% if target_costs %}, which it was made for: {{ target_costs | join("; ") }}{% endif %}.
 {% if beside %}
 
 The same model, multiplied out to the dense architecture, as large and as slow as the dense one, lies beside this folder:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from fisherfold.allocators.format_price import price_line
 from fisherfold.export.architecture import DenseArchitecture
 from fisherfold.export.card_templates import LOW_RANK, MULTIPLIED_OUT
 from fisherfold.page.references import REFERENCES
@@ -62,6 +63,7 @@ def compressed_card(
         beside=[hint for name, hint in HINTS.items() if getattr(params, name)],
         chat=_has_chat_template(workspace.model),
         serve=_serving_command(params),
+        target_costs=list(_target_costs(workspace, params)),
         length=facts.get("data", {}).get("sequence_length", "a few hundred"),
         sizes=sizes,
         removed=1 - sizes[0]["kept"] / sizes[0]["dense"],
@@ -72,6 +74,15 @@ def _serving_command(params: FactorizeParams) -> str:
     """What starts the engine that the checkpoint was made for, typed in the checkpoint's folder."""
     target = TARGETS[params.target]
     return target.serve("." if target.serves == "model" else f"../{target.serves}")
+
+
+def _target_costs(workspace: Workspace, params: FactorizeParams) -> Iterator[str]:
+    """What is given up for the engine, in words."""
+    budget = json.loads((workspace.out("ranks") / "budget.json").read_text(encoding="utf-8"))
+    if "format" in budget:
+        yield price_line(**budget["format"])
+    if TARGETS[params.target].costs:
+        yield TARGETS[params.target].costs
 
 
 def dense_card(workspace: Workspace, architecture: DenseArchitecture, counts: dict[str, Any]) -> str:

@@ -78,6 +78,14 @@ def test_how_fast_the_models_are_is_told_remembered_and_compared(project, capsys
     assert compare(*read_runs(project))["measures"]["answers, tokens a second"] == [None, 22.0]
 
 
+def test_what_an_engine_s_format_cost_is_told(project, capsys):
+    project.out("ranks").mkdir(parents=True)
+    budget = {"format": {"storage": "pivoted", "round_to": 32, "price": 0.123}}
+    (project.out("ranks") / "budget.json").write_text(json.dumps(budget))
+    finish(project, METRICS)
+    assert "format       pivoted in multiples of 32: predicted loss +12%" in capsys.readouterr().out
+
+
 def test_of_a_damaged_model_less_is_to_be_removed(project, capsys):
     finish(project, DAMAGED, ratio=0.2)
     told = capsys.readouterr().out

@@ -22,8 +22,25 @@ FAMILIES = {
     "qwen2": {},  # biases on q, k, v
     "gemma3_text": {"head_dim": 32, "tie_word_embeddings": False, "sliding_window": 16},
 }
+OTHERS = {
+    "mistral": {"sliding_window": 16, "head_dim": 32},
+    "qwen3": {"head_dim": 32},  # norms of q and k
+    "phi3": {},  # q, k, v in one layer, gate and up in another
+    "olmo2": {},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},  # capped logits
+    "granite": {},
+    "gpt2": {},  # layers stored transposed
+    "qwen3_moe": {
+        "head_dim": 32,
+        "moe_intermediate_size": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },  # experts dense
+}
+"""Families that no line of the checkpoint's code names."""
 STORAGES = {"plain": ("factors", False), "pivoted": ("pivoted", False), "shared": ("factors", True)}
 """ranks.storage and subspace.share_inputs, by name."""
+DROPPED = "model.layers.1.self_attn.o_proj"
 CASES = [(family, storage) for family in FAMILIES for storage in STORAGES]
 
 
@@ -32,7 +49,7 @@ def small_model(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         family, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=2, hidden_size=128, intermediate_size=192,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2, **FAMILIES[family]
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2, **(FAMILIES | OTHERS)[family]
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
@@ -40,7 +57,7 @@ def small_model(family: str) -> PreTrainedModel:
 def served_model(root: Path, family: str, storage: str) -> Path:
     """Folder of a checkpoint with layers of several kinds: dense, dropped, of small and of large rank."""
     kind, shared = STORAGES[storage]
-    workspace = subspace_workspace(root, family, shared=shared, model=small_model(family))
+    workspace = subspace_workspace(root, family, shared=shared, model=small_model(family), experts=False)
     publish_ranks(workspace, some_ranks(workspace), kind)
     factorize.run(workspace, FactorizeParams(dense_export=True))
     return workspace.out("factorize") / "model"
@@ -51,7 +68,7 @@ def some_ranks(workspace: Workspace) -> dict[str, int]:
     sites = read_sites(workspace.out("subspace"))
     last = read_layers(workspace.out("subspace"))[-1].name
     ranks = {site.name: max(1, site.dense_numbers // (site.outputs + site.inputs) * 2 // 3) for site in sites}
-    return {name: rank for name, rank in ranks.items() if name != last} | {"model.layers.1.self_attn.o_proj": 0}
+    return {name: 0 if name == DROPPED else rank for name, rank in ranks.items() if name != last}
 
 
 if __name__ == "__main__":

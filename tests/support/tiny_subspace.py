@@ -31,8 +31,11 @@ def subspace_workspace(
     shared: bool = False,
     metric: str = "svd",
     model: PreTrainedModel | None = None,
+    experts: bool = True,
 ) -> Workspace:
-    """`dense` names sites that the metric says nothing about, which have no basis; `shared`: layers of a group are one site; `model`: instead of the family's."""
+    """`dense` names sites that the metric says nothing about, which have no basis; `shared`: layers of a group are one site; `model`: instead of the
+    family's; without `experts` those of a mixture stay dense.
+    """
     workspace = Workspace(root)
     with Scratch(workspace, "prepare", PrepareParams(), {"seed": str(seed)}) as scratch, scratch.publish() as out:
         make = tiny_model if family in FAMILIES else tiny_family
@@ -43,7 +46,8 @@ def subspace_workspace(
         write_dense_layers(out, {})
         (out / "prepare.json").write_text(json.dumps({"model": FACTS}))
     write_sequences(workspace.table("tuning"), random_ids(2, 12).numpy(), [["a"], ["b"]], VOCABULARY)
-    layers = find_layers(load_model(workspace.model, torch.float32))
+    found = find_layers(load_model(workspace.model, torch.float32))
+    layers = [layer for layer in found if experts or not layer.stack]
     write_layers(workspace.out("prepare"), layers)
     publish_subspace(workspace, layers, dense or {}, shared, metric)
     return workspace

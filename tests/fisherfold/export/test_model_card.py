@@ -91,6 +91,19 @@ def test_only_the_settings_that_were_used(workspace):
     assert "damping" not in card and "asvd_alpha" not in card and "threads" not in card
 
 
+def test_the_engine_it_was_made_for_its_command_and_its_price(workspace, tmp_path):
+    shutil.copytree(workspace.root, tmp_path / "served")
+    served = Workspace(tmp_path / "served")
+    path = served.out("ranks") / "budget.json"
+    priced = json.loads(path.read_text()) | {"format": {"storage": "pivoted", "round_to": 32, "price": 0.123}}
+    path.write_text(json.dumps(priced))
+    facts = json.loads((served.out("factorize") / "factorize.json").read_text())
+    architecture = DenseArchitecture("LlamaConfig", "LlamaForCausalLM", {}, served.model)
+    card = compressed_card(served, architecture, facts, FactorizeParams(target="vllm"))
+    assert "To serve it: `vllm serve . --trust-remote-code`" in card and "the predicted loss is +12% against" in card
+    assert "predicted loss" not in card_of(workspace)
+
+
 def test_data_with_licences_and_no_path_of_this_machine(workspace):
     card = card_of(workspace)
     assert "| calibration | wiki, wheel==1 (https://x.org) | CC BY-SA 4.0 | 5 sequences |" in card

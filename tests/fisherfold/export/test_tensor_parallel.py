@@ -1,10 +1,20 @@
 """The plan by which factors are split over devices, followed by hand on two of them."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import served_models
 import torch
+from prefect_server import free_port
+from served_models import served_model
 from tiny import tiny_model
+from transformers import AutoModelForCausalLM
 
 from fisherfold.export.tensor_parallel import split_plan
 
@@ -65,3 +75,22 @@ def test_a_dropped_layer_whose_results_are_added():
 def test_what_cannot_be_split_has_no_plan(layers):
     assert split_plan(tiny_model(), layers) is None
     assert split_plan(tiny_model("gpt2"), {}) is None  # nor what transformers has no plan for
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "storage"), [("llama", "plain"), ("qwen2", "shared"), ("gemma3_text", "plain")])
+def test_transformers_splits_a_checkpoint_over_two_processes(tmp_path, family, storage):
+    folder, tokens = served_model(tmp_path, family, storage), [3, 14, 15, 92, 65, 35]
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        whole = model(torch.tensor([tokens])).logits
+    script = Path(served_models.__file__).with_name("split_logits.py")
+    world = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(script), str(folder), json.dumps(tokens), str(tmp_path / "logits.npy")]
+    ranks = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [subprocess.Popen(command, env=rank, stdout=subprocess.PIPE, text=True) for rank in ranks]
+    held, _ = (process.communicate(timeout=120)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    found = torch.from_numpy(np.load(tmp_path / "logits.npy"))
+    torch.testing.assert_close(found, whole, atol=1e-3, rtol=1e-4)
+    assert int(held) < 0.7 * model.num_parameters()  # it was split
