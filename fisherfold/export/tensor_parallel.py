@@ -52,7 +52,6 @@ def split_plan(model: PreTrainedModel, layers: Mapping[str, dict[str, Any]]) -> 
         for name, found in split.items()
         for half in sorted({half for kind in found for half in SPLITTABLE[dense[name]][kind]})
     }
-    # Names of halves come first: vLLM takes the first that a module's name begins with
     return factors | {
         name: style for name, style in dense.items() if name not in split or _some_dense(model, name, layers)
     }

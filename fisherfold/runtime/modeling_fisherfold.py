@@ -183,7 +183,10 @@ class FisherfoldConfig(DenseConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self.base_model_tp_plan = (self.fisherfold or {}).get("tensor_parallel")  # type: ignore[misc, assignment]
+        plan = (self.fisherfold or {}).get("tensor_parallel")
+        # Engines take the first name that a module's begins with: those of halves before those of whole layers
+        plan = plan and dict(sorted(plan.items(), reverse=True))
+        self.base_model_tp_plan = plan  # type: ignore[misc, assignment]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "quantization_config" or value != NOT_DENSE:  # engines set it again, from the file

@@ -17,9 +17,16 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from fisherfold.export.tensor_parallel import split_plan
+from fisherfold.runtime.modeling_fisherfold import FisherfoldConfig
 
 FACTORS = {"kind": "factors", "rank": 3}
 Q, O, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"
+
+
+def read_plan(layers: dict) -> dict[str, str]:
+    """The plan as a checkpoint's configuration has it, which is stored with sorted keys."""
+    stored = json.dumps({"tensor_parallel": split_plan(tiny_model(), layers)}, sort_keys=True)
+    return FisherfoldConfig(fisherfold=json.loads(stored)).base_model_tp_plan
 
 
 def style(plan: dict[str, str], name: str) -> str:
@@ -40,7 +47,7 @@ def two_devices(x: torch.Tensor, weight: torch.Tensor, how: str, split: bool) ->
 
 @pytest.mark.parametrize("name", [Q, O, DOWN])
 def test_both_devices_together_compute_the_product(name):
-    plan = split_plan(tiny_model(), {name: FACTORS})
+    plan = read_plan({name: FACTORS})
     dense = tiny_model().config.base_model_tp_plan[re.sub(r"\d", "*", name.removeprefix("model."))]
     x, down, up = torch.randn(5, 8), torch.randn(4, 8), torch.randn(6, 4)
     short = name.removeprefix("model.")
@@ -54,13 +61,13 @@ def test_both_devices_together_compute_the_product(name):
 
 
 def test_the_dense_layers_keep_their_plan():
-    plan, dense = split_plan(tiny_model(), {Q: FACTORS}), tiny_model().config.base_model_tp_plan
+    plan, dense = read_plan({Q: FACTORS}), tiny_model().config.base_model_tp_plan
     assert style(plan, "layers.1.self_attn.q_proj") == dense["layers.*.self_attn.q_proj"]
     assert style(plan, "layers.0.mlp.up_proj") == dense["layers.*.mlp.up_proj"]
 
 
 def test_a_dropped_layer_whose_results_are_added():
-    plan = split_plan(tiny_model(), {O: {"kind": "zero", "rank": 0}, Q: FACTORS})
+    plan = read_plan({O: {"kind": "zero", "rank": 0}, Q: FACTORS})
     assert plan and style(plan, "layers.0.self_attn.q_proj.up") == "colwise"
 
 
