@@ -73,6 +73,11 @@ def test_other_families(tmp_path):
     }
 
 
+def test_two_processes_that_share_each_layer_get_the_same_tokens(tmp_path):
+    made = [served_model(tmp_path / "plain", "llama", "plain"), served_model(tmp_path / "shared", "qwen2", "shared")]
+    assert answers(made, processes=2) == {str(folder): greedy(folder) for folder in made}
+
+
 def test_what_cannot_be_split_is_refused(tmp_path):
     folder = served_model(tmp_path, "llama", "pivoted")
     assert "initialization failed" in answers([folder], processes=2)[str(folder)]  # the reason is in the worker's log
