@@ -151,7 +151,7 @@ def bench(folder: Path, implementation: str, options: argparse.Namespace) -> flo
     """Requests a second of one model, in a process of its own."""
     answer = folder.parent / "bench.json"
     settings: dict[str, object] = {
-        "--model": folder, "--model-impl": implementation, "--dtype": options.dtype, "--max-model-len": options.prompt + options.tokens,
+        "--model": folder, "--model-impl": implementation, "--dtype": options.dtype, "--max-model-len": 2 * (options.prompt + options.tokens),
         "--dataset-name": "random", "--input-len": options.prompt, "--output-len": options.tokens, "--num-prompts": options.requests,
         "--num-warmups": 1, "--output-json": answer,
     }  # fmt: skip

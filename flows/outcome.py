@@ -54,7 +54,7 @@ def _format_cost(workspace: Workspace, stages: Sequence[str]) -> Iterator[tuple[
     path = workspace.out("ranks") / "budget.json"
     budget = json.loads(path.read_text(encoding="utf-8")) if "ranks" in stages and path.exists() else {}
     if found := budget.get("format"):
-        text = f"{found['storage']} in multiples of {found['round_to']}: predicted loss {found['price']:+.0%}"
+        text = f"{found['storage']} in multiples of {found['round_to']}: predicted loss {found['price']:+.1%}"
         yield "format", text
 
 

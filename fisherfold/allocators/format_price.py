@@ -33,6 +33,6 @@ def format_price(task: Allocation, limits: Limits, budget: Budget) -> float | No
 def price_line(storage: str, round_to: int, price: float) -> str:
     """The price in words."""
     return (
-        f"{storage} in ranks of multiples of {round_to}: the predicted loss is {price:+.0%} against pivoted layers of any rank at the same "
+        f"{storage} in ranks of multiples of {round_to}: the predicted loss is {price:+.1%} against pivoted layers of any rank at the same "
         "ratio"
     )

@@ -2,10 +2,8 @@
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-This file needs torch and transformers, nothing else. It is the model's own architecture with some linear layers replaced, as
-`config.fisherfold` lists them. Inside each are ordinary nn.Linear layers, which adapters and quantizers find by themselves
-(for PEFT: `target_modules="all-linear"`).
-
+This file needs torch and transformers, nothing else. It is the model's own architecture with some linear layers replaced, as `config.fisherfold`
+lists them. Inside each are ordinary nn.Linear layers, which adapters and quantizers find by themselves (PEFT: `target_modules="all-linear"`).
 Shapes: a layer has n outputs, m inputs and rank r.
 """
 
@@ -183,10 +181,9 @@ class FisherfoldConfig(DenseConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        plan = (self.fisherfold or {}).get("tensor_parallel")
         # Engines take the first name that a module's begins with: those of halves before those of whole layers
-        plan = plan and dict(sorted(plan.items(), reverse=True))
-        self.base_model_tp_plan = plan  # type: ignore[misc, assignment]
+        plan = sorted(((self.fisherfold or {}).get("tensor_parallel") or {}).items(), reverse=True)
+        self.base_model_tp_plan = dict(plan) or None  # type: ignore[misc, assignment]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "quantization_config" or value != NOT_DENSE:  # engines set it again, from the file
@@ -217,6 +214,10 @@ class LowRank(PreTrainedModel):
         if vllm and vllm.model_parallel_is_initialized() and vllm.get_tensor_model_parallel_world_size() > 1:
             raise ValueError("Pivoted or dropped layers cannot be split over devices. Set ranks.storage: factors.")
         replace_layers(self, own_names(self, "layers"))
+
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> Any:  # of low-rank layers the halves alone are split
+        own, found = own_names(self, "layers"), super()._expand_parallel_plan(plan)
+        return {name: style for name, style in found.items() if name not in own}
 
     @classmethod
     def is_custom_code(cls) -> bool:

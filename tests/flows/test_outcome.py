@@ -83,7 +83,7 @@ def test_what_an_engine_s_format_cost_is_told(project, capsys):
     budget = {"format": {"storage": "pivoted", "round_to": 32, "price": 0.123}}
     (project.out("ranks") / "budget.json").write_text(json.dumps(budget))
     finish(project, METRICS)
-    assert "format       pivoted in multiples of 32: predicted loss +12%" in capsys.readouterr().out
+    assert "format       pivoted in multiples of 32: predicted loss +12.3%" in capsys.readouterr().out
 
 
 def test_of_a_damaged_model_less_is_to_be_removed(project, capsys):

@@ -100,7 +100,7 @@ def test_the_engine_it_was_made_for_its_command_and_its_price(workspace, tmp_pat
     facts = json.loads((served.out("factorize") / "factorize.json").read_text())
     architecture = DenseArchitecture("LlamaConfig", "LlamaForCausalLM", {}, served.model)
     card = compressed_card(served, architecture, facts, FactorizeParams(target="vllm"))
-    assert "To serve it: `vllm serve . --trust-remote-code`" in card and "the predicted loss is +12% against" in card
+    assert "To serve it: `vllm serve . --trust-remote-code`" in card and "the predicted loss is +12.3% against" in card
     assert "predicted loss" not in card_of(workspace)
 
 
