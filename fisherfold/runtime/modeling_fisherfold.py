@@ -181,8 +181,7 @@ class FisherfoldConfig(DenseConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        # Engines take the first name that a module's begins with: those of halves before those of whole layers
-        plan = sorted(((self.fisherfold or {}).get("tensor_parallel") or {}).items(), reverse=True)
+        plan = sorted(((self.fisherfold or {}).get("tensor_parallel") or {}).items(), reverse=True)  # halves come first
         self.base_model_tp_plan = dict(plan) or None  # type: ignore[misc, assignment]
 
     def __setattr__(self, name: str, value: Any) -> None:
