@@ -152,7 +152,7 @@ def bench(folder: Path, implementation: str, options: argparse.Namespace) -> flo
     answer = folder.parent / "bench.json"
     settings: dict[str, object] = {
         "--model": folder, "--model-impl": implementation, "--dtype": options.dtype, "--max-model-len": 2 * (options.prompt + options.tokens),
-        "--dataset-name": "random", "--input-len": options.prompt, "--output-len": options.tokens, "--num-prompts": options.requests,
+        "--dataset-name": "random", "--random-input-len": options.prompt, "--random-output-len": options.tokens, "--num-prompts": options.requests,
         "--num-warmups": 1, "--output-json": answer,
     }  # fmt: skip
     command = [str(Path(options.vllm).with_name("vllm")), "bench", "throughput", *SWITCHES]
