@@ -50,16 +50,20 @@ def plan(
     ] = None,
     gpus: Annotated[str, Option(metavar="1,4,32", help="Numbers of devices to plan for.")] = "1",
     gpu: Annotated[str, Option(metavar="PROFILE", help="Of data/hardware.yaml: cpu, a100, h100.")] = "cpu",
+    memory: Annotated[
+        float | None, Option(metavar="GB", min=0, help="Of one device, instead of the profile's.")
+    ] = None,
+    disk: Annotated[float | None, Option(metavar="GB", min=0, help="That stage capture may take.")] = None,
     assignments: Assignments = [],  # noqa: B006
     json: Json = False,
 ) -> int:
-    """Tell time, disk, network and memory of a run, on paper, with what limits it."""
+    """Tell time, disk, network and memory of a run, on paper, what limits it, and a command that fits."""
     counts = _counts(gpus)
     project = project_here() if model else workspace_here()
     from fisherfold.run.params import load_params
     from flows.overrides import given, overridden
     from flows.planning.plan import as_json, plan_run, print_plans, read_hardware
-    from flows.planning.proposal import command, propose
+    from flows.planning.proposal import command, propose, unfit
     from flows.planning.shapes import find_shapes
 
     if project:
@@ -70,15 +74,18 @@ def plan(
     data = project or shipped_data()
     shapes = find_shapes(data, model or params.prepare.model)
     hardware = read_hardware(data, gpu)
+    hardware = hardware.model_copy(update={"memory": memory * 1e9}) if memory else hardware
     plans = {number: plan_run(shapes, params, hardware, number) for number in counts}
     if json:
         print(as_json(shapes, plans, gpu))
     else:
         print_plans(shapes, plans, gpu)
         for number, stages in plans.items():
-            proposed = propose(shapes, params, hardware, number, stages)
+            proposed = propose(shapes, params, hardware, number, stages, disk and disk * 1e9)
             if proposed is not None:
                 print(f"{number} x {gpu}: {command([*assignments, *proposed], number, on_gpus=gpu != 'cpu')}")
+            if others := unfit(stages):
+                print(f"{number} x {gpu}: no parameter makes stage {', '.join(others)} fit")
     return 0
 
 

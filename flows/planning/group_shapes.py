@@ -39,6 +39,11 @@ def gathered_bytes(parts: Sequence[Part], size: Callable[[Sequence[Part]], int])
     return sum(own for own in sizes if own >= LINKED_BYTES) + (size(small) if small else 0)
 
 
+def copied_bytes(sizes: Sequence[int]) -> int:
+    """Of files that are gathered, bytes of those that are copied into one; see `gather_groups`."""
+    return sum(size for size in sizes if size < LINKED_BYTES) if len(sizes) > 1 else 0
+
+
 def joined_bytes(parts: Sequence[Shapes]) -> int:
     """Bytes of one file of all these arrays."""
     return group_bytes({name: shape for part in parts for name, shape in part.items()})

@@ -149,7 +149,7 @@ def _changed(plan: StagePlan, **values: object) -> StagePlan:
 
 
 def _slices(stage: str) -> str:
-    return "; lower capture.layers_per_pass" if stage == "capture" else ""
+    return "; lower capture.layers_per_pass, or stream" if stage == "capture" else ""
 
 
 def _limit(

@@ -1,32 +1,101 @@
-"""What a plan proposes: parameters with which every stage fits its devices, as a command to paste."""
+"""What a plan proposes: parameters with which stage capture fits its devices, as a command to paste."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from fisherfold.run.params import Params
-from flows.planning.plan import Hardware, StagePlan, plan_stage
+from flows.planning.capture_costs import CAPTURE_MEMORY
+from flows.planning.plan import USABLE, Hardware, StagePlan, plan_stage
 from flows.planning.shapes import ModelShapes
+
+Change = dict[str, Any]
+STREAMED: Change = {"placement": "streamed", "knowledge_questions": 0}  # which asks none
 
 
 def propose(
-    shapes: ModelShapes, params: Params, hardware: Hardware, devices: int, stages: Sequence[StagePlan]
+    shapes: ModelShapes,
+    params: Params,
+    hardware: Hardware,
+    devices: int,
+    stages: Sequence[StagePlan],
+    disk: float | None = None,
 ) -> list[str] | None:
-    """Assignments for ``--set`` with which all stages of a plan fit; [] if they do already, None if no value is known to help."""
-    tight = [stage.stage for stage in stages if stage.seconds is None]
-    if not tight:
-        return []
-    layers = fewer_layers(shapes, params, hardware, devices) if tight == ["capture"] else None
-    return None if layers is None else [f"capture.layers_per_pass={layers}"]
+    """Assignments for ``--set`` with which stage capture fits, the fastest that are known; [] if all stages fit already.
+
+    Args:
+        disk: bytes that the stage may hold at most, if that is limited.
+
+    Returns:
+        None if no value is known to help, of stage capture or of another that does not fit.
+    """
+    capture = next(stage for stage in stages if stage.stage == "capture")
+    if capture.seconds is not None and (disk is None or capture.disk <= disk):
+        return None if unfit(stages) else []
+    found = [
+        (plan.seconds, changes)
+        for family in (fewer_layers(shapes), one_block(shapes, params))
+        for changes, plan in _first_that_fits(shapes, params, hardware, devices, family, disk)
+    ]
+    if not found:
+        return None
+    _, changes = min(found, key=lambda one: one[0] or 0.0)
+    return [f"capture.{key}={value}" for key, value in changes.items()]
 
 
-def fewer_layers(shapes: ModelShapes, params: Params, hardware: Hardware, devices: int) -> int | None:
-    """The most layers in one pass of stage capture, of halves, thirds and so on of all, whose unit fits."""
-    count = len(shapes.layers)
-    for layers in dict.fromkeys(-(-count // passes) for passes in range(2, count + 1)):
-        capture = params.capture.model_copy(update={"layers_per_pass": layers})
-        if plan_stage("capture", shapes, params.model_copy(update={"capture": capture}), hardware, devices).seconds:
-            return layers
-    return None
+def unfit(stages: Sequence[StagePlan]) -> list[str]:
+    """The stages besides capture that do not fit, which no parameter changes."""
+    return [stage.stage for stage in stages if stage.seconds is None and stage.stage != "capture"]
+
+
+def _first_that_fits(
+    shapes: ModelShapes,
+    params: Params,
+    hardware: Hardware,
+    devices: int,
+    candidates: Iterator[Change],
+    disk: float | None,
+) -> Iterator[tuple[Change, StagePlan]]:
+    """The first of changes to block capture with which its units fit, and the plan; nothing if none does."""
+    for changes in candidates:
+        changed = params.model_copy(update={"capture": params.capture.model_copy(update=changes)})
+        spread = devices if changed.capture.placement == params.capture.placement else 1  # one block lies on one device
+        if CAPTURE_MEMORY.lookup(changed.capture.placement)(shapes, changed) > USABLE * hardware.memory * spread:
+            continue
+        plan = plan_stage("capture", shapes, changed, hardware, devices)
+        if plan.seconds is not None and (disk is None or plan.disk <= disk):
+            yield changes, plan
+            return
+
+
+def fewer_layers(shapes: ModelShapes) -> Iterator[Change]:
+    """The whole model with a half, a third and so on of all layers in one pass, the most first."""
+    yield from ({"layers_per_pass": layers} for layers in _portions(len(shapes.layers)))
+
+
+def one_block(shapes: ModelShapes, params: Params) -> Iterator[Change]:
+    """One decoder block at a time: all its layers or some, then with smaller batches; each with one leaf, two and so on, which hold less on disk."""
+    if not shapes.block_sizes:
+        return
+    most = max(sum(layer.name.startswith(f"{block}.") for layer in shapes.layers) for block in shapes.block_sizes)
+    shards = -(-params.prepare.calibration_sequences // params.capture.sequences_per_shard)
+    for batch in _halves(params.capture.batch_size):
+        for layers in (None, *_portions(most)):
+            for leaves in sorted({1, *(shards // shorter for shorter in _halves(shards))}):
+                smaller = {"batch_size": batch} if batch != params.capture.batch_size else {}
+                fewer = {"layers_per_pass": layers} if layers else {}
+                cut = {"leaves": leaves} if leaves != params.capture.leaves else {}
+                yield STREAMED | fewer | smaller | cut
+
+
+def _portions(count: int) -> list[int]:
+    """A half, a third and so on of `count`, down to one."""
+    return list(dict.fromkeys(-(-count // parts) for parts in range(2, count + 1)))
+
+
+def _halves(count: int) -> list[int]:
+    """`count`, a half, a quarter and so on, down to one."""
+    return [count >> shift for shift in range(count.bit_length())]
 
 
 def command(assignments: Sequence[str], devices: int, on_gpus: bool) -> str:

@@ -13,9 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from fisherfold.network.blocks import list_blocks
 from fisherfold.network.experts import ExpertLinear, expert_modules, unfold_experts
 from fisherfold.network.layers import LinearLayer, describe_layers, find_layers, linear_modules, read_layers
-from fisherfold.run.errors import InputError
+from fisherfold.network.shortcuts import attempt
+from fisherfold.run.errors import FisherfoldError, InputError
 from fisherfold.run.workspace import Workspace
 
 
@@ -31,6 +33,7 @@ class ModelShapes:
         blocks: decoder blocks.
         attention_width: heads times their size.
         chosen: by stack of experts, how many a token goes to.
+        block_sizes: parameters of every decoder block, by name.
     """
 
     name: str
@@ -41,6 +44,7 @@ class ModelShapes:
     blocks: int
     attention_width: int
     chosen: Mapping[str, int] = field(default_factory=dict)
+    block_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def targeted(self) -> int:
@@ -70,11 +74,13 @@ def find_shapes(workspace: Workspace, name: str) -> ModelShapes:
     """
     try:
         return shapes_of(name, find_config(workspace, name), _targets(workspace, name))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a configuration that is odd or damaged makes its class raise almost anything
+        if isinstance(error, FisherfoldError | MemoryError):
+            raise
         known = ", ".join(sorted(path.stem for path in workspace.recipes("shapes").glob("*.yaml")))
         raise InputError(
             f"--model {name!r} is none of data/shapes ({known}), no folder with a config.json and no hub name that can be read here "
-            f"({str(error).splitlines()[0]})."
+            f"({next(iter(str(error).splitlines()), type(error).__name__)})."
         ) from None
 
 
@@ -107,21 +113,37 @@ def shapes_of(name: str, config: PreTrainedConfig, targets: Sequence[LinearLayer
     with FakeTensorMode(), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()
+        blocks = {name: sum(p.numel() for p in block.parameters()) for name, block in list_blocks(model).items()}
         layers = tuple(_find_layers(model) if targets is None else targets)
         chosen = {layer.stack: _chosen(config.get_text_config()) for layer in layers if layer.stack}
-        vocabulary, hidden = model.get_output_embeddings().weight.shape
-    text = config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        vocabulary, hidden = (model.get_output_embeddings() or model.get_input_embeddings()).weight.shape
+    if not layers:
+        raise InputError(f"Model {name!r} has no linear layers besides its output embedding: nothing to compress.")
     return ModelShapes(
         name=name,
         layers=layers,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         vocabulary=vocabulary,
         hidden=hidden,
-        blocks=text.num_hidden_layers,
-        attention_width=head * text.num_attention_heads,
+        blocks=len(blocks) or 1,
+        attention_width=_attention_width(config.get_text_config()),
         chosen=chosen,
+        block_sizes=blocks,
     )
+
+
+def _apart(model: PreTrainedModel) -> list[LinearLayer]:
+    """The linear layers of a model that cannot run on fake tensors: who shares an input is not known."""
+    modules = linear_modules(model)
+    return describe_layers(modules, dict.fromkeys(modules, ()))
+
+
+def _attention_width(config: PreTrainedConfig) -> int:
+    """Heads times their size; 0 of a model without attention."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    heads = max(heads) if isinstance(heads, list | tuple) else heads
+    size = getattr(config, "head_dim", None)
+    return heads * size if isinstance(size, int) else getattr(config, "hidden_size", 0) if heads else 0
 
 
 CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "num_experts_per_token")
@@ -137,7 +159,7 @@ def _find_layers(model: PreTrainedModel) -> Iterator[LinearLayer]:
     """The linear layers in model order, experts among them, of which none runs: on fake tensors no router can choose."""
     for _, module, _ in expert_modules(model):
         module.forward = lambda hidden_states, *_: torch.zeros_like(hidden_states)
-    found = {layer.name: layer for layer in find_layers(model)}
+    found = {layer.name: layer for layer in attempt(lambda: find_layers(model)) or _apart(model)}
     unfold_experts(model)
     modules = linear_modules(model)
     experts = {name: module for name, module in modules.items() if isinstance(module, ExpertLinear)}

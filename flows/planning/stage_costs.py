@@ -14,25 +14,15 @@ from fisherfold.evaluation.text import BATCHES_PER_SHARD
 from fisherfold.network.layers import LinearLayer, by_group
 from fisherfold.network.models import DTYPES
 from fisherfold.network.sites import bundles
-from fisherfold.run.params import CaptureParams, Params
+from fisherfold.run.params import Params
 from fisherfold.run.registry import Registry
 from fisherfold.run.unit_work import share
 from fisherfold.statistics.dependence import MOST_TOKENS
-from fisherfold.statistics.gradient_forms import GRADIENT_FORMS, Shapes
-from fisherfold.statistics.placement import disk_bytes, sums_bytes
-from fisherfold.statistics.shard import layer_slices
-from fisherfold.statistics.stored_sums import sum_shapes
-from fisherfold.statistics.tree_sum import cut_leaves, portions
+from fisherfold.statistics.gradient_forms import Shapes
 from flows.planning.answers import greedy_answers, self_writing
-from flows.planning.demand import (
-    Demand,
-    StageCost,
-    forward_operations,
-    gram_operations,
-    pass_operations,
-    sketch_operations,
-)
-from flows.planning.group_shapes import basis_shapes, gathered_bytes, group_bytes, joined_bytes, kept_bytes
+from flows.planning.capture_costs import CAPTURE_COSTS
+from flows.planning.demand import Demand, StageCost, forward_operations
+from flows.planning.group_shapes import basis_shapes, gathered_bytes, joined_bytes
 from flows.planning.shapes import ModelShapes
 
 POWER_STEPS = 10  # of the nearest Kronecker pair; six for most layers of the demo
@@ -42,7 +32,6 @@ DECOMPOSITION = {
     "eigen": 9.0,
     "svd": 21.0,
 }  # operations / p³ for eigenvectors; / (larger · smaller²) for singular vectors
-GRADIENT_TRAFFIC = 6  # times that a sequence's gradient passes through memory: written, squared, added up, sketched
 CONVERSION = 1500  # operations a parameter: dequantising, checking, casting
 LOGIT_BYTES = 12  # held a logit: two models' in float32, and their product
 LOGIT_TRAFFIC = 40  # bytes a logit: probabilities of two models in float32, their losses and divergence
@@ -63,88 +52,8 @@ def prepare_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost
 
 @STAGE_COSTS.register("capture")
 def capture_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
-    """Leaves of sequences times slices of layers, and what adds up their sums."""
-    own, length, sequences = params.capture, params.prepare.sequence_length, params.prepare.calibration_sequences
-    shards, slices = -(-sequences // own.sequences_per_shard), layer_slices(shapes.layers, own.layers_per_pass)
-    leaves, units = cut_leaves(shards, own.leaves), {}
-    last = sequences - (shards - 1) * own.sequences_per_shard
-    sums = [_sum_files(part, own, len(leaves)) for part in slices]
-    files = [[group_bytes(one) for one in part] for part in sums]
-    for index, part in enumerate(slices):
-        whole, rest = (kept_bytes(part, own, size, length, index == 0) for size in (own.sequences_per_shard, last))
-        for leaf in leaves:
-            ends = leaf.last == shards - 1
-            kept = whole * (leaf.shards - ends) + rest * ends
-            demand = shard_demand(shapes, part, own, length) * (
-                leaf.shards - ends + ends * last / own.sequences_per_shard
-            )
-            units[f"{index}.{leaf.first}"] = (demand + Demand(written=sum(files[index]) + kept), ())
-        after = tuple(f"{index}.{leaf.first}" for leaf in leaves)
-        for number, size in enumerate(files[index] if len(leaves) > 1 else ()):
-            traffic = (len(leaves) + 1.0) * size
-            units[f"{index}.sum-{number}"] = (Demand(read=len(leaves) * size, written=size, traffic=traffic), after)
-    kept = [_kept_files(slices, own, size, length) for size in (own.sequences_per_shard, last)]
-    published = gathered_bytes([one for part in sums for one in part], joined_bytes) + (shards - 1) * kept[0] + kept[1]
-    weights = shapes.parameters * DTYPES[own.dtype].itemsize
-    in_memory = 2 * max(sums_bytes(part, own) for part in slices)  # half of each symmetric sum is stored
-    return StageCost(
-        units,
-        peak=disk_bytes(shapes.layers, own, sequences, workers),
-        published=published,
-        memory=weights + in_memory + activation_bytes(shapes, own.batch_size * length, own.dtype),
-        loads=weights,
-        dtype=own.dtype,
-    )
-
-
-def _kept_files(slices: Sequence[list[LinearLayer]], params: CaptureParams, sequences: int, length: int) -> int:
-    """Bytes of the files that hold what is kept of a shard."""
-
-    def size(parts: Sequence[tuple[int, list[LinearLayer]]]) -> int:
-        layers = [layer for _, part in parts for layer in part]
-        return kept_bytes(layers, params, sequences, length, with_positions=parts[0][0] == 0)
-
-    return gathered_bytes(list(enumerate(slices)), size)
-
-
-def _sum_files(layers: Sequence[LinearLayer], params: CaptureParams, leaves: int) -> list[Shapes]:
-    """Shapes of what the files of the sums of a slice of the layers hold."""
-    shapes = sum_shapes(layers, params.gradients != "none")
-    parts = portions(sums_bytes(layers, params)) if leaves > 1 else 1
-    names = sorted(shapes)
-    return [{name: shapes[name] for name in names[number::parts]} for number in range(parts)]
-
-
-def shard_demand(shapes: ModelShapes, layers: Sequence[LinearLayer], params: CaptureParams, length: int) -> Demand:
-    """Passes, Grams, gradients and sketches of one shard, for one slice of the layers."""
-    sequences = params.sequences_per_shard
-    tokens = sequences * length
-    products, traffic = 0.0, 0.0
-    form = GRADIENT_FORMS.lookup(params.gradients)
-    for members in by_group(layers).values():
-        seen = shapes.seen(members[0]) * tokens
-        products += gram_operations(seen, members[0].inputs) * (2 if len(members) > 1 else 1)
-    for layer in layers:
-        n, m, seen = layer.outputs, layer.inputs, shapes.seen(layer) * tokens
-        products += gram_operations(seen, n)
-        traffic += 4 * seen * (n + m)
-        if form is not None:
-            one = form(layer, 1, 0)
-            sketched = (
-                sketch_operations(layer, length, min(params.sketch_rank, n, m), one.needs_gradients(length))
-                if params.gradients == "sketch"
-                else 0.0
-            )
-            products += 2.0 * tokens * n * m + sequences * sketched
-            traffic += 4.0 * GRADIENT_TRAFFIC * sequences * n * m
-    return Demand(model=pass_operations(shapes, tokens, length), products=products, traffic=traffic)
-
-
-def activation_bytes(shapes: ModelShapes, tokens: int, dtype: str) -> float:
-    """What a forward pass leaves for the backward pass: inputs and outputs of every layer, and logits with their gradient."""
-    per_token = sum(shapes.seen(layer) * (layer.outputs + layer.inputs) for layer in shapes.layers)
-    per_token += 4 * shapes.vocabulary
-    return tokens * per_token * DTYPES[dtype].itemsize
+    """As `capture.placement` says; see `capture_costs`."""
+    return CAPTURE_COSTS.lookup(params.capture.placement)(shapes, params, workers)
 
 
 @STAGE_COSTS.register("kronecker")

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from project import ROOT
+from ruamel.yaml import YAML
 from tiny_families import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
@@ -25,12 +26,14 @@ from fisherfold.run.params import (
     SubspaceParams,
     load_params,
 )
+from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics.stored_sums import sum_shapes
+from fisherfold.statistics.streamed_placement import Streamed
 from flows.cli import main
-from flows.planning import group_shapes, stage_costs
+from flows.planning import demand, group_shapes
 from flows.planning.plan import disk_needed, plan_run, plan_stage, read_hardware, total
-from flows.planning.proposal import command, propose
+from flows.planning.proposal import command, propose, unfit
 from flows.planning.shapes import find_shapes, shapes_of
 from flows.planning.stage_costs import STAGE_COSTS
 from stages import capture, kronecker, subspace
@@ -83,10 +86,10 @@ def test_operations_are_those_that_torch_counts(family):
     shapes, ids = shapes_of(family, model.config), tiny.random_ids(3, 12)
     with FlopCounterMode(display=False) as forward:
         model(input_ids=ids, use_cache=False)
-    assert forward.get_total_flops() == pytest.approx(stage_costs.forward_operations(shapes, 36, 12), rel=1e-9)
+    assert forward.get_total_flops() == pytest.approx(demand.forward_operations(shapes, 36, 12), rel=1e-9)
     with FlopCounterMode(display=False) as both:
         gradient_pass(model, ids)
-    assert both.get_total_flops() == pytest.approx(stage_costs.pass_operations(shapes, 36, 12), rel=1e-9)
+    assert both.get_total_flops() == pytest.approx(demand.pass_operations(shapes, 36, 12), rel=1e-9)
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(50, 64), (50, 576), (20, 1536)])
@@ -94,7 +97,10 @@ def test_operations_of_a_gram(tokens, size, monkeypatch):
     counted = []
     monkeypatch.setattr(torch.Tensor, "addmm_", lambda total, a, b: counted.append(2 * a.numel() * b.shape[1]))
     add_gram(torch.zeros(size, size), torch.randn(tokens, size))
-    assert sum(counted) == pytest.approx(stage_costs.gram_operations(tokens, size), rel=1e-9)
+    assert sum(counted) == pytest.approx(demand.gram_operations(tokens, size), rel=1e-9)
+
+
+STREAMED = {"placement": "streamed", "knowledge_questions": 0}
 
 
 def _groups(folder: Path) -> int:
@@ -111,6 +117,8 @@ def _groups(folder: Path) -> int:
         {"layers_per_pass": 3},
         {"leaves": 2},
         {"gradients": "sums"},
+        STREAMED,
+        STREAMED | {"layers_per_pass": 3, "leaves": 2},
     ],
     ids=str,
 )
@@ -130,6 +138,27 @@ def test_bytes_of_every_group_are_exact(tmp_path, changes):
     for stage, module in (("capture", capture), ("kronecker", kronecker), ("subspace", subspace)):
         module.run(workspace, getattr(params, stage))
         assert _groups(workspace.out(stage)) == STAGE_COSTS.lookup(stage)(shapes, params, 1).published
+
+
+@pytest.mark.parametrize("changes", [{}, {"leaves": 2}, {"layers_per_pass": 2, "tokens_per_sequence": 0}], ids=str)
+def test_a_streamed_capture_takes_the_disk_that_the_plan_says(tmp_path, monkeypatch, changes):
+    workspace = tiny.tiny_workspace(tmp_path, length=48)
+    params = Params(
+        prepare=PrepareParams(calibration_sequences=8, sequence_length=48),
+        capture=CaptureParams(**STREAMED, **{"sequences_per_shard": 3, "threads": 1, **changes}),
+    )
+    taken = [0]
+
+    def look() -> None:
+        files = {path.stat().st_ino: path.stat().st_size for path in workspace.artifacts.rglob("*.zarr.zip")}
+        taken.append(sum(files.values()))
+
+    for kind, step in ((Streamed, "free"), (Scratch, "_link_output")):  # before anything goes, and once all is gathered
+        does = getattr(kind, step)
+        monkeypatch.setattr(kind, step, lambda *given, does=does: (look(), does(*given))[1])
+    capture.run(workspace, params.capture)
+    planned = plan_stage("capture", find_shapes(workspace, str(workspace.model)), params, read_hardware(HERE, "cpu"), 1)
+    assert max(taken) == pytest.approx(planned.disk, rel=0.15)
 
 
 def test_the_recorded_demo_run_was_foreseen(demo_shapes):
@@ -187,13 +216,35 @@ def test_what_does_not_fit_is_said_and_slices_make_it_fit(llama):
     sliced = params.model_copy(update={"capture": CaptureParams(dtype="bfloat16", layers_per_pass=56)})
     fits = plan_stage("capture", llama, sliced, hardware, 1)
     assert fits.seconds > 0 and fits.devices == 1
-    (proposed,) = propose(llama, params, hardware, 1, [whole])
-    key, _, layers = proposed.partition("=")
-    assert key == "capture.layers_per_pass" and 1 <= int(layers) < len(llama.layers)
-    taken = params.model_copy(update={"capture": CaptureParams(dtype="bfloat16", layers_per_pass=int(layers))})
-    assert plan_stage("capture", llama, taken, hardware, 1).seconds > 0
+    proposed = propose(llama, params, hardware, 1, [whole])
+    assert plan_stage("capture", llama, changed(params, proposed), hardware, 1).seconds > 0
     assert propose(llama, params, hardware, 1, [fits]) == []
-    assert command([proposed], 4, on_gpus=True) == f"fisherfold run --engine ray --num-gpus 1 --set {proposed}"
+    assert command(["a.b=1"], 4, on_gpus=True) == "fisherfold run --engine ray --num-gpus 1 --set a.b=1"
+
+
+def changed(params: Params, assignments: list[str]) -> Params:
+    """The parameters with assignments to block capture, as `--set` would read them."""
+    given = {
+        key.removeprefix("capture."): YAML(typ="safe").load(value)
+        for key, _, value in (one.partition("=") for one in assignments)
+    }
+    return params.model_copy(update={"capture": CaptureParams(**{**params.capture.model_dump(), **given})})
+
+
+@pytest.mark.parametrize("memory", [4e9, 2e9, 1.2e9])
+def test_less_memory_than_the_model_takes_is_for_one_block_at_a_time(llama, memory):
+    hardware = read_hardware(HERE, "cpu").model_copy(update={"memory": memory})
+    params = Params.model_validate({**LARGE, "capture": {"dtype": "bfloat16"}})
+    stages = plan_run(llama, params, hardware, 1)
+    proposed = propose(llama, params, hardware, 1, stages)
+    assert "capture.placement=streamed" in proposed
+    fits = plan_stage("capture", llama, changed(params, proposed), hardware, 1)
+    assert fits.seconds > 0 and fits.memory <= 0.9 * memory
+    assert "evaluate" in unfit(stages)  # which holds both models
+    tight = propose(llama, params, hardware, 1, stages, disk=0.8 * fits.disk)
+    less = plan_stage("capture", llama, changed(params, tight), hardware, 1)
+    assert less.disk <= 0.8 * fits.disk and any(one.startswith("capture.leaves=") for one in tight)
+    assert propose(llama, params, hardware, 1, stages, disk=1e9) is None
 
 
 def test_on_the_command_line(monkeypatch, capsys):
@@ -221,6 +272,20 @@ def test_a_plan_needs_no_network_and_no_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a plan went to the network"))
     shapes = find_shapes(HERE, str(tmp_path))
     assert total(plan_run(shapes, Params(), read_hardware(HERE, "cpu"), 1)) > 0
+
+
+@pytest.mark.parametrize("family", ["mamba2", "recurrent_gemma", "deepseek_v4", "whisper", "rwkv"])
+def test_other_architectures_are_planned(family):
+    shapes = shapes_of(family, tiny_config(family))
+    assert shapes.layers and shapes.block_sizes
+    assert total(plan_run(shapes, Params(), read_hardware(HERE, "cpu"), 1)) > 0
+
+
+def test_a_configuration_that_says_nothing_is_named(tmp_path):
+    for text in ("{}", "[]", '{"model_type": "llama", "num_attention_heads": 0}', '{"model_type": "vit"}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=r"no folder with a config.json"):
+            find_shapes(HERE, str(tmp_path))
 
 
 def test_a_mixture_is_planned_and_what_of_it_a_token_meets():
