@@ -16,7 +16,7 @@ from flows.overrides import overridden
 from flows.pairs import check_pairs
 from flows.repository import recorded
 
-CODE_SWITCHES = (("prepare", "trust_remote_code"), ("evaluate", "trust_task_code"))
+CODE_SWITCHES = (("evaluate", "trust_task_code"),)
 """Parameters that let code from elsewhere run, by their block."""
 
 
@@ -62,7 +62,7 @@ def check_inputs(workspace: Workspace, params: Params) -> None:
 
 
 def check_tasks(workspace: Workspace, params: Params) -> None:
-    """Refuse a folder of a user's own tasks that is not there.
+    """Refuse a folder of a user's own tasks that is not there, a task that nobody has, and code that is not trusted.
 
     Raises:
         ParameterError: names it.
@@ -70,6 +70,10 @@ def check_tasks(workspace: Workspace, params: Params) -> None:
     folder = params.evaluate.task_folder
     if folder != type(params.evaluate)().task_folder and not (workspace.root / folder).is_dir():
         raise ParameterError(f"evaluate.task_folder = {folder!r}: {workspace.root / folder} is not a folder.")
+    if params.evaluate.tasks:
+        from stages.evaluate import task_source  # lm-eval takes seconds
+
+        task_source(workspace, params.evaluate).check(params.evaluate.tasks)
 
 
 def check_prepared(workspace: Workspace, params: Params) -> None:

@@ -64,7 +64,7 @@ def run(workspace: Workspace, params: EvaluateParams) -> None:
         ParameterError: a task is unknown or would run code that is not trusted, or the task folder does not exist.
         NumericalError: a model gives losses that are not finite; the message names the layer where they begin.
     """
-    tasks = _task_source(workspace, params)
+    tasks = task_source(workspace, params)
     with Scratch(workspace, "evaluate", params, _inputs(workspace, tasks)) as scratch:
         if scratch.republish():
             return
@@ -112,7 +112,12 @@ def _inputs(workspace: Workspace, tasks: TaskSource) -> dict[str, str]:
     }
 
 
-def _task_source(workspace: Workspace, params: EvaluateParams) -> TaskSource:
+def task_source(workspace: Workspace, params: EvaluateParams) -> TaskSource:
+    """Where the files of `evaluate.tasks` lie.
+
+    Raises:
+        ParameterError: `evaluate.task_folder` is not there.
+    """
     folder, shipped = workspace.root / params.task_folder, workspace.recipes("tasks")
     named = params.tasks or params.task_folder != EvaluateParams().task_folder
     if named and not folder.is_dir():

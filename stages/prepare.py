@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from fisherfold.inputs.conversations import has_chat_format
 from fisherfold.inputs.corpora import Corpus, find_corpora, read_articles
@@ -21,11 +21,18 @@ from fisherfold.inputs.pretrained import (
     check_model,
     count_parameters,
     find_model,
+    positions_of,
     vocabulary_size,
     write_model,
 )
 from fisherfold.inputs.prompts import PromptList, find_prompts
-from fisherfold.inputs.questions import QuestionSet, draw_questions, find_questions, questions_table
+from fisherfold.inputs.questions import (
+    QuestionSet,
+    draw_questions,
+    find_questions,
+    questions_table,
+    require_askable,
+)
 from fisherfold.inputs.recipes import Source
 from fisherfold.inputs.self_written import (
     MOST_ROUNDS,
@@ -114,7 +121,7 @@ def self_written(
     scratch: Scratch, model: Path, prompts: Sequence[str], params: PrepareParams
 ) -> dict[str, tuple[Path, ...]]:
     """Let a chat model answer prompts until every split has its share; files of answers by split."""
-    if not prompts or not has_chat_format(_tokenizer(model, params)):
+    if not prompts or not has_chat_format(_tokenizer(model)):
         return {}
     split = split_prompts(prompts, params.held_out_prompts, params.seed)
     held_out = batches(split.evaluation, rounds=1)
@@ -143,7 +150,7 @@ def _answer(
     scratch: Scratch, model: Path, name: str, batches: Iterable[tuple[int, tuple[str, ...]]], params: PrepareParams
 ) -> list[Path]:
     """The files of answers to numbered batches of prompts, a unit each."""
-    settings = params.answer_tokens, params.dtype, params.trust_remote_code
+    settings = params.answer_tokens, params.dtype
     units = {
         f"answers-{name}-{number:04d}": (model, batch, params.seed * 10_007 + number, *settings)
         for number, batch in batches
@@ -158,8 +165,8 @@ def _self_written_sequences(params: PrepareParams) -> dict[str, int]:
     return {name: round(params.self_written * size) for name, size in sizes.items()}
 
 
-def _tokenizer(model: Path, params: PrepareParams) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=params.trust_remote_code)
+def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model, local_files_only=True)
 
 
 def write_tables(
@@ -171,13 +178,17 @@ def write_tables(
     written: Mapping[str, Sequence[Path]],
 ) -> None:
     """Draw and tokenise; write the five tables below ``folder/tables``, and ``folder/facts.json``."""
-    tokenizer = _tokenizer(model, params)
+    tokenizer = _tokenizer(model)
     embeddings = json.loads((model.parent / "facts.json").read_text(encoding="utf-8"))["embedded_tokens"]
     vocabulary = min(vocabulary_size(tokenizer), embeddings)
     rows = draw_questions(questions, params.question_count, params.seed)
+    if (tokenizer.eos_token_id or 0) >= embeddings:
+        tokenizer.eos_token = None  # it would stand behind every document, and the model does not know it
+    positions = positions_of(AutoConfig.from_pretrained(model, local_files_only=True))
     for row in rows:
         text = " ".join([row["question"], *row["choices"]])
         require_embedded(tokenizer(text)["input_ids"], embeddings, tokenizer, f"Question {row['question']!r:.80}")
+        require_askable(row, tokenizer, positions)
     splits = draw_all(corpora, tokenizer, params, {row["article"] for row in rows}, written)
     for name, split in splits.items():
         for ids, articles in zip(split.input_ids, split.articles, strict=True):
@@ -276,7 +287,7 @@ def _write_facts(path: Path, sources: dict[str, Source], parts: Mapping[str, Pat
 
 def _trial(model: Path, params: PrepareParams) -> tuple:
     """What `write_targets` is given."""
-    return model, params.dtype, params.sequence_length, params.gates, params.trust_remote_code, params.experts
+    return model, params.dtype, params.sequence_length, params.gates, params.experts
 
 
 def _bytes_needed(model: ModelSource, params: PrepareParams) -> int:

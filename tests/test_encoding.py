@@ -1,10 +1,15 @@
 """Every file is read and written as UTF-8, whatever the locale: no call leaves the encoding to the machine."""
 
 import ast
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from project import ROOT
+from project import ROOT, command
 
 SOURCES = [
     path for name in ("fisherfold", "stages", "flows", "benchmarks") for path in sorted((ROOT / name).rglob("*.py"))
@@ -40,3 +45,50 @@ def test_the_rule_finds_what_it_forbids():
         "path.read_text()\nopen(path)\npath.open('a')\npath.open('rb')\nos.open(path, 0)\nopen(path, 'rb')"
     )
     assert [text.partition(":")[0] for text in found] == ["line 1", "line 2", "line 3"]
+
+
+ALL_STAGES = """
+import json, locale, sys
+from importlib import import_module
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from family_sweep import PARAMS, workspace_of
+from fisherfold.run.params import Params
+from fisherfold.run.workspace import STAGES
+workspace = workspace_of("llama", Path(sys.argv[1]))
+texts = [{"title": f"Größe {i} 東京", "text": f"w{i} é " * 20} for i in range(3, 20)]
+(workspace.root / "texte-ü.jsonl").write_text(
+    "\\n".join(json.dumps(row, ensure_ascii=False) for row in texts), encoding="utf-8"
+)
+params = Params.model_validate({**PARAMS, "prepare": {**PARAMS["prepare"], "corpus": "texte-ü.jsonl"}})
+for stage in STAGES:
+    import_module(f"stages.{stage}").run(workspace, getattr(params, stage))
+print(json.dumps(locale.getpreferredencoding(False)))
+"""
+
+
+def latin_1(folder: Path) -> dict[str, str]:
+    """A real locale whose text is Latin 1, made here; where none can be made, that of C, whose text is ASCII."""
+    if shutil.which("localedef"):
+        made = ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", str(folder / "de_DE.ISO-8859-1")]
+        if subprocess.run(made, capture_output=True).returncode == 0:
+            return {"LOCPATH": str(folder), "LC_ALL": "de_DE.ISO-8859-1"}
+    return {"LC_ALL": "C"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("locale", ["latin 1", "ascii"])
+def test_all_stages_under_a_locale_that_is_not_utf_8(locale, tmp_path):
+    chosen = latin_1(tmp_path) if locale == "latin 1" else {"LC_ALL": "C"}
+    environment = {**chosen, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    folder = tmp_path / "project"
+    folder.mkdir()
+    script = tmp_path / "run.py"
+    script.write_text(ALL_STAGES, encoding="utf-8")
+    result = command(
+        ROOT, sys.executable, str(script), str(folder), str(ROOT / "tests" / "support"), environment=environment
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads(result.stdout.splitlines()[-1]) in ("ISO-8859-1", "ANSI_X3.4-1968")
+    titles = (folder / "artifacts" / "report" / "index.html").read_bytes()
+    assert "texte-ü.jsonl".encode() in titles

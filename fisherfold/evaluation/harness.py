@@ -72,12 +72,21 @@ class SharedContextModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         batch_size: int,
         label: str | None = None,
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        tokenizer, begin = with_ends(tokenizer)
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, prefix_token_id=begin
+        )
         self.tokens_per_pass = tokens_per_pass
         self.label = label
         known = inspect.signature(model.forward).parameters
         self.keeps_some_logits = "logits_to_keep" in known
         self.cache_name = next((name for name in CACHE_NAMES if name in known), None)
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text; the token before texts, where the tokenizer has no end."""
+        end = self.tokenizer.eos_token_id
+        return int(self.prefix_token_id if end is None else end)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Answer]:
         """See lm-eval; without its progress bars."""
@@ -206,6 +215,18 @@ class SharedContextModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         is slower on CPUs than all logits.
         """
         return {"logits_to_keep": torch.arange(length - count, length)} if self.keeps_some_logits else {}
+
+
+def with_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """The tokenizer as lm-eval can use it, and the token before texts where it has none: token 0.
+
+    lm-eval asks for a token before texts, one behind them and one to pad with, and would add one that the model does not embed.
+    """
+    if tokenizer.pad_token_id is None and tokenizer.unk_token_id is None and tokenizer.eos_token_id is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    ends = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+    return tokenizer, None if ends else 0
 
 
 def _tokens(requests: list[Pair], batch: list[Group]) -> int:

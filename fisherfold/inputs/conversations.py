@@ -83,7 +83,8 @@ def encode_messages(
     except Exception as error:  # a template is a program; of several without a default one none is chosen
         raise InputError(
             f"The model's chat template refuses a conversation of the corpus ({name}): {error}. Its roles are "
-            f"{', '.join(message['role'] for message in messages)}; take it out, or bring it into the order that the model knows."
+            f"{', '.join(message['role'] for message in messages)}; take it out, or bring it into the order that the model knows; or "
+            "set prepare.self_written and prepare.held_out_prompts to 0, if it is a prompt."
         ) from None
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids

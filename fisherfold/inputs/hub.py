@@ -44,7 +44,7 @@ def resolve_model(name: str, revision: str | None) -> HubEntry:
     try:
         return _resolve("model", name, revision)
     except HubUnknown:
-        cached = _cached(name, revision)
+        cached = cached_folder(name, revision)
         if cached is None:
             raise
         return HubEntry(cached.name, snapshot=cached)
@@ -80,7 +80,7 @@ def _resolve(kind: str, name: str, revision: str | None) -> HubEntry:
     return HubEntry(info.sha or "", info.card_data.get("license") if info.card_data else None)
 
 
-def _cached(name: str, revision: str | None) -> Path | None:
+def cached_folder(name: str, revision: str | None) -> Path | None:
     """The snapshot folder of a model in the local hub cache."""
     try:
         found = try_to_load_from_cache(name, constants.CONFIG_NAME, revision=revision)

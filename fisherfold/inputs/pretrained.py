@@ -30,12 +30,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from fisherfold.inputs.hub import HubUnknown, resolve_model
-from fisherfold.inputs.model_folders import refuse_other_folders
+from fisherfold.inputs.hub import HubUnknown, cached_folder, resolve_model
+from fisherfold.inputs.model_folders import not_a_model, refuse_other_folders
 from fisherfold.inputs.packages import fetch_file
 from fisherfold.inputs.recipes import ModelRecipe, Source, find_path, find_recipe, recipe_names, unknown_input
+from fisherfold.inputs.weight_files import require_floats, require_whole
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES
+from fisherfold.network.weight_check import check_weights
 from fisherfold.run.errors import FisherfoldError, InputError
 from fisherfold.run.params import PrepareParams
 from fisherfold.run.progress import announce
@@ -43,6 +45,11 @@ from fisherfold.run.workspace import Workspace
 
 WEIGHTS = re.compile(r".*\.safetensors|pytorch_model.*\.bin")
 MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
+CALLS = {
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}  # how somebody called a model, not what it computes
 LOCAL_TOKENIZER_KEYS = ("is_local", "local_files_only", "name_or_path")  # of this machine, not of the tokenizer
 
 
@@ -62,20 +69,25 @@ class ModelSource:
         location: a local folder or a hub name.
         revision: commit on the hub.
         gguf_file: name of the GGUF file inside `location`.
-        trust_remote_code: whether code inside the checkpoint may run.
     """
 
     source: Source
     location: str
     revision: str | None = None
     gguf_file: str | None = None
-    trust_remote_code: bool = False
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its files lie, those of a hub's model in the local cache; None if they are not here yet."""
+        if Path(self.location).is_dir():
+            return Path(self.location)
+        return cached_folder(self.location, self.revision)
 
     @property
     def options(self) -> dict[str, Any]:
         """Arguments that every ``from_pretrained`` of this model takes."""
         chosen = {"revision": self.revision, "gguf_file": self.gguf_file}
-        return {"trust_remote_code": self.trust_remote_code, **{key: value for key, value in chosen.items() if value}}
+        return {"trust_remote_code": False, **{key: value for key, value in chosen.items() if value}}
 
 
 def find_model(workspace: Workspace, params: PrepareParams) -> ModelSource:
@@ -95,7 +107,7 @@ def find_model(workspace: Workspace, params: PrepareParams) -> ModelSource:
         return ModelSource(Source.from_recipe(name, recipe), str(file.parent), gguf_file=file.name)
     path = find_path(workspace, name)
     if path:
-        return _local_model(name, path, params.trust_remote_code)
+        return _local_model(name, path)
     try:
         entry = resolve_model(name, params.revision)
     except HubUnknown as why:
@@ -103,29 +115,25 @@ def find_model(workspace: Workspace, params: PrepareParams) -> ModelSource:
     source = Source(name, "hub", entry.licence, entry.commit)
     if entry.snapshot:
         refuse_other_folders(name, entry.snapshot)
-        return ModelSource(source, str(entry.snapshot), trust_remote_code=params.trust_remote_code)
-    return ModelSource(source, name, revision=entry.commit, trust_remote_code=params.trust_remote_code)
+        return ModelSource(source, str(entry.snapshot))
+    return ModelSource(source, name, revision=entry.commit)
 
 
-def _local_model(name: str, path: Path, trust_remote_code: bool) -> ModelSource:
+def _local_model(name: str, path: Path) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
-            raise InputError(
-                f"prepare.model = {name!r} is a file, but not a .gguf file. Name a Hugging Face folder or a GGUF file."
-            )
+            raise not_a_model(name, path)
         return ModelSource(Source.from_files(name, [path]), str(path.parent), gguf_file=path.name)
     refuse_other_folders(name, path)
     files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES and file.is_file())
     if not (path / "config.json").exists():
-        raise InputError(
-            f"prepare.model = {name!r}: folder {path} has no config.json, so it is not a Hugging Face model folder."
-        )
+        raise not_a_model(name, path)
     if not any(WEIGHTS.fullmatch(file.name) for file in files):
         raise InputError(
             f"prepare.model = {name!r}: folder {path} holds no weights (*.safetensors or pytorch_model.bin). "
             "Was the download cut short, or are they Git LFS files that were not pulled?"
         )
-    return ModelSource(Source.from_files(name, files), str(path), trust_remote_code=trust_remote_code)
+    return ModelSource(Source.from_files(name, files), str(path))
 
 
 def check_model(model: ModelSource, sequence_length: int) -> PreTrainedConfig:
@@ -138,21 +146,29 @@ def check_model(model: ModelSource, sequence_length: int) -> PreTrainedConfig:
     config = read_config(model)
     name = model.source.name
     if not _is_causal(config):
-        kind = ", ".join(config.architectures or [config.model_type])
+        kind = ", ".join(
+            map(str, config.architectures if isinstance(config.architectures, list) else [config.model_type])
+        )
         raise InputError(f"Model {name!r} ({kind}) is not a causal language model. Choose a decoder-only text model.")
     _require_known_class(name, config)
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method:
+    if quantised := getattr(config, "quantization_config", None) or getattr(config, "compression_config", None):
+        method = quantised.get("quant_method", "by no named method") if isinstance(quantised, dict) else quantised
         raise InputError(
             f"The weights of model {name!r} are quantised ({method}). Compress the original model instead."
         )
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and 0 < positions < sequence_length:  # xlnet says -1 where there is no end
+    positions = positions_of(config)
+    if positions and positions < sequence_length:
         raise InputError(
             f"prepare.sequence_length = {sequence_length} is more than the {positions} positions of model {name!r}. "
             f"Set it to at most {positions}."
         )
     return config
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model can read, if there is an end."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None  # xlnet says -1
 
 
 @cache
@@ -164,6 +180,10 @@ def read_config(model: ModelSource) -> PreTrainedConfig:
     own_code = ["auto_map"] if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else []  # transformers' own class needs none
     for key in [key for key in vars(config) if key.endswith("model_name_or_path") or key in own_code]:
         delattr(config, key)
+    config._attn_implementation = None  # the machine's choice
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for key, value in CALLS.items() if part is not None else ():
+            setattr(part, key, value)
     return config
 
 
@@ -171,12 +191,7 @@ def _require_known_class(name: str, config: PreTrainedConfig) -> None:
     """Refuse a model that `AutoModelForCausalLM` would not load, or would not load again once it is saved."""
     loaded: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if loaded is None and getattr(config, "auto_map", None):
-        known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        raise InputError(
-            f"Model {name!r} ({config.model_type}) comes with code of its own. The compressed checkpoint extends a class of transformers, "
-            "so only architectures that transformers itself knows can be compressed."
-            + (f" It knows {config.model_type!r}: set prepare.trust_remote_code to false." if known else "")
-        )
+        raise InputError(f"Model {name!r} ({config.model_type}) cannot be used.{OWN_CODE}")
     saved = loaded.config_class if loaded else type(config)
     if saved not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(
@@ -197,6 +212,8 @@ def _is_causal(config: PreTrainedConfig) -> bool:
     mapped = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if not config.architectures:  # GGUF files name none
         return mapped
+    if not isinstance(config.architectures, list):
+        return False
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     return any(name in known or (mapped and name.endswith("ForConditionalGeneration")) for name in config.architectures)
 
@@ -204,9 +221,7 @@ def _is_causal(config: PreTrainedConfig) -> bool:
 def count_parameters(model: ModelSource) -> int:
     """The number of parameters, from the configuration alone: nothing is allocated."""
     with torch.device("meta"), _explained(model, "its configuration"):
-        empty = AutoModelForCausalLM.from_config(
-            deepcopy(read_config(model)), trust_remote_code=model.trust_remote_code
-        )
+        empty = AutoModelForCausalLM.from_config(deepcopy(read_config(model)))
     return sum(parameter.numel() for parameter in empty.parameters())
 
 
@@ -232,8 +247,11 @@ def write_model(folder: Path, model: ModelSource, dtype: str) -> None:
         )
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     announce("prepare", f"writing {parameters / 1e6:.1f} M parameters in {dtype}")
-    loaded.save_pretrained(folder / "model", save_original_format=False)  # named as its modules, as stages name layers
-    _save_tokenizer(tokenizer, folder / "model")
+    with _explained(model, "its form for the stages, which is written from what"):
+        loaded.save_pretrained(
+            folder / "model", save_original_format=False
+        )  # named as its modules, as stages name layers
+        _save_tokenizer(tokenizer, folder / "model")
     facts = {
         "architecture": type(loaded).__name__,
         "dtype": dtype,
@@ -251,8 +269,6 @@ def load_tokenizer(model: ModelSource) -> PreTrainedTokenizerBase:
     """
     with _explained(model, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model.location, **model.options)
-    if type(tokenizer).__module__.startswith("transformers_modules"):
-        raise InputError(f"Model {model.source.name!r}: its tokenizer cannot be used.{OWN_CODE}")
     if vocabulary_size(tokenizer) <= len(tokenizer.all_special_tokens):  # what is left when the files are not there
         raise InputError(
             f"Model {model.source.name!r} comes without a tokenizer that can be read: put its files (tokenizer.json, or tokenizer.model and "
@@ -275,25 +291,29 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def _load_weights(model: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    if folder := model.folder:
+        require_floats(model.source.name, folder)
     announce("prepare", f"loading {model.source.name}" + (", dequantising its GGUF file" if model.gguf_file else ""))
     load: Callable[..., Any] = partial(AutoModelForCausalLM.from_pretrained, model.location, **model.options)
     if model.gguf_file:
         load = partial(load, quantization_config=GgufConfig(dequantize=True))
     with _explained(model, "its weights"), _without_foreign_bars():
-        loaded, found = load(config=deepcopy(read_config(model)), dtype=dtype, output_loading_info=True)
-    # transformers fills such weights with random numbers and only warns
-    lost = sorted(found["missing_keys"]) + sorted(str(entry) for entry in found["mismatched_keys"])
-    if lost:
-        raise InputError(
-            f"Model {model.source.name!r} lacks {len(lost)} of its weights or has them in another shape, the first "
-            f"{lost[0]}. The folder does not hold all that its config.json describes."
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # we tell of them
+        loaded, found = load(config=deepcopy(read_config(model)), dtype=dtype, **options)
+    require_whole(model.source.name, loaded, found)
+    if found["unexpected_keys"]:
+        others = sorted(map(str, found["unexpected_keys"]))
+        announce(
+            "prepare",
+            f"{len(others)} tensors of the checkpoint are no part of this model and are left out, the first {others[0]}",
         )
     for name, parameter in loaded.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if dtype == torch.float16 and not torch.isfinite(parameter).all():
             raise InputError(
                 f"Weight {name!r} of model {model.source.name!r} is not finite in {dtype}. Choose another "
                 "prepare.dtype."
             )
+    check_weights(loaded)
     return loaded
 
 
@@ -314,7 +334,8 @@ def _explained(model: ModelSource, part: str) -> Iterator[None]:
             raise
         text = str(error) or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        reason = " ".join(lines[: 2 if isinstance(error, ImportError) else 1])  # the second says how to install it
+        more = isinstance(error, ImportError) or lines[0].endswith(":")  # how to install it; what it is
+        reason = " ".join(lines[: 2 if more else 1])
         cure = OWN_CODE if "trust_remote_code" in text else ""
         raise InputError(
             f"Model {model.source.name!r}: {part} cannot be read from {model.location} ({reason}).{cure}"

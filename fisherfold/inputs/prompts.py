@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fisherfold.inputs.recipes import Source, find_path
+from fisherfold.inputs.records import open_text
 from fisherfold.run.errors import InputError
 from fisherfold.run.workspace import Workspace
 
@@ -29,11 +30,8 @@ def find_prompts(workspace: Workspace, name: str) -> PromptList:
             f"prepare.prompts = {name!r} is neither a list in data/prompts ({known}) nor a text file with one prompt a line. Without "
             "prompts: prepare.self_written=0 and prepare.held_out_prompts=0."
         )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"prepare.prompts = {name!r}: {path} is not UTF-8 text ({error}). Convert it first.") from None
-    texts = tuple(line.strip() for line in lines if line.strip())
+    with open_text(path) as lines:
+        texts = tuple(line.strip() for line in lines if line.strip())
     if not texts:
         raise InputError(f"prepare.prompts = {name!r}: {path} holds no prompt.")
     return PromptList(Source.from_files(name, [path]), texts)

@@ -6,12 +6,13 @@ question ends without a space and a choice begins without one.
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
 from fisherfold.inputs.packages import fetch_file
 from fisherfold.inputs.recipes import QuestionsRecipe, Source, find_path, find_recipe, unknown_input
@@ -84,6 +85,30 @@ def draw_questions(questions: QuestionSet | None, count: int, seed: int) -> list
     return rows
 
 
+def require_askable(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, positions: int | None) -> None:
+    """Refuse a question of the table that stages `capture` and `evaluate` could not ask.
+
+    Args:
+        positions: tokens that the model can read, if there is an end.
+
+    Raises:
+        InputError: a choice adds no token to the question, or both are longer than the model's positions.
+    """
+    where, text = f"Question {row['question']!r:.80}", row["question"]
+    asked = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for choice in row["choices"]:
+        whole = f"{text} {choice}"
+        if len(tokenizer(whole, add_special_tokens=False)["input_ids"]) <= asked:
+            raise InputError(
+                f"{where}: the model's tokenizer gives the choice {choice!r:.80} no token of its own, so no likelihood. Mend the question."
+            )
+        length = len(tokenizer(whole)["input_ids"])
+        if positions and length > positions:
+            raise InputError(
+                f"{where} has {length} tokens with the choice {choice!r:.80}, and the model has {positions} positions. Take it out."
+            )
+
+
 def _shuffled(rows: list[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
     random.Random(seed).shuffle(rows)
     yield from rows
@@ -149,7 +174,7 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
     choices, labels = _choices(fields["choices"], where)
     answer = _answer(fields["answer"], choices, labels, where)
     article = fields.get("article") or where.rpartition("/")[2]
-    return {"question": question, "choices": choices, "answer": answer, "article": str(article)}
+    return {"question": question.rstrip(), "choices": choices, "answer": answer, "article": str(article)}
 
 
 def _choices(found: Any, where: str) -> tuple[list[str], list[str]]:
@@ -158,23 +183,25 @@ def _choices(found: Any, where: str) -> tuple[list[str], list[str]]:
     if (
         not isinstance(texts, list)
         or len(texts) < 2
-        or not all(isinstance(choice, str) and choice for choice in texts)
-        or len(set(texts)) < len(texts)
+        or not all(isinstance(choice, str) and choice.strip() for choice in texts)
+        or len({choice.strip() for choice in texts}) < len(texts)
     ):
-        raise InputError(f"{where}: the choices must be two or more different texts, not {found!r}.")
-    if not isinstance(labels, list) or len(labels) not in (0, len(texts)):
-        raise InputError(f"{where}: the choices must have a label each, not {labels!r}.")
-    return list(texts), [str(label) for label in labels]
+        raise InputError(f"{where}: the choices must be two or more different texts, not {found!r:.200}.")
+    if not isinstance(labels, list) or len(set(map(str, labels))) not in (0, len(texts)):
+        raise InputError(f"{where}: the choices must have a label each, and different ones, not {labels!r:.200}.")
+    return [choice.strip() for choice in texts], [str(label) for label in labels]
 
 
 def _answer(found: Any, choices: list[str], labels: list[str], where: str) -> int:
     """The number of the right choice, given so or by its label."""
-    if isinstance(found, str) and found in labels:
-        return labels.index(found)
-    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < len(choices):
-        known = f" or one of the labels {', '.join(labels)}" if labels else ""
+    if str(found) in labels and not isinstance(found, bool):
+        return labels.index(str(found))
+    numbered = any(label.isdecimal() for label in labels)  # then a number is a label, from wherever they count
+    if numbered or isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < len(choices):
+        number = "" if numbered else f"the number of a choice, 0 to {len(choices) - 1}"
+        label = f"one of the labels {', '.join(labels)}" if labels else ""
         raise InputError(
-            f"{where}: the answer must be the number of a choice, 0 to {len(choices) - 1}{known}, not {found!r}."
+            f"{where}: the answer must be {' or '.join(filter(None, (number, label)))}, not {found!r:.80}."
         )
     return found
 

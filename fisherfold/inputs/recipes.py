@@ -154,8 +154,11 @@ def find_recipe(workspace: Workspace, kind: str, name: str, model: type[Kind]) -
 
 def find_path(workspace: Workspace, name: str) -> Path | None:
     """The local file or folder that `name` means, relative to the project folder; None if there is none."""
-    path = workspace.root / Path(name).expanduser()
-    return path if path.exists() else None
+    try:
+        path = workspace.root / Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # longer than a name may be, a NUL in it, the home of nobody
+        return None
 
 
 def unknown_input(workspace: Workspace, parameter: str, kind: str, name: str, why: str) -> InputError:

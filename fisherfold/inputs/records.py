@@ -7,7 +7,7 @@ Formats by the end of the file's name, each also compressed (``.gz``, ``.bz2``, 
     .csv, .tsv   a header, then rows
     .parquet     a table
 
-Text is UTF-8, with or without a byte order mark, or UTF-16 with one. Lone surrogates, which JSON can escape and no text can hold,
+Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one. Lone surrogates, which JSON can escape and no text can hold,
 become U+FFFD.
 """
 
@@ -32,14 +32,15 @@ Record = tuple[str, Any]
 """Where it stands (file and line), and what stands there: a mapping of fields, if the file is in order."""
 
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+"""Encodings by the marks that a file may begin with, the longer ones first."""
 LONGEST_FIELD = 2**31 - 1  # of a CSV file; the csv module's own limit is shorter than many a text
 MISSING = object()
 
 
 def file_format(file: Path) -> str:
     """The end of a file's name that says its format, without that of a compression: ``.csv`` of ``a.csv.gz``."""
-    return (file.with_suffix("") if file.suffix in COMPRESSED else file).suffix
+    return (file.with_suffix("") if file.suffix.lower() in COMPRESSED else file).suffix.lower()
 
 
 def files_of(path: Path, formats: Collection[str]) -> list[Path]:
@@ -72,7 +73,12 @@ def open_text(file: Path) -> Iterator[TextIO]:
     """
     try:
         with _open_bytes(file) as probe:
-            encoding = "utf-16" if probe.read(2) in UTF16_MARKS else "utf-8-sig"
+            begin = probe.read(4096)
+        encoding = next((name for mark, name in MARKS.items() if begin.startswith(mark)), "utf-8-sig")
+        if encoding == "utf-8-sig" and b"\0" in begin:
+            raise InputError(
+                f"{file} is no text, or UTF-16 without its mark: it holds zero bytes. Convert it to UTF-8."
+            )
         with _open_bytes(file) as content, TextIOWrapper(content, encoding=encoding, newline=_newline(file)) as lines:
             yield lines
     except UnicodeError as error:
@@ -84,7 +90,7 @@ def open_text(file: Path) -> Iterator[TextIO]:
 
 
 def _open_bytes(file: Path) -> BinaryIO:
-    opened: BinaryIO = COMPRESSED.get(file.suffix, open)(file, "rb")
+    opened: BinaryIO = COMPRESSED.get(file.suffix.lower(), open)(file, "rb")
     return opened
 
 
@@ -101,9 +107,9 @@ def parse_json(text: str, where: str) -> Any:
     """
     try:
         value = json.loads(text)
+        return mended(value) if "\\u" in text else value
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not valid JSON ({error}).") from None
-    return mended(value) if "\\u" in text else value
 
 
 def mended(value: Any) -> Any:
@@ -153,7 +159,9 @@ def read_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
     """
     csv.field_size_limit(LONGEST_FIELD)
     with open_text(file) as lines:
-        rows = csv.reader(lines, delimiter=SEPARATORS[file_format(file)])
+        rows = csv.reader(
+            lines, delimiter=SEPARATORS[file_format(file)], strict=True
+        )  # else an open quote swallows the rest
         try:
             for row in rows:
                 if row:
@@ -164,7 +172,9 @@ def read_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
 
 def _csv_records(file: Path, _: Sequence[str]) -> Iterator[Record]:
     rows = read_rows(file)
-    _, names = next(rows, ("", []))
+    where, names = next(rows, ("", []))
+    if len(set(names)) < len(names):
+        raise InputError(f"{where}: the header names a column twice ({', '.join(names)}).")
     for where, row in rows:
         if len(row) > len(names):
             raise InputError(

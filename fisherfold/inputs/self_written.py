@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from fisherfold.inputs.conversations import encode_messages
 from fisherfold.inputs.embedded import require_embedded
+from fisherfold.inputs.pretrained import positions_of
 from fisherfold.inputs.splits import Split, as_split
 from fisherfold.inputs.windows import pack
 from fisherfold.network.generation import GreedyDecoder, decode_plainly, left_padded, until_end
@@ -68,20 +69,23 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 @StaysLoaded
-def writer(model: Path, dtype: str, own_code: bool) -> tuple[PreTrainedTokenizerBase, GreedyDecoder]:
+def writer(model: Path, dtype: str) -> tuple[PreTrainedTokenizerBase, GreedyDecoder]:
     """The tokenizer and the model that write, loaded once for all units of a process; the decoder knows whether a cache serves."""
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=own_code)
-    return tokenizer, GreedyDecoder(load_model(model, DTYPES[dtype], trust_remote_code=own_code), ends=[])
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    return tokenizer, GreedyDecoder(load_model(model, DTYPES[dtype]), ends=[])
 
 
-def write_answers(
-    folder: Path, model: Path, prompts: tuple[str, ...], seed: int, longest: int, dtype: str, own_code: bool
-) -> None:
-    """Unit: one sampled answer to each prompt, of at most `longest` tokens, as ``answers.parquet`` (see `tables.ANSWERS`)."""
-    tokenizer, decoder = writer(model, dtype, own_code)
+def write_answers(folder: Path, model: Path, prompts: tuple[str, ...], seed: int, longest: int, dtype: str) -> None:
+    """Unit: one sampled answer to each prompt, of at most `longest` tokens, as ``answers.parquet`` (see `tables.ANSWERS`).
+
+    Raises:
+        InputError: a prompt leaves no place for an answer, or holds a token that the model does not embed.
+    """
+    tokenizer, decoder = writer(model, dtype)
     asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, asked, strict=True):
         require_embedded(ids, decoder.vocabulary, tokenizer, f"Prompt {prompt!r:.80} in the chat format")
+    longest = _longest(decoder.model, prompts, asked, longest)
     end = tokenizer.eos_token_id
     ends = [] if end is None else [end]
     sample = _sample_with_cache if decoder.caches else partial(decode_plainly, choose=_draw)
@@ -91,6 +95,20 @@ def write_answers(
     sampled = [until_end(row, ends) for row in written]
     rows = {"prompt": list(prompts), "prompt_ids": asked, "sampled_ids": sampled}
     pq.write_table(pa.table(rows, schema=ANSWERS), folder / "answers.parquet")
+
+
+def _longest(model: PreTrainedModel, prompts: Sequence[str], asked: Sequence[list[int]], longest: int) -> int:
+    """`longest`, or what the model's positions leave for answers."""
+    positions = positions_of(model.config)
+    if positions is None:
+        return longest
+    prompt, ids = max(zip(prompts, asked, strict=True), key=lambda one: len(one[1]))
+    if len(ids) >= positions:
+        raise InputError(
+            f"Prompt {prompt!r:.80} has {len(ids)} tokens in the chat format, and the model has {positions} positions. Take it out of "
+            "prepare.prompts."
+        )
+    return min(longest, positions - len(ids))
 
 
 def _sample_with_cache(

@@ -278,7 +278,9 @@ def _too_small(
     aside = f", {tally.reserved} more set aside for the questions" if tally.reserved else ""
     repeated = f", {tally.repeated} passed over because their title or text came before" if tally.repeated else ""
     empty = [name for name, size in sizes.items() if size and not rows[name]]
-    if len(sizes) > tally.documents and empty:
+    if not tally.documents + tally.reserved:
+        cure = "It holds no text: is it the file, and the field, that was meant?"
+    elif len(sizes) > tally.documents and empty:
         cure = (
             f"No document may be in two splits, so {len(sizes)} splits need at least as many. Separate its documents: by blank lines in a "
             "text file, as records in the others."

@@ -28,7 +28,6 @@ def write_targets(
     dtype: str,
     sequence_length: int,
     gates: Sequence[str],
-    trust_remote_code: bool,
     experts: str = "layers",
 ) -> None:
     """Unit of work: write the three files into `folder`.
@@ -38,8 +37,8 @@ def write_targets(
     """
     # float16 overflows where bfloat16 does not, and what is looked for here is no number
     try:
-        loaded = load_model(model, torch.float32 if dtype == "float32" else torch.bfloat16, trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=trust_remote_code)
+        loaded = load_model(model, torch.float32 if dtype == "float32" else torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except (ImportError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(
             f"Transformers cannot load what it has saved of the model itself ({type(error).__name__}: {next(iter(str(error).splitlines()), '')}). "

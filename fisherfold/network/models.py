@@ -32,15 +32,13 @@ def decomposing_device() -> str:
     return device if device.startswith("cuda") else "cpu"
 
 
-def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> "PreTrainedModel":
+def load_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """Load a causal language model for measuring: evaluation mode, frozen parameters, on the chosen device."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map=chosen_device(), trust_remote_code=trust_remote_code, local_files_only=True
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=chosen_device(), local_files_only=True)
     return model.eval().requires_grad_(False)
 
 

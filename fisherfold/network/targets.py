@@ -5,6 +5,7 @@ chooses between others nor has so few outputs that a rank means nothing. This is
 (`fisherfold.network.trial`); later stages read layers.json.
 """
 
+import difflib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -50,9 +51,15 @@ def find_targets(model: PreTrainedModel, ids: torch.Tensor, gates: Collection[st
         gates: patterns of routers and gates that are targets all the same.
 
     Raises:
-        InputError: see `try_layers`; or there is no target.
+        InputError: see `try_layers`; or there is no target, or no layer for one of `gates`.
     """
     modules = linear_modules(model)
+    strange = [gate for gate in gates if not any(fnmatchcase(name, gate) for name in modules)]
+    if strange:
+        near = difflib.get_close_matches(strange[0], modules, n=1, cutoff=0.1)
+        raise InputError(
+            f"prepare.gates: no linear layer of the model is called {strange[0]!r}; one is {''.join(near)!r}."
+        )
     trial = try_layers(model, modules, ids)
     reasons = dict(_reasons(model, modules, trial))
     wanted = {name for name, reason in reasons.items() if reason in GATES for gate in gates if fnmatchcase(name, gate)}

@@ -6,9 +6,11 @@ is trained, and as it writes.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ from fisherfold.run.errors import InputError
 
 WRITTEN = 3  # tokens: the first without a cache, the others with one
 ROUNDINGS = 1024  # of the dtype, in the norm: another order of the sums moves y by a few, another function by far more
+LEAST_MOVE = (
+    1e-3  # of the logits' deviation; rounding moves causal models by 1e-6, random encoders move by more than 1e-2
+)
 CHOICES = {
     getattr(owner, name)
     for name in ("topk", "argmax", "sort", "argsort", "multinomial", "kthvalue")
@@ -51,6 +56,7 @@ class Trial:
         read_elsewhere: other code looked up `.weight`.
         chosen_from: a choice (top k, arg max) was made among the outputs.
         running: all modules that were called, linear or not.
+        moved: whether any of those gradients was other than zero.
     """
 
     reads: dict[str, list[torch.Tensor]]
@@ -60,6 +66,12 @@ class Trial:
     read_elsewhere: set[str] = field(default_factory=set)
     chosen_from: set[str] = field(default_factory=set)
     running: set[str] = field(default_factory=set)
+    moved: bool = False
+
+    def reach(self, name: str, gradient: torch.Tensor) -> None:
+        """Note that a gradient comes to a layer's output."""
+        self.reached.add(name)
+        self.moved = self.moved or bool(gradient.any())
 
     @property
     def last(self) -> str | None:
@@ -79,6 +91,7 @@ def try_layers(model: PreTrainedModel, modules: dict[str, nn.Module], ids: torch
         choices = ChoiceWatch(trial.chosen_from)
         with _measured_calls(modules, maps, trial, choices), _running_modules(model, trial.running), choices:
             _plain_pass(model, ids)
+        _require_gradient(model, trial)
         _require_causal(model, ids)
         with _further_calls(modules, maps, trial), torch.no_grad():
             with _training(model):
@@ -116,7 +129,7 @@ class LinearMap:
 
 def _plain_pass(model: PreTrainedModel, ids: torch.Tensor) -> None:
     try:
-        gradient_pass(model, ids)
+        result = gradient_pass(model, ids)
     except Exception as error:
         logging.getLogger(__name__).debug("the plain pass failed", exc_info=True)
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -124,18 +137,43 @@ def _plain_pass(model: PreTrainedModel, ids: torch.Tensor) -> None:
             f"{type(model).__name__} cannot be measured: a pass over token ids alone, with the gradient of its loss, fails "
             f"({type(error).__name__}: {reason}). Choose a model that reads text by itself."
         ) from error
+    if not result.finite.all():
+        raise InputError(
+            f"{type(model).__name__} gives no finite loss, or no finite gradient of it, on {ids.numel()} tokens of its own vocabulary"
+            f"{_odd_settings(model)}. See that the checkpoint predicts text at all; in float16 or bfloat16 it may overflow (prepare.dtype: float32)."
+        )
+
+
+def _odd_settings(model: PreTrainedModel) -> str:
+    """Values of the configuration that are not finite, as half a sentence."""
+    values = {**model.config.get_text_config().to_dict(), **model.config.to_dict()}
+    odd = [f"{key} = {value}" for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    return f" (in its config.json: {', '.join(odd)})" if odd else ""
+
+
+def _require_gradient(model: PreTrainedModel, trial: Trial) -> None:
+    """Refuse a model whose loss hangs on nothing that it computes."""
+    if trial.reached and not trial.moved:
+        zero = [name for name, weight in model.named_parameters() if weight.dim() > 1 and not weight.any()][:3]
+        why = f"every number of {', '.join(zero)} is zero" if zero else "its logits do not hang on its text"
+        raise InputError(
+            f"{type(model).__name__} gets no gradient that is not zero, so nothing tells which weights matter: {why}{_odd_settings(model)}. "
+            "See that the checkpoint is whole, and trained."
+        )
 
 
 @torch.no_grad()
 def _require_causal(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Refuse a model whose logits for a beginning are others when more text follows."""
+    """Refuse a model whose logits for a beginning are others when other text follows, of the same length: some choose by that."""
     half = ids.shape[1] // 2
-    whole, beginning = (model(input_ids=part, use_cache=False).logits.float() for part in (ids, ids[:, :half]))
-    moved, scale = (whole[:, :half] - beginning).abs().mean(), whole.std()
-    if moved > 0.1 * scale:
+    others = torch.cat([ids[:, :half], ids[:, : ids.shape[1] - half]], dim=1)
+    here, there = (model(input_ids=tokens, use_cache=False).logits for tokens in (ids, others))
+    allowed = max(LEAST_MOVE, 4 * torch.finfo(here.dtype).eps)
+    moved, scale = (here[:, :half] - there[:, :half]).float().abs().mean(), here.float().std()
+    if moved > allowed * scale:
         raise InputError(
-            f"{type(model).__name__} reads what comes after a token: its logits for {half} tokens move by {moved / scale:.2f} of their "
-            "deviation when more follow, so it predicts nothing. Choose a causal model (an encoder needs is_decoder in its config.json)."
+            f"{type(model).__name__} reads what comes after a token: its logits for {half} tokens move by {moved / scale:.2g} of their "
+            "deviation when others follow, so it predicts nothing. Choose a causal model (an encoder needs is_decoder in its config.json)."
         )
 
 
@@ -154,7 +192,7 @@ def _measured_calls(
         trial.reads[name].append(x)
         if y.requires_grad:
             choices.outputs[y.grad_fn] = name, y.numel()
-            y.register_hook(lambda _: trial.reached.add(name))
+            y.register_hook(partial(trial.reach, name))
 
     with forward_hooks(modules, after):
         yield

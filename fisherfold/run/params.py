@@ -17,6 +17,7 @@ from fisherfold.run.errors import ParameterError
 from fisherfold.run.workspace import STAGES
 
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Damping = Annotated[float, Field(ge=0, le=1)]
 Floor = Annotated[float, Field(ge=0, lt=1)]
@@ -27,7 +28,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Block(BaseModel):
     """One stage's parameters: unknown keys are refused, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ComputeBlock(Block):
@@ -48,7 +49,6 @@ class PrepareParams(Block):
 
     model: str = "smollm2-135m-instruct"
     revision: str | None = None
-    trust_remote_code: bool = False
     dtype: Dtype = "float32"
     gates: list[str] = []
     experts: Literal["layers", "all", "dense"] = "layers"
@@ -66,7 +66,7 @@ class PrepareParams(Block):
     evaluation_sequences: Count = 32
     questions: str | None = "wikipedia-descriptions"
     question_count: Count = 200
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def corpora(self) -> tuple[CorpusShare, ...]:
@@ -104,7 +104,7 @@ class CaptureParams(ComputeBlock):
     tokens_per_sequence: Annotated[int, Field(ge=0)] = 16
     token_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     knowledge_questions: Annotated[int, Field(ge=0)] = 32
-    seed: int = 0
+    seed: Seed = 0
 
 
 class TokenPassParams(Block):
@@ -131,7 +131,7 @@ class KroneckerParams(ComputeBlock):
     token_pass: TokenPassParams = TokenPassParams()
     diagnostics: Literal["none", "basic", "full"] = "basic"
     dependence_draws: Annotated[int, Field(ge=0)] = 60
-    seed: int = 0
+    seed: Seed = 0
 
 
 class FascParams(Block):
@@ -283,6 +283,8 @@ def read_document(path: Path) -> dict[str, Any]:
         document = YAML(typ="safe").load(path)
     except FileNotFoundError:
         raise ParameterError(f"{path} does not exist. Run fisherfold from the folder that holds params.yaml.") from None
+    except OSError as error:
+        raise ParameterError(f"{path} cannot be read ({error}).") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise ParameterError(f"{path} is not valid YAML: {error}") from None
     return document or {}

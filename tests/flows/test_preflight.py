@@ -99,6 +99,16 @@ def test_a_folder_of_tasks_that_is_not_there(tmp_path):
         check_tasks(Workspace(tmp_path), check_params({"evaluate": {"task_folder": "mine"}}, "test"))
 
 
+def test_tasks_that_nobody_has_or_that_would_run_code(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "t.yaml").write_text("task: coded\ncustom_dataset: !function evil.run\n")
+    for task, says in (("codde", "evaluate.tasks = 'codde': neither"), ("coded", "evaluate.trust_task_code")):
+        with pytest.raises(ParameterError, match=says):
+            check_tasks(
+                Workspace(tmp_path), check_params({"evaluate": {"task_folder": "mine", "tasks": [task]}}, "test")
+            )
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """A project of which stage `check` is the real one, and stage prepare a stand-in that has run."""
@@ -159,10 +169,9 @@ def test_overrides_through_the_api_let_no_code_from_elsewhere_run(tmp_path):
     workspace, path = Workspace(tmp_path), tmp_path / "params.yaml"
     path.write_text("prepare: {model: mine}\n")
     restrict(workspace, ["prepare.model=other", "ranks.ratio=0.5"])
-    for switch in ("prepare.trust_remote_code", "evaluate.trust_task_code"):
-        with pytest.raises(ParameterError, match=f"{switch} is on"):
-            restrict(workspace, [f"{switch}=true"])
-    path.write_text("prepare: {model: mine, trust_remote_code: true}\n")
+    with pytest.raises(ParameterError, match=r"evaluate.trust_task_code is on"):
+        restrict(workspace, ["evaluate.trust_task_code=true"])
+    path.write_text("evaluate: {trust_task_code: true}\n")
     restrict(workspace, ["ranks.ratio=0.5"])
-    with pytest.raises(ParameterError, match="may change nothing of block 'prepare'"):
-        restrict(workspace, ["prepare.model=other"])
+    with pytest.raises(ParameterError, match="may change nothing of block 'evaluate'"):
+        restrict(workspace, ["evaluate.task_folder=other"])

@@ -175,11 +175,11 @@ def test_the_api_chooses_neither_a_folder_nor_code_from_elsewhere(served, tmp_pa
     )
     runs = [
         attacker.create_flow_run_from_deployment(served.deployment.id, parameters=asked)
-        for asked in ({"workspace": str(tmp_path)}, {"overrides": ["prepare.trust_remote_code=true"]})
+        for asked in ({"workspace": str(tmp_path)}, {"overrides": ["evaluate.trust_task_code=true"]})
     ]
     folder, code = (served.wait(run, lambda state: state.is_final()) for run in runs)
     assert folder.is_crashed()  # the flow has no such parameter
-    assert code.is_failed() and "prepare.trust_remote_code is on" in code.message
+    assert code.is_failed() and "evaluate.trust_task_code is on" in code.message
     assert (served.folder / "params.yaml").read_text() == before
     assert not (tmp_path / "stolen").exists()
 

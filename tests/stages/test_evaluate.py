@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from project import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import COMMON, FAMILIES, VOCABULARY, random_ids, save_tiny, tiny_model, tiny_tokenizer, tiny_workspace
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fisherfold.evaluation import harness, knowledge, losses, model_run, tasks
 from fisherfold.evaluation.harness import SharedContextModel, run_tasks
@@ -213,6 +214,21 @@ def test_the_cache_is_handed_over_by_the_name_that_forward_knows(name, monkeypat
     asked = SharedContextModel(model, TOKENIZER, 1000, batch_size=2)
     assert (asked.cache_name, asked.shares_contexts) == (name, True)
     assert name == "cache" or any(given)
+
+
+@pytest.mark.parametrize("unknown", [None, "<unk>"])
+def test_a_tokenizer_without_a_begin_an_end_and_padding(unknown):
+    """As one is whose tokenizer_config.json is not there."""
+    bare = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER.backend_tokenizer, unk_token=unknown)
+    asked = SharedContextModel(tiny_model(), bare, 1000, batch_size=2)
+    requests = [Instance("loglikelihood", {}, ("w5 w6", " w7"), 0), Instance("loglikelihood", {}, ("w8", " w9 w10"), 1)]
+    expected = [oracle_likelihood(tiny_model(), *ids)[0] for ids in (([5, 6], [7]), ([8], [9, 10]))]
+    assert [value for value, _ in asked.loglikelihood(requests)] == pytest.approx(expected, abs=1e-4)
+    (written,) = asked.generate_until(
+        [Instance("generate_until", {}, ("w5 w6", {"until": ["w3"], "max_gen_toks": 3}), 0)]
+    )
+    assert set(written.split()) <= set(bare.get_vocab())
+    assert bare.pad_token == unknown
 
 
 def test_contexts_longer_than_a_sliding_window(monkeypatch):

@@ -1,16 +1,19 @@
 """The stage as a whole: what it writes, that it resumes, and that it publishes all or nothing."""
 
+import gzip
 import hashlib
 import json
 import shutil
 
 import pytest
 from ruamel.yaml import YAML
-from tiny import VOCABULARY, save_tiny, tiny_tokenizer
+from tiny import VOCABULARY, save_tiny, tiny_bytes_tokenizer, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wheels import make_wheel
 
 from fisherfold.inputs import packages
+from fisherfold.inputs.prompts import find_prompts
+from fisherfold.inputs.self_written import write_answers
 from fisherfold.run.errors import InputError, NotEnoughDisk
 from fisherfold.run.files import describe_files, verify_output
 from fisherfold.run.params import PrepareParams
@@ -121,6 +124,29 @@ def test_a_text_that_holds_it_is_named(with_image):
     (with_image.root / "asked.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(InputError, match=r"Question '\[IMG\]\?' holds"):
         prepare.run(with_image, PARAMS.model_copy(update={"questions": "asked.jsonl", "question_count": 1}))
+
+
+def test_an_end_token_that_is_not_embedded_ends_no_document(workspace):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    tokenizer.save_pretrained(workspace.root / "model")
+    prepare.run(workspace, PARAMS)
+    assert read_sequences(workspace.table("calibration"), VOCABULARY).max() < VOCABULARY
+    assert json.loads((workspace.out("prepare") / "prepare.json").read_text())["data"]["end_token"] is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"choices": ["w4", "\u00a0\u2003"]}, "two or more different texts"),
+        ({"question": "w3 " * 80}, r"has 8\d tokens with the choice 'w4', and the model has 64 positions"),
+    ],
+)
+def test_questions_that_no_stage_could_ask_are_refused(workspace, row, message):
+    row = {"question": "w3", "choices": ["w4", "w5", "w6", "w7"], "answer": 0, "article": "x"} | row
+    (workspace.root / "asked.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=message):
+        prepare.run(workspace, PARAMS.model_copy(update={"questions": "asked.jsonl", "question_count": 1}))
 
 
 def test_later_stages_look_at_the_model_before_it_writes_text(chatting):
@@ -336,3 +362,22 @@ def test_prompts_that_do_not_do(chatting, changes, message):
     (chatting.root / "empty.txt").write_text("\n \n")
     with pytest.raises(InputError, match=message):
         prepare.run(chatting, CHAT.model_copy(update=changes))
+
+
+def test_prompts_are_read_as_texts_are(workspace):
+    """Raw separators of lines inside one, compressed, UTF-16."""
+    texts = [f"w{i}\u2028w{i + 1}\x85w{i + 2}" for i in range(3, 60)]
+    (workspace.root / "p.txt.gz").write_bytes(gzip.compress("\n".join(texts).encode("utf-16")))
+    assert find_prompts(workspace, "p.txt.gz").texts == tuple(texts)
+
+
+def test_answers_end_where_positions_do(tmp_path):
+    """Of a model with one embedding a position, which knows none beyond."""
+    save_tiny(tmp_path / "model", "gpt2")
+    tiny_bytes_tokenizer().save_pretrained(tmp_path / "model")
+    write_answers(tmp_path, tmp_path / "model", ("w3 " * 20, "w4"), seed=0, longest=40, dtype="float32")
+    rows = read_table(tmp_path / "answers.parquet").to_pylist()
+    room = 64 - len(rows[0]["prompt_ids"])
+    assert 0 < room < 40 and all(len(row["sampled_ids"]) <= room for row in rows)
+    with pytest.raises(InputError, match=r"tokens in the chat format, and the model has 64 positions"):
+        write_answers(tmp_path, tmp_path / "model", ("w3 " * 80,), seed=0, longest=40, dtype="float32")

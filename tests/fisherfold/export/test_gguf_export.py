@@ -1,18 +1,20 @@
 """The GGUF file against the dense export, read again by transformers."""
 
 import json
+import random
 
 import gguf
 import pytest
 import torch
-from tiny import random_ids
+from tiny import COMMON, FAMILIES, random_ids
 from tiny_subspace import mixed_ranks, publish_ranks, subspace_workspace
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fisherfold.export.gguf_export import check_gguf, gguf_format, write_gguf
 from fisherfold.export.gguf_vocabulary import splitting
 from fisherfold.export.multiplied_out import export
+from fisherfold.run.checkpoint import StoredTensor
 from fisherfold.run.errors import InputError
 from fisherfold.run.params import FactorizeParams
 from stages import factorize
@@ -146,6 +148,11 @@ def test_a_splitting_without_a_name_is_refused_before_the_work(tmp_path, change)
         check_gguf({"model_type": "llama"}, tmp_path)
 
 
+PIECES = (
+    "a", "b", "S", "'s", "'S", "'ll", "'LL", "'ve", "1", "23", "٣", "४", "²", "½", "Ⅷ", " ", "  ", "\t", "\n", "\r\n", "\r", "\u00a0",
+    "\u2028", "\u3000", "\u200d", "\u200b", "é", "e\u0301", "ß", "İ", "ı", "東", "京", "。", "😀", "👨‍👩‍👧", "\ufeff", "\x01", "\x7f", "-", "_", "...",
+    "!?", "<s>", "</s>", "Ω", "א", "ب", "ไ", "한", "\u0378", "ǅ", "ª", "ـ", "ˈ", "़", "\ue000", "\U000e0001",
+)  # fmt: skip
 TEXTS = (
     "It's 1990, and we've 12345 apples;  two   spaces\tand\n\nlines. ",
     "Größe naïve 東京 Ωμέγα 😀 don't DON'T I'll",
@@ -169,8 +176,35 @@ def test_llama_cpp_reads_the_same_tokens(tmp_path, name):
         tokenizer.get_vocab_size(),
     )
     read = Llama(str(tmp_path / "x.gguf"), vocab_only=True, verbose=False)
-    for text in TEXTS:
-        assert read.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text).ids, text
+    assert read.metadata["tokenizer.chat_template"] == "{{ 1 }}"
+    assert read.metadata["tokenizer.ggml.add_bos_token"] == "true" and read.token_bos() == tokenizer.token_to_id("<s>")
+    for text in (*TEXTS, *odd_texts(300)):
+        assert read.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text).ids, ascii(text)
+
+
+def odd_texts(count):
+    """Random strings of what splittings treat each in their own way."""
+    draw = random.Random(0)
+    return ["".join(draw.choice(PIECES) for _ in range(draw.randrange(1, 9))) for _ in range(count)]
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_llama_cpp_computes_what_transformers_compute(tmp_path, family):
+    from llama_cpp import Llama
+
+    tokenizer = trained(tmp_path, "llama-bpe")
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    config = AutoConfig.for_model(family, vocab_size=tokenizer.get_vocab_size(), **COMMON, **FAMILIES[family])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    tensors = {name: StoredTensor.of(weight.detach()) for name, weight in model.named_parameters()}
+    write_gguf(tmp_path / "x.gguf", config.to_dict(), tmp_path, tensors, torch.float32)
+    read = Llama(str(tmp_path / "x.gguf"), n_ctx=64, logits_all=True, verbose=False)
+    ids = tokenizer.encode(TEXTS[0]).ids[:40]
+    read.eval(ids)
+    expected = model(torch.tensor([ids])).logits[0].detach()
+    torch.testing.assert_close(torch.tensor(read.scores[: len(ids)]), expected, atol=1e-4, rtol=1e-3)
 
 
 def trained(folder, name):

@@ -106,8 +106,12 @@ def test_missing_field_names_the_fields(tmp_path):
         ("c.jsonl", b'{"text": "a"}\nnull\n', "c.jsonl, line 2 is not a record"),
         ("c.json", b"3", "neither a list of records nor a mapping"),
         ("c.json", b"[" * 100_000, "not valid JSON"),
+        ("c.jsonl", b'{"a":' * 700 + b'"\\\\ud800"' + b"}" * 700, "line 1 is not valid JSON"),
         ("c.csv", b"text,n\na,1,2\n", "c.csv, line 2 has 3 values, but the header has 2"),
         ("c.csv", b"body\na\n", "no field 'text'"),
+        ("c.csv", b'text\n"a\nb\nc\n', "c.csv, line 4 is not valid CSV"),
+        ("c.csv", b"text,text\na,b\n", "c.csv, line 1: the header names a column twice"),
+        ("c.txt", "some text".encode("utf-16-le"), "c.txt is no text, or UTF-16 without its mark"),
         ("c.csv", "text\ncaf\u00e9\n".encode("latin-1"), "c.csv is not UTF-8"),
         ("c.jsonl.gz", b"nothing", "c.jsonl.gz cannot be read"),
         ("c.txt.gz", gzip.compress(b"a b c" * 99, mtime=0)[:-9], "c.txt.gz cannot be read"),
@@ -155,12 +159,13 @@ def test_hub_syntax(tmp_path, monkeypatch, name, parts):
     assert (found.name, found.config, found.split) == parts
 
 
+def unreachable(*_):
+    raise HubUnknown("the hub cannot be asked (no network)")
+
+
 def test_unknown_corpus_gives_the_nearest(tmp_path, monkeypatch):
     (tmp_path / "data" / "corpora").mkdir(parents=True)
     (tmp_path / "data" / "corpora" / "wikipedia-leads.yaml").write_text("")
-
-    def unreachable(*_):
-        raise HubUnknown("the hub cannot be asked (no network)")
 
     monkeypatch.setattr(hub, "_resolve", unreachable)
     for name in ("wikipedia-lead", "./wikipedia lead.pdf"):
@@ -207,9 +212,19 @@ def test_lone_surrogates_and_raw_separators(tmp_path):
     assert text == "a\ufffdb\U0001f600 c\u2028d\u0085e"
 
 
-def test_utf_16_with_its_mark(tmp_path):
-    (tmp_path / "c.txt").write_text("caf\u00e9", encoding="utf-16")
-    assert [text for _, text in articles(tmp_path, "c.txt")] == ["caf\u00e9"]
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_other_encodings_with_their_marks_and_names_in_capitals(tmp_path, encoding):
+    (tmp_path / "C.TXT").write_text("caf\u00e9", encoding=encoding)
+    (tmp_path / "C.JSONL.GZ").write_bytes(gzip.compress('{"text": "caf\u00e9"}'.encode(encoding)))
+    for name in ("C.TXT", "C.JSONL.GZ"):
+        assert [text for _, text in articles(tmp_path, name)] == ["caf\u00e9"]
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "a" * 300, "~nobody-of-this-name/c.txt"])
+def test_names_that_no_path_can_have(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(hub, "_resolve", unreachable)
+    with pytest.raises(InputError, match=r"prepare.corpus = .* is no recipe .* and no local path"):
+        articles(tmp_path, name)
 
 
 MESSAGES = [{"role": "user", "content": "w3 w4"}, {"role": "assistant", "content": "w5"}]

@@ -23,7 +23,7 @@ from fisherfold.export.architecture import copy_companions
 from fisherfold.inputs import hub, pretrained
 from fisherfold.inputs.hub import HubEntry, HubUnknown
 from fisherfold.inputs.pretrained import check_model, count_parameters, find_model, write_model
-from fisherfold.run.errors import InputError
+from fisherfold.run.errors import FisherfoldError, InputError
 from fisherfold.run.params import PrepareParams
 from fisherfold.run.workspace import Workspace
 
@@ -167,6 +167,53 @@ def break_nan(folder):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def stored(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", {"format": "pt"})
+
+
+def break_huge(folder):
+    stored(folder, lambda weights: weights | {"model.norm.weight": torch.full((16,), 1e30)})
+
+
+def break_integers(folder):
+    key = "model.layers.0.mlp.up_proj.weight"
+    stored(folder, lambda weights: weights | {key: (100 * weights[key]).to(torch.int8)})
+
+
+def break_eight_bits(folder):
+    key = "model.layers.0.mlp.up_proj.weight"
+    stored(folder, lambda weights: weights | {key: weights[key].to(torch.float8_e4m3fn)})
+
+
+def break_bias(folder):
+    stored(folder, lambda weights: weights | {"model.layers.0.self_attn.q_proj.bias": torch.ones(16)})
+
+
+def break_adapted(folder):
+    stored(folder, lambda weights: weights | {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 16)})
+
+
+def break_names(folder):
+    stored(folder, lambda weights: {f"module.{name}": weight for name, weight in weights.items()})
+
+
+def break_adapter_beside(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+
+
+def break_generation(folder):
+    (folder / "generation_config.json").write_text("[]")
+
+
+def break_architectures(folder):
+    edit_config(folder, architectures=5)
+
+
+def break_quantised_elsewhere(folder):
+    edit_config(folder, compression_config={"quant_method": "compressed-tensors"})
+
+
 def break_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
@@ -232,8 +279,21 @@ def edit_config(folder, **changes):
         (break_truncated, "its weights cannot be read"),
         (break_pointer, "its weights cannot be read"),
         (break_missing_weight, "lacks 1 of its weights.*model.layers.1.mlp.up_proj.weight"),
-        (break_shape, "cannot be read|another shape"),
-        (break_nan, "'model.layers.1.mlp.up_proj.weight' .*not finite"),
+        (
+            break_shape,
+            r"6 of its weights in another shape .* the first model.layers.0.mlp.down_proj.weight: \[16, 24\] in the file, \[16, 32\]",
+        ),
+        (break_nan, "weight 'model.layers.1.mlp.up_proj.weight' .* holds the value nan"),
+        (break_huge, r"weight 'model.norm.weight' .* holds the value 1e\+30"),
+        (break_integers, "quantised: 'model.layers.0.mlp.up_proj.weight' is stored as I8"),
+        (break_eight_bits, "quantised: 'model.layers.0.mlp.up_proj.weight' is stored as F8_E4M3"),
+        (break_quantised_elsewhere, r"quantised \(compressed-tensors\)"),
+        (break_bias, "holds 'model.layers.0.self_attn.q_proj.bias', for which the layer .* has no place"),
+        (break_adapted, "holds 'model.layers.0.self_attn.q_proj.lora_A.weight', for which .* merge it"),
+        (break_names, "lacks .* of its weights.* It holds .* others, the first module."),
+        (break_adapter_beside, "is an adapter of 'owner/base'.*take adapter_config.json away"),
+        (break_generation, r"generation_config.json is no JSON object, but \[\]"),
+        (break_architectures, "not a causal language model"),
         (break_tokenizer, "tokenizer"),
         (break_tokenizer_file, "tokenizer"),
         (break_vocabulary, "tokenizer .* has 100 tokens, but the model embeds 96"),
@@ -242,8 +302,8 @@ def edit_config(folder, **changes):
         (break_type, "its configuration cannot be read"),
         (break_value, "its configuration cannot be read"),
         (break_heads, "cannot be read"),
-        (break_list, "its configuration cannot be read"),
-        (break_tokenizer_settings, "its tokenizer cannot be read"),
+        (break_list, "config.json is no JSON object"),
+        (break_tokenizer_settings, "tokenizer_config.json is no JSON object"),
         (break_tokenizer_text, "its tokenizer cannot be read"),
         (break_base_model, r"LlamaModel\) is not a causal language model"),
     ],
@@ -251,8 +311,51 @@ def edit_config(folder, **changes):
 def test_damaged_folder(tmp_path, damage, message):
     folder = save_tiny(tmp_path / "model")
     damage(folder)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(FisherfoldError, match=message):
         prepare(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        {"return_dict": False, "output_attentions": True, "output_hidden_states": True, "use_cache": False},
+        {"attn_implementation": "flash_attention_2"},
+    ],
+)
+def test_how_somebody_called_a_model_is_no_part_of_it(tmp_path, called):
+    edit_config(save_tiny(tmp_path / "model"), **called)
+    again = AutoModelForCausalLM.from_pretrained(prepare(tmp_path) / "model")
+    found = again(torch.tensor([[3, 4]]))
+    assert found.attentions is None and found.hidden_states is None
+    torch.testing.assert_close(found.logits, tiny_model()(torch.tensor([[3, 4]])).logits)
+
+
+def test_tensors_that_are_no_part_of_the_model_are_told(tmp_path, capsys):
+    stored(save_tiny(tmp_path / "model"), lambda weights: weights | {"vision.patch.weight": torch.ones(2, 2)})
+    prepare(tmp_path)
+    assert (
+        "1 tensors of the checkpoint are no part of this model and are left out, the first vision.patch"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "asked", "hint"),
+    [
+        (("m-Q4.gguf",), "model", "It holds m-Q4.gguf: name that file"),
+        (("checkpoint-9/config.json",), "model", "checkpoint-9 is one"),
+        (("consolidated.00.pth", "params.json"), "model", "in their makers' own format"),
+        (("config.json", "model.safetensors"), "model/model.safetensors", "The folder of this one is .*model"),
+        ((), "model", "it is not a Hugging Face model folder.$"),
+    ],
+)
+def test_other_folders_and_files(tmp_path, files, asked, hint):
+    (tmp_path / "model").mkdir()
+    for name in files:
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_text("{}")
+    with pytest.raises(InputError, match=hint):
+        prepare(tmp_path, asked)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -280,19 +383,15 @@ def test_sequence_longer_than_the_positions(tmp_path):
             prepare(tmp_path, name, length=65)
 
 
-def test_code_in_the_checkpoint_runs_only_if_asked(tmp_path):
+def test_code_in_the_checkpoint_never_runs(tmp_path):
     folder = save_tiny(tmp_path / "model")
-    (folder / "modeling_own.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
-        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
-        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
-    )
+    (folder / "modeling_own.py").write_text("raise SystemError('it has run')\n")
     mapping = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     edit_config(folder, model_type="own", architectures=["OwnForCausalLM"], auto_map=mapping)
-    with pytest.raises(InputError, match=r"its configuration cannot be read.*comes with code of its own"):
+    with pytest.raises(
+        InputError, match=r"its configuration cannot be read.*comes with code of its own.*only architectures"
+    ):
         prepare(tmp_path)
-    with pytest.raises(InputError, match=r"'model' \(own\) comes with code of its own.*only architectures"):
-        prepare(tmp_path, trust_remote_code=True)
 
 
 def test_code_of_transformers_own_types_is_left_out(tmp_path):
@@ -313,9 +412,8 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_with_the_cure(tmp_path):
         "auto_map": {"AutoTokenizer": [None, "own.Own"]},
     }
     path.write_text(json.dumps(settings))
-    for trusted in (False, True):
-        with pytest.raises(InputError, match=r"its tokenizer cannot be .* code of its own.*tokenizer\.json"):
-            prepare(tmp_path, trust_remote_code=trusted)
+    with pytest.raises(InputError, match=r"its tokenizer cannot be .* code of its own.*tokenizer\.json"):
+        prepare(tmp_path)
 
 
 def test_a_sentencepiece_model_is_tokenizer_enough(tmp_path):

@@ -113,6 +113,13 @@ def test_no_questions(tmp_path):
         ({**ROW, "choices": None}, "two or more different texts"),
         ({**ROW, "choices": {"text": ["a", "b"], "label": ["A"]}}, "a label each"),
         ({**ROW, "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answer": "C"}, "one of the labels A, B"),
+        (
+            {**ROW, "choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answer": "A"},
+            "a label each, and different ones",
+        ),
+        ({**ROW, "choices": {"text": ["a", "b"], "label": [1, 2]}, "answer": 0}, "one of the labels 1, 2, not 0"),
+        ({**ROW, "choices": ["a", " "]}, "two or more different texts"),
+        ({**ROW, "choices": ["a", "a "]}, "two or more different texts"),
         ([1], "not a record with fields"),
         (7, "not a record with fields"),
         (None, "not a record with fields"),
@@ -144,6 +151,15 @@ def test_labelled_choices(tmp_path):
     for name in ("q.jsonl", "q.parquet"):
         (drawn,) = draw(tmp_path, name)
         assert (drawn["choices"], drawn["answer"]) == (["a", "b"], 1)
+
+
+@pytest.mark.parametrize(("labels", "answer"), [(["1", "2"], 1), ([1, 2], "1"), ([0, 1], 0), (["a", "1"], "a")])
+def test_a_number_is_a_label_where_labels_are_numbers(tmp_path, labels, answer):
+    (tmp_path / "q.jsonl").write_text(
+        json.dumps({**ROW, "choices": {"text": [" c", "d"], "label": labels}, "answer": answer})
+    )
+    (drawn,) = draw(tmp_path, "q.jsonl")
+    assert (drawn["choices"], drawn["answer"]) == (["c", "d"], 0)
 
 
 def test_text_that_the_corpus_reader_takes(tmp_path):

@@ -102,6 +102,11 @@ def test_one_document_for_three_splits_says_so():
         draw_splits([Article("A", words(0, 5000))], tiny_tokenizer(), SIZES, 12, 0, ())
 
 
+def test_a_corpus_without_text_says_so():
+    with pytest.raises(InputError, match=r"its 0 articles hold 0 tokens.*It holds no text"):
+        draw_splits([], tiny_tokenizer(), SIZES, 12, 0, ())
+
+
 def test_repeated_documents_are_counted_where_the_corpus_is_too_small():
     same = [Article("A", words(k, 30)) for k in range(20)]
     with pytest.raises(InputError, match="19 passed over because their title or text came before"):

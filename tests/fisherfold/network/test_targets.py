@@ -1,10 +1,13 @@
 """Kinds of layers that stay dense, in models made for it and in families that have them."""
 
+import math
+
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import COMMON, VOCABULARY, tiny_model
 from tiny_families import tiny_family
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fisherfold.network.coverage import describe_coverage, measure_coverage
 from fisherfold.network.targets import (
@@ -83,6 +86,8 @@ def test_a_layer_with_one_output_stays_dense_unless_it_is_asked_for():
 
     assert dense_reasons(with_layer(gate)) == {f"{MLP}.gate": NARROW}
     assert dense_reasons(with_layer(gate), gates=["*.mlp.gate"]) == {}
+    with pytest.raises(InputError, match=r"no linear layer of the model is called '\*.mlp.gaet'; one is"):
+        dense_reasons(with_layer(gate), gates=["*.mlp.gaet"])
 
 
 def test_idle_experts_are_targets_and_their_router_is_not():
@@ -119,6 +124,43 @@ def test_a_model_that_reads_ahead_is_refused():
     model = tiny_model("llama")
     model.model.layers[0].register_forward_hook(lambda module, arguments, y: y + 3 * y.mean(1, keepdim=True))
     with pytest.raises(InputError, match="reads what comes after a token"):
+        dense_reasons(model)
+
+
+def test_an_untrained_encoder_is_refused_too():
+    encoder, decoder = (
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("bert", is_decoder=reads_back, vocab_size=VOCABULARY, **COMMON)
+        ).eval()
+        for reads_back in (False, True)
+    )
+    with pytest.raises(InputError, match=r"reads what comes after a token.*is_decoder"):
+        dense_reasons(encoder)
+    assert not dense_reasons(decoder).keys() & {"bert.encoder.layer.0.intermediate.dense"}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (math.nan, r"no finite loss.*\(in its config.json: rms_norm_eps = nan\)"),
+        (math.inf, r"no gradient that is not zero.*rms_norm_eps = inf"),
+    ],
+)
+def test_a_model_that_computes_no_loss_or_nothing_that_hangs_on_text_is_refused(value, message):
+    model = tiny_model("llama")
+    model.config.rms_norm_eps = value
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = value
+    with pytest.raises(InputError, match=message):
+        dense_reasons(model)
+
+
+def test_a_model_of_zeros_is_refused():
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    with pytest.raises(InputError, match=r"every number of lm_head.weight is zero"):
         dense_reasons(model)
 
 

@@ -28,6 +28,12 @@ def test_shipped_file_is_valid_and_names_every_parameter():
         ({"ranks": {"ratio": 0}}, "ranks.ratio = 0: input should be greater than 0"),
         ({"capture": {"gradients": "all"}}, "capture.gradients = 'all'"),
         ({"prepare": {"seed": "x"}}, "prepare.seed = 'x'"),
+        ({"capture": {"seed": -1}}, "capture.seed = -1: input should be greater than or equal to 0"),
+        (
+            {"prepare": {"corpus": [{"source": "a", "share": float("inf")}]}},
+            "share = inf: input should be a finite number",
+        ),
+        ({"factorize": {"refine": {"rate": float("nan")}}}, "factorize.refine.rate = nan"),
     ],
 )
 def test_wrong_parameter_is_named(document, message):
@@ -39,6 +45,8 @@ def test_wrong_parameter_is_named(document, message):
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(ParameterError, match="does not exist"):
         load_params(tmp_path / "params.yaml")
+    with pytest.raises(ParameterError, match="cannot be read"):
+        load_params(tmp_path)
     (tmp_path / "params.yaml").write_text("ranks: [")
     with pytest.raises(ParameterError, match="not valid YAML"):
         load_params(tmp_path / "params.yaml")
