@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,10 +27,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fisherfold.network.layers import describe_layers, linear_modules, write_layers
 from fisherfold.run.checkpoint import StoredTensor, write_tensors
 from fisherfold.run.determinism import seeded_generator
-from fisherfold.run.params import CaptureParams, PrepareParams
+from fisherfold.run.params import CaptureParams, Params, PrepareParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.tables import read_table, write_sequences
 from fisherfold.run.workspace import Workspace
+from flows.planning.plan import plan_stage, read_hardware
+from flows.planning.shapes import find_shapes
 from stages import capture
 
 SEQUENCES, LENGTH, VOCABULARY = 4, 256, 32000
@@ -41,7 +44,9 @@ SIZES = {
     "1.5": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 8},
 }  # fmt: skip
 TARGETS = {"0.4": 1.5e9, "1.5": 2.5e9}  # bytes
-SLOWER, GROWTH = 1.6, 1.05
+SLOWER, PLANNED = 1.6, 1.15
+LOOK = 0.05  # seconds between two looks at the disk
+ROOT = Path(__file__).parents[1]
 GROUPS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
@@ -129,20 +134,51 @@ def peak_bytes() -> int:
 def measure(workspace: Workspace, placement: str) -> dict[str, float]:
     """One capture in a process of its own; its output is removed."""
     arguments = [sys.executable, __file__, "--stage", placement, "--root", str(workspace.root)]
-    run = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    disk = 0
+    while run.poll() is None:
+        disk = max(disk, stored_bytes(workspace))
+        time.sleep(LOOK)
+    if run.returncode or run.stdout is None:
+        raise subprocess.CalledProcessError(run.returncode, arguments)
     for left in workspace.artifacts.glob("capture*"):
         shutil.rmtree(left)
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = json.loads(run.stdout.read().splitlines()[-1]) | {"disk": disk}
     print(
-        f"    {placement:9s} {found['seconds']:7.1f} s   peak {found['peak'] / 1e9:5.2f} GB (imports {found['imports'] / 1e9:.2f} GB)"
+        f"    {placement:9s} {found['seconds']:7.1f} s   peak {found['peak'] / 1e9:5.2f} GB (imports {found['imports'] / 1e9:.2f} GB), "
+        f"{disk / 1e9:.3f} GB on disk"
     )
     return found
+
+
+def stored_bytes(workspace: Workspace) -> int:
+    """What stage capture holds on disk now, links counted once."""
+    found: dict[int, int] = {}
+    for folder in workspace.artifacts.glob("capture*"):
+        for path in folder.rglob("*.zip"):
+            with suppress(FileNotFoundError):
+                state = path.stat()
+                found[state.st_ino] = state.st_size
+    return sum(found.values())
+
+
+def planned_bytes(workspace: Workspace, placement: str) -> float:
+    """What `fisherfold plan` says that it holds at most."""
+    params = Params(
+        prepare=PrepareParams(calibration_sequences=SEQUENCES, sequence_length=LENGTH),
+        capture=CaptureParams(threads=1, placement=placement, knowledge_questions=0),
+    )
+    shapes = find_shapes(workspace, str(workspace.model))
+    return plan_stage("capture", shapes, params, read_hardware(Workspace(ROOT), "cpu"), 1).disk
 
 
 def figures(size: str, root: Path) -> Iterator[str]:
     """Of one random model."""
     workspace = make_workspace(root / size, size)
     streamed = measure(workspace, "streamed")
+    planned = planned_bytes(workspace, "streamed")
+    ratio = max(planned, streamed["disk"]) / min(planned, streamed["disk"])
+    yield figure(f"bytes on disk against the plan ({planned / 1e9:.3f} GB), {size} B parameters", ratio, PLANNED, "x")
     if size in TARGETS:
         yield figure(
             f"peak memory of a streamed capture, {size} B parameters", streamed["peak"] / 1e9, TARGETS[size] / 1e9, "GB"

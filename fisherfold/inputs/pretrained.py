@@ -291,8 +291,6 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def _load_weights(model: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
-    if folder := model.folder:
-        require_floats(model.source.name, folder)
     announce("prepare", f"loading {model.source.name}" + (", dequantising its GGUF file" if model.gguf_file else ""))
     load: Callable[..., Any] = partial(AutoModelForCausalLM.from_pretrained, model.location, **model.options)
     if model.gguf_file:
@@ -300,6 +298,8 @@ def _load_weights(model: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     with _explained(model, "its weights"), _without_foreign_bars():
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # we tell of them
         loaded, found = load(config=deepcopy(read_config(model)), dtype=dtype, **options)
+    if folder := model.folder:  # a hub's files are here by now
+        require_floats(model.source.name, folder)
     require_whole(model.source.name, loaded, found)
     if found["unexpected_keys"]:
         others = sorted(map(str, found["unexpected_keys"]))

@@ -26,9 +26,7 @@ from fisherfold.run.errors import InputError
 
 WRITTEN = 3  # tokens: the first without a cache, the others with one
 ROUNDINGS = 1024  # of the dtype, in the norm: another order of the sums moves y by a few, another function by far more
-LEAST_MOVE = (
-    1e-3  # of the logits' deviation; rounding moves causal models by 1e-6, random encoders move by more than 1e-2
-)
+LEAST_MOVE = 1e-5  # of the deviation of the logits, in the mean; rounding moves causal models by less than 1e-6
 CHOICES = {
     getattr(owner, name)
     for name in ("topk", "argmax", "sort", "argsort", "multinomial", "kthvalue")

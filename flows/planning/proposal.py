@@ -58,14 +58,27 @@ def _first_that_fits(
 ) -> Iterator[tuple[Change, StagePlan]]:
     """The first of changes to block capture with which its units fit, and the plan; nothing if none does."""
     for changes in candidates:
-        changed = params.model_copy(update={"capture": params.capture.model_copy(update=changes)})
+        changed = _with(params, changes)
         spread = devices if changed.capture.placement == params.capture.placement else 1  # one block lies on one device
         if CAPTURE_MEMORY.lookup(changed.capture.placement)(shapes, changed) > USABLE * hardware.memory * spread:
             continue
-        plan = plan_stage("capture", shapes, changed, hardware, devices)
-        if plan.seconds is not None and (disk is None or plan.disk <= disk):
-            yield changes, plan
-            return
+        for cut in more_leaves(changed) if disk else ({},):
+            plan = plan_stage("capture", shapes, _with(changed, cut), hardware, devices)
+            if plan.seconds is not None and (disk is None or plan.disk <= disk):
+                yield changes | cut, plan
+                return
+        return  # fewer layers or sequences at a time take no less disk
+
+
+def _with(params: Params, changes: Change) -> Params:
+    return params.model_copy(update={"capture": params.capture.model_copy(update=changes)})
+
+
+def more_leaves(params: Params) -> Iterator[Change]:
+    """The calibration in one leaf, in two and so on: one decoder block at a time, shorter leaves hand less on through the disk."""
+    shards = -(-params.prepare.calibration_sequences // params.capture.sequences_per_shard)
+    for leaves in sorted({1, *(shards // shorter for shorter in _halves(shards))}):
+        yield {} if leaves == params.capture.leaves else {"leaves": leaves}
 
 
 def fewer_layers(shapes: ModelShapes) -> Iterator[Change]:
@@ -74,18 +87,15 @@ def fewer_layers(shapes: ModelShapes) -> Iterator[Change]:
 
 
 def one_block(shapes: ModelShapes, params: Params) -> Iterator[Change]:
-    """One decoder block at a time: all its layers or some, then with smaller batches; each with one leaf, two and so on, which hold less on disk."""
-    if not shapes.block_sizes:
+    """One decoder block at a time: all its layers or some, then with smaller batches."""
+    inside = [sum(layer.name.startswith(f"{block}.") for layer in shapes.layers) for block in shapes.block_sizes]
+    if sum(inside) < len(shapes.layers):  # stage capture refuses to stream a layer that lies in none
         return
-    most = max(sum(layer.name.startswith(f"{block}.") for layer in shapes.layers) for block in shapes.block_sizes)
-    shards = -(-params.prepare.calibration_sequences // params.capture.sequences_per_shard)
+    most = max(inside)
     for batch in _halves(params.capture.batch_size):
         for layers in (None, *_portions(most)):
-            for leaves in sorted({1, *(shards // shorter for shorter in _halves(shards))}):
-                smaller = {"batch_size": batch} if batch != params.capture.batch_size else {}
-                fewer = {"layers_per_pass": layers} if layers else {}
-                cut = {"leaves": leaves} if leaves != params.capture.leaves else {}
-                yield STREAMED | fewer | smaller | cut
+            smaller = {"batch_size": batch} if batch != params.capture.batch_size else {}
+            yield STREAMED | ({"layers_per_pass": layers} if layers else {}) | smaller
 
 
 def _portions(count: int) -> list[int]:
