@@ -236,7 +236,7 @@ def test_less_memory_than_the_model_takes_is_for_one_block_at_a_time(memory):
     sizes = {"hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16, "num_hidden_layers": 4}
     shapes = shapes_of("0.3 B", AutoConfig.for_model("llama", **sizes))
     hardware = read_hardware(HERE, "cpu").model_copy(update={"memory": memory})
-    capture = {"dtype": "bfloat16", "tokens_per_sequence": 0}
+    capture = {"dtype": "bfloat16", "tokens_per_sequence": 0, "sequences_per_shard": 128}
     params = Params.model_validate({"prepare": {"calibration_sequences": 2048}, "capture": capture})
     stages = plan_run(shapes, params, hardware, 1)
     proposed = propose(shapes, params, hardware, 1, stages)
