@@ -33,7 +33,7 @@ def origin_view(record: Record) -> Markup:
 
 def _sources(facts: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The recorded sources by what they are for; several of a kind are a list."""
-    for what, found in facts.items():
+    for what, found in sorted(facts.items(), key=lambda item: item[0] != "model"):
         for each in found if isinstance(found, list) else [found]:
             if isinstance(each, Mapping) and "name" in each:
                 yield what, each
@@ -46,7 +46,8 @@ def _row(what: str, source: Mapping[str, Any]) -> tuple[object, ...]:
 
 def _warnings(record: Record) -> Iterator[str]:
     """What a reader should know before the model goes anywhere."""
-    unknown = [each["name"] for _, each in _sources(record.facts["prepare"]) if not each.get("licence")]
+    sources = [each for _, each in _sources(record.facts["prepare"]) if each.get("origin") != "local"]
+    unknown = [each["name"] for each in sources if not each.get("licence")]
     if unknown:
         yield f"No licence is stated for {', '.join(map(str, unknown))}: see to it before you pass the model on."
     if skipped := record.facts["capture"].get("skipped"):
@@ -55,8 +56,8 @@ def _warnings(record: Record) -> Iterator[str]:
         yield f"Layers that the calibration text never reached: {_some(unreached)}."
     if zero := record.facts["evaluate"].get("zero_layers"):
         yield f"Layers of nothing but zeros, where the dense model has weights: {_some(zero)}."
-    sources = record.metrics.get("by_source") or {}
-    if sources and all(source.get("calibrated") for source in sources.values()):
+    texts = record.metrics.get("by_source") or {}
+    if texts and all(text.get("calibrated") for text in texts.values()):
         yield "All evaluation text is of sources that calibration drew from, which flatters the model (prepare.unseen names others)."
 
 

@@ -426,10 +426,10 @@ def test_what_no_two_runs_share_is_on_the_page_that_is_looked_at_alone(tmp_path)
 
 def test_what_the_model_was_made_of_and_what_to_beware_of(tmp_path):
     workspace = finished(tmp_path, LLAMA)
-    corpus = [{"name": "mine", "origin": "local", "digest": "ab" * 32, "licence": None}]
+    corpus = [{"name": "theirs", "origin": "hub", "digest": "ab" * 32, "licence": None}]
     publish(workspace, "prepare", prepare__json={"model": {"name": "tiny", "licence": "Apache-2.0"}, "corpus": corpus})
     text = Page(write(workspace)).text
-    assert "No licence is stated for mine" in text and "abababababababab" in text
+    assert "No licence is stated for theirs" in text and "abababababababab" in text
     assert "left out, for their gradient was not finite: 1." in text
 
 
