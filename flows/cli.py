@@ -1,6 +1,7 @@
 """The command `fisherfold`: its commands, its exit status, and what becomes of errors and interruptions."""
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,10 @@ class Commands(TyperGroup):
             pass
         else:
             raise Exit(status or 0)
-        print("interrupted: finished units are kept; run again to go on.", file=sys.stderr)
+        from fisherfold.run.progress import WATCHED
+
+        if WATCHED not in os.environ:  # else the run that started this process says so itself
+            print("interrupted: finished units are kept; run again to go on.", file=sys.stderr)
         raise Exit(INTERRUPTED)
 
 
