@@ -38,7 +38,11 @@ TABLE = TEMPLATES.from_string("""\
 <div class="scroll" tabindex="0" role="region" aria-label="{{ caption }}"><table><caption>{{ caption }}</caption>
 <thead><tr>
 {% for cell in header %}
+{% if cell %}
 <th scope="col"{% if loop.index0 >= numbers_from %} class="number"{% endif %}>{{ cell }}</th>
+{% else %}
+<td></td>
+{% endif %}
 {% endfor %}
 </tr></thead>
 <tbody>
