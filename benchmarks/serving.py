@@ -9,13 +9,12 @@
 The models have the shapes of SmolLM2-135M (or of another file in data/shapes, or the project's) and random weights, for time depends on shapes
 alone; storage and ranks are those of factorize.target=vllm. Each is loaded in turn by the same process, warmed up, and given all requests at once; the
 median of some times counts. The dense model takes its turn twice as vLLM's own code runs it, and once in the Transformers backend, which runs the compressed
-ones. On a machine with a GPU, vLLM takes that, and the clock is compared; on a CPU the processor's seconds are, which other work moves less. With --bench each
-model has a process of its own, in turn, and the best of some turns counts.
+ones. On a machine with a GPU, vLLM takes that, and the clock is compared; on a CPU the processor's seconds are, which other work moves less. With --bench the best of
+some turns counts.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -36,13 +35,6 @@ from fisherfold.runtime import modeling_fisherfold
 SUITS = {keys[-1]: value for keys, value in TARGETS["vllm"].values.items()}
 DENSE, AGAIN, SAME = "dense", "dense again", "dense, same backend"
 WORDS = 1000
-SWITCHES = ["--trust-remote-code", "--enforce-eager", "--no-enable-prefix-caching", "--disable-detokenize"]
-QUIET = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-}
 NOISE = 0.03  # of a repetition on an idle machine
 
 
@@ -129,36 +121,23 @@ def write_compressed(folder: Path, dense: Path, model: PreTrainedModel, layers: 
 
 def measured(folders: dict[str, Path], options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds in which all requests are answered, on the clock and of the processor, by name of the model."""
-    engine = Path(__file__).with_name("vllm_requests.py")
+    return dict(zip(folders, in_vllm("vllm_requests.py", folders, options), strict=True))
+
+
+def in_vllm(script: str, folders: dict[str, Path], options: argparse.Namespace) -> list:
+    """What a script beside this one prints in the interpreter that has vLLM."""
     sizes = [options.repeats, options.requests, options.prompt, options.tokens]
-    command = [options.vllm, "-I", engine, options.dtype, *map(str, sizes)]
+    command = [options.vllm, "-I", Path(__file__).with_name(script), options.dtype, *map(str, sizes)]
     command += [f"{'transformers' if name == SAME else 'auto'}:{folder}" for name, folder in folders.items()]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True)
-    return dict(zip(folders, json.loads(process.stdout.splitlines()[-1]), strict=True))
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def benched(folders: dict[str, Path], options: argparse.Namespace) -> dict[str, float]:
     """The most requests a second that `vllm bench throughput` gives each model, by name."""
-    found = dict.fromkeys(folders, 0.0)
     for folder in folders.values():
         write_words(folder)
-    for name, folder in [*folders.items()] * options.repeats:
-        found[name] = max(found[name], bench(folder, "transformers" if name == SAME else "auto", options))
-    return found
-
-
-def bench(folder: Path, implementation: str, options: argparse.Namespace) -> float:
-    """Requests a second of one model, in a process of its own."""
-    answer = folder.parent / "bench.json"
-    settings: dict[str, object] = {
-        "--model": folder, "--model-impl": implementation, "--dtype": options.dtype, "--max-model-len": 2 * (options.prompt + options.tokens),
-        "--dataset-name": "random", "--random-input-len": options.prompt, "--random-output-len": options.tokens, "--num-prompts": options.requests,
-        "--num-warmups": 1, "--output-json": answer,
-    }  # fmt: skip
-    command = [str(Path(options.vllm).with_name("vllm")), "bench", "throughput", *SWITCHES]
-    command += [str(word) for pair in settings.items() for word in pair]
-    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=os.environ | QUIET, check=True)
-    return float(json.loads(answer.read_text(encoding="utf-8"))["requests_per_second"])
+    return dict(zip(folders, in_vllm("vllm_throughput.py", folders, options), strict=True))
 
 
 if __name__ == "__main__":
