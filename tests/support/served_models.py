@@ -29,7 +29,6 @@ OTHERS = {
     "olmo2": {},
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},  # capped logits
     "granite": {},
-    "gpt2": {},  # layers stored transposed
     "qwen3_moe": {
         "head_dim": 32,
         "moe_intermediate_size": 64,
