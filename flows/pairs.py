@@ -45,17 +45,6 @@ def tokens_for_estimator(params: Params) -> str | None:
 
 
 @PAIRS.append
-def factors_for_metric(params: Params) -> str | None:
-    """A metric of Kronecker factors wants an estimator that makes some."""
-    if params.subspace.metric != FROM_FACTORS or _estimator(params).makes_factors:
-        return None
-    return (
-        f"subspace.metric = {FROM_FACTORS!r} needs Kronecker factors, and kronecker.estimator = {params.kronecker.estimator!r} makes none: "
-        "set kronecker.estimator = 'sequence' (or 'token'), or subspace.metric = 'kfac'."
-    )
-
-
-@PAIRS.append
 def damping_from_data(params: Params) -> str | None:
     """A damping that is chosen from data wants a metric that is a mean of samples, their diagnostics and, for one rule, their variance."""
     subspace, capture = params.subspace, params.capture

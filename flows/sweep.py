@@ -38,7 +38,7 @@ from flows.checked import record_check
 from flows.engine_choice import ending_engine
 from flows.exclusive import exclusive
 from flows.experiments import Project
-from flows.methods import METRIC_NEEDS, capture_needs
+from flows.methods import metric_settings
 from flows.settings import read_settings
 from flows.stage_run import run_stage
 from flows.tables import print_table
@@ -67,7 +67,7 @@ class Cell:
     def overrides(self, others: Sequence[str] = ()) -> list[str]:
         """Parameters as ``--set`` takes them; `others` win over what the metric would need."""
         chosen = {f"subspace.metric={self.metric}", f"ranks.allocator={self.allocator}", f"ranks.ratio={self.ratio}"}
-        needs = [f"{key}={value}" for key, value in METRIC_NEEDS.get(self.metric, {}).items()]
+        needs = [f"{key}={value}" for key, value in metric_settings([self.metric]).items()]
         seeds = [f"{stage}.seed={self.seed}" for stage in ("prepare", "capture") if self.seed is not None]
         return [*needs, *others, *seeds, *sorted(chosen)]
 
@@ -165,7 +165,7 @@ def sweep(workspace: Workspace, combinations: Sequence[Cell], others: Sequence[s
         FisherfoldError: a combination failed (those that are finished stay), or the workspace is not in git.
     """
     project = Project.of(workspace)
-    others = [*capture_needs(cell.metric for cell in combinations), *others]  # one capture serves all
+    others = [*_capture(combinations), *others]  # one capture serves all
     for cell in combinations:
         project.digest(cell.overrides(others))  # a mistake is found before a server starts, not after
     runner = ThreadPoolTaskRunner(max_workers=jobs)
@@ -178,6 +178,12 @@ def sweep(workspace: Workspace, combinations: Sequence[Cell], others: Sequence[s
     if not state.is_completed():
         raise FisherfoldError(f"The sweep is not finished; run it again to go on. {state.message}")
     return result
+
+
+def _capture(combinations: Sequence[Cell]) -> list[str]:
+    """What stage capture must keep for all combinations, as ``--set`` takes it."""
+    needs = metric_settings(cell.metric for cell in combinations)
+    return [f"{key}={value}" for key, value in needs.items() if key.startswith("capture.")]
 
 
 def row(cell: Cell, name: str, metrics: dict) -> dict:

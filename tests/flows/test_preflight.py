@@ -25,7 +25,6 @@ FISHER = {"capture": SKETCH, "kronecker": {"estimator": "sequence"}}
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"subspace": {"metric": "gfwsvd"}}, "kronecker.estimator = 'sequence'"),
         ({"kronecker": {"estimator": "token"}, "capture": {"tokens_per_sequence": 0}}, "tokens_per_sequence is 0"),
         (
             {"kronecker": {"estimator": "every_token", "clip": 2}, "capture": {"tokens_per_sequence": 0}},
