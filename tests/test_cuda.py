@@ -6,14 +6,14 @@ from collections.abc import Callable
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import random_ids, tiny_model, tiny_workspace
+from tiny import as_truncated, random_ids, tiny_model, tiny_workspace
 
 from fisherfold.linalg.gram import exact_products
 from fisherfold.linalg.weighted_svd import metric_root, weighted_svd
 from fisherfold.network.layers import find_layers
 from fisherfold.network.models import load_model
 from fisherfold.run.determinism import describe_machine
-from fisherfold.run.params import CaptureParams, FactorizeParams, KroneckerParams, RanksParams, SubspaceParams
+from fisherfold.run.params import CaptureParams, KroneckerParams, RanksParams, SubspaceParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics.gradient_forms import GRADIENT_FORMS
@@ -87,7 +87,7 @@ def stages_on(device: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
     kronecker.run(workspace, KroneckerParams(dependence_draws=0))
     subspace.run(workspace, SubspaceParams())
     ranks.run(workspace, RanksParams(ratio=0.3))
-    factorize.run(workspace, FactorizeParams())
+    factorize.run(workspace, as_truncated())
     loaded_model.cache_clear()
     return workspace
 

@@ -10,11 +10,6 @@ from markupsafe import Markup
 from fisherfold.page.page import element, section
 from fisherfold.run.params import Params
 
-SHIPPED: dict[str, dict[str, Any]] = {
-    "prepare": {"unseen": "electronic-texts"},
-    "factorize": {"refine": {"passes": 2}},
-}
-"""Where params.yaml, as it is shipped, has another value than the parameter has where none is given."""
 LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("artifacts/factorize/model", trust_remote_code=True)
@@ -46,18 +41,8 @@ def reproduce_view(params: Mapping[str, Mapping[str, Any]]) -> Markup:
 
 def changed_settings(params: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """``stage.key=value`` of every parameter that differs from the shipped one, values in the form that ``--set`` reads."""
-    shipped = shipped_params()
+    shipped = Params().model_dump(mode="json")  # as params.yaml is shipped: tests/fisherfold/run/test_params.py
     return [setting for stage, block in params.items() for setting in _changed(stage, block, shipped.get(stage, {}))]
-
-
-def shipped_params() -> dict[str, Any]:
-    """What the shipped params.yaml says, whatever the project's own says now."""
-    return _merged(Params().model_dump(mode="json"), SHIPPED)
-
-
-def _merged(found: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    nested = {key: _merged(found[key], value) for key, value in other.items() if isinstance(value, Mapping)}
-    return {**found, **other, **nested}
 
 
 def _changed(name: str, found: Mapping[str, Any], shipped: Mapping[str, Any]) -> Iterator[str]:

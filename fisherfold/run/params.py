@@ -53,7 +53,7 @@ class PrepareParams(Block):
     gates: list[str] = []
     experts: Literal["layers", "all", "dense"] = "layers"
     corpus: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] = "wikipedia-leads"
-    unseen: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] | None = None
+    unseen: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] | None = "electronic-texts"
     unseen_sequences: Count = 16
     self_written: Floor = 0.5
     prompts: str = "everyday"
@@ -208,7 +208,7 @@ class RefineParams(Block):
     """Of stage factorize: the training of decoder blocks after truncation."""
 
     threads: Count = 2
-    passes: Annotated[int, Field(ge=0)] = 0
+    passes: Annotated[int, Field(ge=0)] = 2
     rate: Annotated[float, Field(gt=0)] = 2e-4
     batch_size: Count = 2
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FAMILIES, VOCABULARY, random_ids, tiny_workspace
+from tiny import FAMILIES, VOCABULARY, as_truncated, random_ids, tiny_workspace
 from tiny_subspace import mixed_ranks, publish_ranks, stacked_weight, subspace_workspace, truncated_weight
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -23,7 +23,7 @@ from fisherfold.run import unit_work
 from fisherfold.run.checkpoint import read_tensors
 from fisherfold.run.errors import CorruptArtifact, InputError, NotEnoughDisk
 from fisherfold.run.files import digest_file
-from fisherfold.run.params import FactorizeParams, HealParams
+from fisherfold.run.params import HealParams
 from fisherfold.run.store import read_array
 from fisherfold.run.tables import read_sequences, write_sequences
 from fisherfold.run.workspace import Workspace
@@ -38,7 +38,7 @@ def compress(root, family="llama", **params):
 
 
 def factorized(workspace, **params):
-    factorize.run(workspace, FactorizeParams(**params))
+    factorize.run(workspace, as_truncated(**params))
     return workspace, facts_of(workspace)
 
 
@@ -290,7 +290,7 @@ def test_a_flipped_bit_in_a_basis_is_noticed(unfinished):
 def test_missing_inputs_are_named(tmp_path):
     workspace = tiny_workspace(tmp_path)
     with pytest.raises(CorruptArtifact, match="has not finished"):
-        factorize.run(workspace, FactorizeParams())
+        factorize.run(workspace, as_truncated())
 
 
 def test_too_little_disk_is_noticed_before_the_start(unfinished, monkeypatch):

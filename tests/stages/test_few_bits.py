@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import VOCABULARY, random_ids, tiny_tokenizer
+from tiny import VOCABULARY, as_truncated, random_ids, tiny_tokenizer
 from tiny_subspace import publish_ranks, publish_subspace
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -15,7 +15,7 @@ from fisherfold.export.packed import matrices, pack, packed_tensors, unpacked
 from fisherfold.linalg.group_grid import round_nearest
 from fisherfold.network.layers import find_layers, write_dense_layers, write_layers
 from fisherfold.network.models import load_model
-from fisherfold.run.params import FactorizeParams, KroneckerParams, PrepareParams
+from fisherfold.run.params import KroneckerParams, PrepareParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
 from stages import factorize
@@ -66,7 +66,7 @@ def test_the_checkpoint_loads_in_both_ways_as_what_was_rounded(tmp_path):
     workspace = workspace_of(tmp_path)
     ranks = {"model.layers.0.mlp.up_proj": 32, "model.layers.0.mlp.down_proj": 32, "model.layers.0.self_attn.q_proj": 0}
     publish_ranks(workspace, ranks, "factors")
-    factorize.run(workspace, FactorizeParams(bits=8, dense_export=True))
+    factorize.run(workspace, as_truncated(bits=8, dense_export=True))
     out = workspace.out("factorize")
     facts = json.loads((out / "factorize.json").read_text())
     dense = AutoModelForCausalLM.from_pretrained(out / "dense").eval()

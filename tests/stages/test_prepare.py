@@ -22,7 +22,7 @@ from fisherfold.run.workspace import Workspace
 from stages import prepare
 
 PARAMS = PrepareParams(
-    model="model", corpus="corpus.json", questions="facts", sequence_length=8,
+    model="model", corpus="corpus.json", unseen=None, questions="facts", sequence_length=8,
     calibration_sequences=6, tuning_sequences=2, evaluation_sequences=4, question_count=5,
 )  # fmt: skip
 SPLITS = {"calibration": 6, "tuning": 2, "evaluation": 4}

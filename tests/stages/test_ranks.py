@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
+from tiny import as_truncated
 from tiny_subspace import subspace_workspace
 
 from fisherfold.allocators.cost import FORMATS
@@ -13,7 +14,7 @@ from fisherfold.network.layers import LinearLayer, read_layers
 from fisherfold.network.sites import find_sites
 from fisherfold.run.errors import CorruptArtifact, NumericalError, ParameterError
 from fisherfold.run.files import digest_file
-from fisherfold.run.params import FactorizeParams, RanksParams
+from fisherfold.run.params import RanksParams
 from stages import factorize, ranks
 from stages.ranks import read_spectra
 
@@ -87,7 +88,7 @@ def test_rank_0_is_allowed_and_said(workspace, capsys):
 def test_a_budget_of_the_models_bytes(workspace, storage):
     """What factorize counts of the whole model is within the budget, by less than a rank of a layer."""
     rows, budget = run(workspace, ratio=0.2, budget="model_bytes", storage=storage)
-    factorize.run(workspace, FactorizeParams())
+    factorize.run(workspace, as_truncated())
     facts = json.loads((workspace.out("factorize") / "factorize.json").read_text())
     allowed = 0.8 * facts["model_bytes_dense"]
     step = max(4 * (row["n"] + row["m"]) for row in rows)

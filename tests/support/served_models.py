@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import VOCABULARY
+from tiny import VOCABULARY, as_truncated
 from tiny_subspace import publish_ranks, subspace_workspace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fisherfold.network.layers import read_layers
 from fisherfold.network.sites import read_sites
-from fisherfold.run.params import FactorizeParams
 from fisherfold.run.workspace import Workspace
 from stages import factorize
 
@@ -58,7 +57,7 @@ def served_model(root: Path, family: str, storage: str) -> Path:
     kind, shared = STORAGES[storage]
     workspace = subspace_workspace(root, family, shared=shared, model=small_model(family), experts=False)
     publish_ranks(workspace, some_ranks(workspace), kind)
-    factorize.run(workspace, FactorizeParams(dense_export=True))
+    factorize.run(workspace, as_truncated(dense_export=True))
     return workspace.out("factorize") / "model"
 
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from fisherfold.network.layers import find_layers, write_dense_layers, write_layers
-from fisherfold.run.params import PrepareParams
+from fisherfold.run.params import FactorizeParams, PrepareParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.tables import ANSWERS, QUESTIONS, write_sequences, write_table
 from fisherfold.run.workspace import Workspace
@@ -38,6 +38,11 @@ COMMON = {
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
 }
+
+
+def as_truncated(**params: object) -> FactorizeParams:
+    """Of stage factorize, without the training of blocks, which takes longer than the rest."""
+    return FactorizeParams(**{"refine": {"passes": 0}, **params})
 
 
 def tiny_model(family: str = "llama", seed: int = 0) -> PreTrainedModel:

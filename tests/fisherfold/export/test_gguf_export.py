@@ -6,7 +6,7 @@ import random
 import gguf
 import pytest
 import torch
-from tiny import COMMON, FAMILIES, random_ids
+from tiny import COMMON, FAMILIES, as_truncated, random_ids
 from tiny_subspace import mixed_ranks, publish_ranks, subspace_workspace
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,7 +16,6 @@ from fisherfold.export.gguf_vocabulary import splitting
 from fisherfold.export.multiplied_out import export
 from fisherfold.run.checkpoint import StoredTensor
 from fisherfold.run.errors import InputError
-from fisherfold.run.params import FactorizeParams
 from stages import factorize
 
 
@@ -24,7 +23,7 @@ from stages import factorize
 def test_it_computes_what_the_dense_export_computes(tmp_path, family, dtype):
     workspace = subspace_workspace(tmp_path, family)
     publish_ranks(workspace, mixed_ranks(workspace))
-    factorize.run(workspace, FactorizeParams(dtype=dtype, dense_export=True, gguf_export=True))
+    factorize.run(workspace, as_truncated(dtype=dtype, dense_export=True, gguf_export=True))
     out = workspace.out("factorize")
     dense = AutoModelForCausalLM.from_pretrained(out / "dense", dtype=torch.float32)
     again = AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", dtype=torch.float32)

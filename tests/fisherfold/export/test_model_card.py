@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from huggingface_hub import ModelCard
+from tiny import as_truncated
 from tiny_subspace import mixed_ranks, publish_ranks, subspace_workspace
 
 from fisherfold.export.architecture import DenseArchitecture
@@ -50,7 +51,7 @@ def workspace(tmp_path_factory) -> Workspace:
     manifest["files"]["prepare.json"]["bytes"] = (found.out("prepare") / "prepare.json").stat().st_size
     (found.out("prepare") / "manifest.json").write_text(json.dumps(manifest))
     publish_ranks(found, mixed_ranks(found))
-    factorize.run(found, FactorizeParams())
+    factorize.run(found, as_truncated())
     return found
 
 

@@ -11,9 +11,9 @@ from flows.overrides import override_params
 SHIPPED = ROOT / "params.yaml"
 
 
-def test_shipped_file_is_valid_and_names_every_parameter():
+def test_the_shipped_file_has_the_defaults_and_names_every_parameter():
     document = YAML(typ="safe").load(SHIPPED)
-    assert load_params(SHIPPED) == Params.model_validate(document)
+    assert load_params(SHIPPED) == Params()
     for block in STAGES:
         params = getattr(Params(), block)
         assert list(document[block]) == list(type(params).model_fields)

@@ -10,11 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from project import ROOT, last_line
-from tiny import FAMILIES
+from tiny import FAMILIES, as_truncated
 from tiny_subspace import mixed_ranks, publish_ranks, subspace_workspace
 
 from fisherfold.run.checkpoint import read_tensors, write_tensors
-from fisherfold.run.params import FactorizeParams
 from stages import factorize
 
 SCRIPT = ROOT / "tests" / "support" / "fresh_interpreter.py"
@@ -27,7 +26,7 @@ def outcomes(tmp_path_factory):
     for family in FAMILIES:
         workspace = subspace_workspace(root / "work" / family, family)
         publish_ranks(workspace, mixed_ranks(workspace))
-        factorize.run(workspace, FactorizeParams(dense_export=True))
+        factorize.run(workspace, as_truncated(dense_export=True))
         shutil.copytree(workspace.out("factorize"), root / "users" / family)
         shard(root / "users" / family / "model", root / "users" / family / "sharded")
     elsewhere = root / "elsewhere"
@@ -164,7 +163,7 @@ cli_evaluate()
 def test_the_stock_lm_eval_command_runs_it(tmp_path):
     workspace = subspace_workspace(tmp_path)
     publish_ranks(workspace, mixed_ranks(workspace))
-    factorize.run(workspace, FactorizeParams())
+    factorize.run(workspace, as_truncated())
     rows = [{"question": "w5 w6", "choices": ["w7", "w8"], "answer": 0}] * 3
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "questions.parquet")
     task = {

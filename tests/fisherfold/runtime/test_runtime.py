@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 from project import last_line
-from tiny import FAMILIES
+from tiny import FAMILIES, as_truncated
 from tiny_subspace import mixed_ranks, publish_ranks, subspace_workspace
 
-from fisherfold.run.params import FactorizeParams
 from stages import factorize
 
 SCRIPT = """
@@ -91,7 +90,7 @@ def outcomes(tmp_path_factory, wheel_alone):
         assert family in FAMILIES
         workspace = subspace_workspace(root / "work" / family, family)
         publish_ranks(workspace, mixed_ranks(workspace))
-        factorize.run(workspace, FactorizeParams(dense_export=True))
+        factorize.run(workspace, as_truncated(dense_export=True))
         (users / family).mkdir(parents=True)
         for part in ("model", "dense"):
             workspace.out("factorize").joinpath(part).rename(users / family / part)

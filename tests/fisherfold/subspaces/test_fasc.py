@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_capture
 import torch
-from tiny import random_ids, tiny_workspace
+from tiny import as_truncated, random_ids, tiny_workspace
 from tiny_capture import LAYERS, TinyCapture, input_gradients
 from tiny_subspace import FACTS
 from transformers import AutoModelForCausalLM
@@ -18,7 +18,6 @@ from fisherfold.run.errors import InputError, NumericalError, ParameterError
 from fisherfold.run.files import MANIFEST, describe_files
 from fisherfold.run.params import (
     CaptureParams,
-    FactorizeParams,
     FascParams,
     KroneckerParams,
     RanksParams,
@@ -223,7 +222,7 @@ def test_shared_projectors_become_a_model(tmp_path):
     kronecker.run(workspace, KroneckerParams())
     subspace.run(workspace, SubspaceParams(metric="fasc", fasc=FascParams(threshold=0.2)))
     ranks.run(workspace, RanksParams(ratio=0.3))
-    factorize.run(workspace, FactorizeParams())
+    factorize.run(workspace, as_truncated())
     methods = json.loads((workspace.out("subspace") / "subspace.json").read_text())["methods"]
     rows = pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()
     assert {row["site"]: row["method"] for row in rows} == methods
