@@ -17,7 +17,7 @@ from fisherfold.run.params import Params, check_params, read_document
 from fisherfold.run.presets import PRESETS, Values
 from fisherfold.run.targets import TARGETS
 from flows.methods import check_methods
-from flows.yaml_edit import flow_text, set_value, with_value
+from flows.yaml_edit import flow_text, parsed, set_value, with_value
 
 
 def override_params(path: Path, assignments: Sequence[str]) -> list[str]:
@@ -136,4 +136,4 @@ def _read(path: Path) -> str:
 
 
 def _document(text: str) -> dict:
-    return YAML(typ="safe", pure=True).load(text) or {}
+    return parsed(text) or {}

@@ -1,6 +1,7 @@
 """One value of a YAML text changed where it stands, as a person would: every other character stays, comments and columns too."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from io import StringIO
 
 from ruamel.yaml import YAML
@@ -17,7 +18,7 @@ def set_value(text: str, keys: Sequence[str], value: object) -> str:
     root = YAML(typ="safe", pure=True).compose(text)
     changed = _changed(text, root, list(keys), value) if isinstance(root, MappingNode) else _line(text, keys, value)
     try:
-        faithful = _load(changed) == with_value(_load(text), keys, value)
+        faithful = parsed(changed) == with_value(parsed(text), keys, value)
     except YAMLError:
         faithful = False
     if not faithful:
@@ -112,7 +113,9 @@ def flow_text(value: object) -> str:
     return text.getvalue().removesuffix("...\n").strip()
 
 
-def _load(text: str) -> object:
+@lru_cache(maxsize=4)  # one change after another parses each text once
+def parsed(text: str) -> object:
+    """A YAML text as plain values, which are shared: not to be changed."""
     return YAML(typ="safe", pure=True).load(text)
 
 

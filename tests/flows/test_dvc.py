@@ -87,7 +87,8 @@ def test_a_list_of_locks_that_a_killed_process_left_half_written_stops_nothing(p
 
 
 @pytest.mark.parametrize(
-    "stage", [stage if stage in ("kronecker", "report") else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES]
+    "stage",
+    [stage if stage in ("kronecker", "report") else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES],
 )
 def test_a_parameter_reruns_its_stage_and_those_after_it(project, stage):
     key = {"prepare": "seed", "capture": "seed", "kronecker": "iterations", "subspace": "asvd_alpha"}.get(stage)

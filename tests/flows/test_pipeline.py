@@ -64,6 +64,7 @@ def test_set_reruns_only_what_it_affects_and_back_restores(finished, prefect_url
     assert published(folder) == before
 
 
+@pytest.mark.slow
 def test_dvc_repro_alone_and_offline_gives_the_same_bits(fresh, finished, tmp_path):
     """Without Prefect, without Ray and, where namespaces can be made, without any network: not even loopback is up."""
     folder = copy(fresh, tmp_path / "project")
@@ -115,13 +116,12 @@ def test_a_run_that_is_killed_or_told_to_end_resumes_with_the_same_bits(
     assert published(folder) == published(finished)
 
 
-def test_a_second_run_in_the_same_folder_is_refused(fresh, prefect_url, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(fresh, tmp_path):
     folder = copy(fresh, tmp_path / "project")
     with lock_stage(Workspace(folder), "prepare"):
         second = fisherfold(folder, "stage", "prepare")
         assert (second.returncode, second.stdout) == (1, "")
         assert second.stderr.startswith("error: Stage 'prepare' is already running")
-        assert fisherfold(folder, "run", "--until", "prepare", url=prefect_url).returncode == 1
     assert not (folder / "artifacts" / "prepare").exists()
 
 

@@ -138,7 +138,7 @@ def test_names_mean_something_without_a_download(project, monkeypatch, tmp_path)
             check_inputs(Workspace(project), check_params({"prepare": {key: value}}, "test"))
 
 
-@pytest.mark.parametrize("driver", ["dvc", "fisherfold"])
+@pytest.mark.parametrize("driver", ["dvc", pytest.param("fisherfold", marks=pytest.mark.slow)])
 def test_a_mistyped_name_costs_no_finished_output(project, driver):
     """`dvc repro` removes the outputs of a stage before it runs."""
     before = (project / "params.yaml").read_text()

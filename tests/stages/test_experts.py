@@ -44,7 +44,7 @@ print(json.dumps({way: ((values - dense).norm() / dense.norm()).item() for way, 
 """
 
 
-@pytest.fixture(scope="module", params=["gpt_oss", "llama4_text"])
+@pytest.fixture(scope="module", params=["gpt_oss", pytest.param("llama4_text", marks=pytest.mark.slow)])
 def mixture(request, tmp_path_factory) -> Workspace:
     """A transposed, biased, interleaved layout behind the interface, and one without it; all stages but the report have run."""
     root = tiny_project(tmp_path_factory.mktemp(request.param))

@@ -117,7 +117,7 @@ def test_data_with_licences_and_no_path_of_this_machine(workspace):
     assert "/home/me" not in card
 
 
-@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("chat", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_snippet_runs_as_printed(workspace, tmp_path, chat):
     folder = shutil.copytree(workspace.out("factorize") / "model", tmp_path / "model")
     if not chat:

@@ -37,6 +37,11 @@ OWN_RETRIES = objects.OPTIONS["s3"]["config_kwargs"]["retries"]
 PASSING = ["500", "503", "reset", "stall", "lose answer", "truncate"]
 
 
+def always(*names: str, of: list[str]) -> list:
+    """Faults as parameters: these in every run, the others of their kind with the slow tests."""
+    return [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in of if name not in names)]
+
+
 def arrays(seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     draw = {f"{name}/left": torch.randn(4, 40, 64, generator=generator) for name in LAYERS}
@@ -152,7 +157,7 @@ def wait_no_longer_than_needed(monkeypatch: pytest.MonkeyPatch, fault: str) -> N
         configure(monkeypatch, read_timeout=READ_TIMEOUT)
 
 
-@pytest.mark.parametrize("fault", [name for name in PASSING if name != "truncate"])
+@pytest.mark.parametrize("fault", always("503", "lose answer", of=[name for name in PASSING if name != "truncate"]))
 def test_upload_survives_what_passes(storage, tmp_path, fault, monkeypatch):
     wait_no_longer_than_needed(monkeypatch, fault)
     write_shard(tmp_path / "g", arrays())
@@ -163,7 +168,7 @@ def test_upload_survives_what_passes(storage, tmp_path, fault, monkeypatch):
     assert_reads(tmp_path / "g", arrays())
 
 
-@pytest.mark.parametrize("fault", [*PASSING, "shorten", "flip"])
+@pytest.mark.parametrize("fault", always("reset", "truncate", "flip", of=[*PASSING, "shorten"]))
 def test_reading_survives_what_passes(storage, shard, fault, monkeypatch):
     wait_no_longer_than_needed(monkeypatch, fault)
     storage.break_next("GET", fault)
@@ -171,7 +176,7 @@ def test_reading_survives_what_passes(storage, shard, fault, monkeypatch):
     assert not storage.faults["GET"]
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "reset", "stall"])
+@pytest.mark.parametrize("fault", always("stall", of=["500", "503", "reset"]))
 def test_what_does_not_pass_ends_in_one_error_and_loses_nothing(storage, tmp_path, fault, monkeypatch):
     write_shard(tmp_path / "g", arrays())
     content = group_file(tmp_path / "g").read_bytes()
@@ -236,7 +241,7 @@ def damage(content: bytes, place: int) -> bytes:
     return content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :]
 
 
-@pytest.mark.parametrize("where", ["chunk", "metadata", "entries", "truncated", "missing"])
+@pytest.mark.parametrize("where", always("chunk", "entries", of=["metadata", "truncated", "missing"]))
 def test_damaged_objects_are_named_and_written_again(storage, shard, tmp_path, where):
     stored, client = the_object(shard), storage.client()
     key, name = key_of(stored), f"{LAYERS[3]}/left"
