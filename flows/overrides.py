@@ -17,7 +17,7 @@ from fisherfold.run.params import Params, check_params, read_document
 from fisherfold.run.presets import PRESETS, Values
 from fisherfold.run.targets import TARGETS
 from flows.methods import check_methods
-from flows.yaml_edit import flow_text, parsed, set_value, with_value
+from flows.yaml_edit import flow_text, parsed, set_values, with_value
 
 
 def override_params(path: Path, assignments: Sequence[str]) -> list[str]:
@@ -56,10 +56,13 @@ def assigned(path: Path, assignments: Sequence[str]) -> tuple[str, Params]:
     """The same without a look at the methods, which costs seconds of imports."""
     read_document(path)
     text = _read(path)
-    for assignment in assignments:
-        for keys, value in parse(assignment):
+    changes = [(assignment, parse(assignment)) for assignment in assignments]
+    try:
+        text = set_values(text, [change for _, each in changes for change in each])
+    except ValueError:
+        for assignment, each in changes:  # which one?
             try:
-                text = set_value(text, keys, value)
+                text = set_values(text, each)
             except ValueError as error:
                 raise ParameterError(f"--set {assignment}: {path}: {error}. Change it by hand.") from None
     return text, check_params(_document(text), f"--set {' '.join(assignments)}" if assignments else str(path))

@@ -1,6 +1,6 @@
 """One value of a YAML text changed where it stands, as a person would: every other character stays, comments and columns too."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from io import StringIO
 
@@ -9,21 +9,28 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 
-def set_value(text: str, keys: Sequence[str], value: object) -> str:
-    """The text with `value` under the nested `keys`; what is not there yet is added at the end of the mapping it belongs to.
+def set_values(text: str, changes: Iterable[tuple[Sequence[str], object]]) -> str:
+    """The text with each value under its nested keys; what is not there yet is added at the end of the mapping it belongs to.
 
     Raises:
-        ValueError: the text gives something else with this change, for instance since the value is an alias of another.
+        ValueError: the text gives something else with these changes, for instance since a value is an alias of another.
     """
-    root = YAML(typ="safe", pure=True).compose(text)
-    changed = _changed(text, root, list(keys), value) if isinstance(root, MappingNode) else _line(text, keys, value)
+    changed, wanted, names = text, parsed(text), []
     try:
-        faithful = parsed(changed) == with_value(parsed(text), keys, value)
+        for keys, value in changes:
+            changed, wanted = _set(changed, list(keys), value), with_value(wanted, keys, value)
+            names.append(".".join(keys))
+        faithful = parsed(changed) == wanted
     except YAMLError:
         faithful = False
     if not faithful:
-        raise ValueError(f"{'.'.join(keys)} cannot be changed by itself where it stands")
+        raise ValueError(f"{', '.join(names)} cannot be changed by itself where it stands")
     return changed
+
+
+def _set(text: str, keys: list[str], value: object) -> str:
+    root = YAML(typ="safe", pure=True).compose(text)
+    return _changed(text, root, keys, value) if isinstance(root, MappingNode) else _line(text, keys, value)
 
 
 def with_value(document: object, keys: Sequence[str], value: object) -> dict:
@@ -113,7 +120,7 @@ def flow_text(value: object) -> str:
     return text.getvalue().removesuffix("...\n").strip()
 
 
-@lru_cache(maxsize=4)  # one change after another parses each text once
+@lru_cache(maxsize=4)  # who changes a text has read it
 def parsed(text: str) -> object:
     """A YAML text as plain values, which are shared: not to be changed."""
     return YAML(typ="safe", pure=True).load(text)

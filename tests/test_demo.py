@@ -8,18 +8,19 @@ from project import clone, command
 SMALL = (
     "prepare.calibration_sequences=8",
     "prepare.tuning_sequences=1",
-    "prepare.evaluation_sequences=8",
-    "prepare.unseen_sequences=4",
-    "prepare.question_count=40",
-    "prepare.self_written=0.25",
-    "prepare.held_out_prompts=8",
+    "prepare.evaluation_sequences=4",
+    "prepare.unseen_sequences=2",
+    "prepare.question_count=24",
+    "prepare.self_written=0.125",
+    "prepare.held_out_prompts=2",
     "prepare.answer_tokens=32",
     "capture.sequences_per_shard=4",
-    "capture.sketch_rank=8",
-    "capture.knowledge_questions=8",
-    "kronecker.dependence_draws=8",
+    "capture.tokens_per_sequence=4",
+    "capture.knowledge_questions=2",
+    "kronecker.dependence_draws=2",
     "factorize.refine.passes=1",
-    "evaluate.answer_tokens=16",
+    "evaluate.answer_tokens=8",
+    *(f"{block}.threads=1" for block in ("capture", "kronecker", "subspace", "ranks", "factorize.refine", "evaluate")),
 )
 GENERATE = """
 import sys

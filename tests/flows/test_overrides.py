@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from fisherfold.run.errors import ParameterError
 from flows.overrides import overridden, override_params, parse
-from flows.yaml_edit import flow_text, set_value, with_value
+from flows.yaml_edit import flow_text, set_values, with_value
 
 SHIPPED = (ROOT / "params.yaml").read_text(encoding="utf-8")
 
@@ -119,7 +119,7 @@ def test_a_value_that_lives_elsewhere_in_the_file_is_not_changed_behind_its_back
     ],
 )
 def test_where_a_value_goes(text, keys, value, expected):
-    assert set_value(text, keys, value) == expected
+    assert set_values(text, [(keys, value)]) == expected
 
 
 VALUES = st.recursive(
@@ -135,7 +135,7 @@ def test_any_value_in_any_text_is_what_was_asked_for(document, key, value):
     text = io.StringIO()
     YAML(pure=True).dump(document, text)
     for keys in ([key], [key, "x.y"]):
-        assert YAML(typ="safe", pure=True).load(set_value(text.getvalue(), keys, value)) == with_value(
+        assert YAML(typ="safe", pure=True).load(set_values(text.getvalue(), [(keys, value)])) == with_value(
             document, keys, value
         )
 
