@@ -28,6 +28,7 @@ from fisherfold.network.layers import DENSE_FILE, LinearLayer, read_dense_layers
 from fisherfold.network.sites import Site, read_facts, read_sites
 from fisherfold.run.errors import CorruptArtifact, NumericalError
 from fisherfold.run.files import digest_file, verify_output
+from fisherfold.run.long_tables import module_rows
 from fisherfold.run.params import RanksParams
 from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
@@ -112,9 +113,7 @@ def read_spectra(path: Path, sites: Sequence[Site], blind: Collection[str] = ())
         table = pq.read_table(path, columns=["module", "component", "sigma"])
     except (OSError, pa.ArrowException) as error:
         raise CorruptArtifact(f"{path} is not readable ({error}). {CURE}") from None
-    names = table["module"].to_numpy(zero_copy_only=False)
-    starts = np.flatnonzero(np.append(True, names[1:] != names[:-1])) if len(names) else []
-    rows = {names[start]: slice(start, end) for start, end in zip(starts, [*starts[1:], len(names)])}
+    rows = module_rows(table)
     component, sigma = table["component"].to_numpy(), table["sigma"].to_numpy()
     spectra = []
     for site in sites:

@@ -20,8 +20,8 @@ from fisherfold.page.layer_views import (
     estimator_table,
     kind_table,
     rank_views,
-    read_spectra,
     residual_map,
+    spectra_of,
     spectrum_views,
 )
 from fisherfold.page.next_view import next_view
@@ -39,7 +39,7 @@ from fisherfold.page.page import (
     table,
 )
 from fisherfold.page.quality_view import at, points, quality_view, ratio_of, times
-from fisherfold.page.record import MODELS, Record
+from fisherfold.page.record import Record
 from fisherfold.page.references import REFERENCES
 from fisherfold.page.reproduce_view import reproduce_view
 from fisherfold.page.sweep_view import sweep_view
@@ -47,7 +47,7 @@ from fisherfold.page.trajectory_view import trajectory_view
 from fisherfold.page.verdict_view import verdict_view
 from fisherfold.run.params import ReportParams
 from fisherfold.run.scratch import Scratch
-from fisherfold.run.workspace import Workspace
+from fisherfold.run.workspace import MODELS, Workspace
 
 CARD = "model/README.md"
 LONGEST_FACT = 300
@@ -252,7 +252,7 @@ def _cut(record: Record, ranks: list[dict]) -> Markup | None:
     measured = math.log(perplexities[1] / perplexities[0]) if all(perplexities) else None
     losses = record.facts["ranks"].get("predicted_loss_increase"), measured
     return cut_view(
-        read_spectra(spectra), ranks, record.facts["factorize"].get("layers", {}), losses, nats(record.facts)
+        spectra_of(spectra), ranks, record.facts["factorize"].get("layers", {}), losses, nats(record.facts)
     )
 
 

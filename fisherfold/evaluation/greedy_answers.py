@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from fisherfold.evaluation.harness import runs_of_like_length
 from fisherfold.evaluation.model_run import ModelRun
-from fisherfold.evaluation.scores import MODELS, standard_error
+from fisherfold.evaluation.scores import standard_error
+from fisherfold.run.workspace import MODELS
 
 AGREEING = 32
 LOOP_TURNS = 3  # an n-gram said so often

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fisherfold.evaluation.scores import MODELS
+from fisherfold.run.workspace import MODELS
 
 ACCURACY = "acc"
 

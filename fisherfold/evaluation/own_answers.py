@@ -21,10 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from fisherfold.evaluation.harness import runs_of_like_length
 from fisherfold.evaluation.losses import compare_tokens
 from fisherfold.evaluation.model_run import ModelRun, not_finite
-from fisherfold.evaluation.scores import MODELS, ratio_of_sums
+from fisherfold.evaluation.scores import COMPARED, ratio_of_sums
 from fisherfold.run.errors import InputError
-
-COMPARED = (*MODELS, "divergence")
+from fisherfold.run.workspace import MODELS
 
 
 @dataclass(frozen=True)

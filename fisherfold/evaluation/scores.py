@@ -5,7 +5,10 @@ from typing import Any
 
 import numpy as np
 
-MODELS = ("dense", "compressed")
+from fisherfold.run.workspace import MODELS
+
+COMPARED = (*MODELS, "divergence")
+"""Losses of a token: by either model, and from the one to the other."""
 LARGEST_LOSS = 700.0  # nats; its exponential is still a float
 
 

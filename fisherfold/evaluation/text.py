@@ -12,13 +12,13 @@ import torch
 
 from fisherfold.evaluation.losses import compare_tokens
 from fisherfold.evaluation.model_run import ModelRun, common_vocabulary, not_finite
-from fisherfold.evaluation.scores import MODELS, summarise_losses
+from fisherfold.evaluation.scores import COMPARED, summarise_losses
 from fisherfold.run.group_writer import write_arrays
 from fisherfold.run.store import read_array
 from fisherfold.run.tables import read_sequences
+from fisherfold.run.workspace import MODELS
 
 BATCHES_PER_SHARD = 2
-COMPARED = (*MODELS, "divergence")
 
 
 def loss_units(models: dict[str, ModelRun], table: Path, sequences: int) -> dict[str, tuple[Any, ...]]:

@@ -19,12 +19,11 @@ from fisherfold.fisher.gradient_blocks import (
     TokenGradients,
 )
 from fisherfold.network.layers import LinearLayer
-from fisherfold.network.models import decomposing_device
+from fisherfold.network.models import DTYPES, decomposing_device
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import KroneckerParams
 from fisherfold.statistics.layer_statistics import Statistics
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 Arrays = tuple[torch.Tensor, ...]
 
 

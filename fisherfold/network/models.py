@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Arguments = ParamSpec("Arguments")
 Loaded = TypeVar("Loaded")
 PLACES = 2  # of models in memory: evaluation compares two
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def decomposing_device() -> str:

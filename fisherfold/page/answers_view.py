@@ -6,7 +6,7 @@ from typing import Any
 from markupsafe import Markup
 
 from fisherfold.page.page import details, element, join, number, percent, section, table
-from fisherfold.page.record import MODELS
+from fisherfold.run.workspace import MODELS
 
 SHOWN = 8  # answers before the rest folds away
 MOST = 64

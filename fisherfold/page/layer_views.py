@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from fisherfold.page.page import details, element, figure, join, number, percent, table
 from fisherfold.page.pictures import Cell, Line, heat_map, line_chart
+from fisherfold.run.long_tables import module_rows
 
 STORED = ("stored_parameters", "dense_parameters")
 SPECTRUM_POINTS = 64
@@ -182,7 +183,7 @@ def kind_table(rows: Sequence[Mapping[str, Any]]) -> Markup:
 
 def spectrum_views(spectra: pa.Table, rows: Sequence[Mapping[str, Any]]) -> Markup:
     """Energy of every layer, and how it falls with the component, with the place where the rank was cut."""
-    sigma = read_spectra(spectra)
+    sigma = spectra_of(spectra)
     energy = {module: float(np.square(values).sum()) for module, values in sigma.items()}
     return join(
         [
@@ -193,11 +194,10 @@ def spectrum_views(spectra: pa.Table, rows: Sequence[Mapping[str, Any]]) -> Mark
     )
 
 
-def read_spectra(spectra: pa.Table) -> dict[str, np.ndarray]:
+def spectra_of(spectra: pa.Table) -> dict[str, np.ndarray]:
     """σ of every layer by module, from the long table."""
-    names, sigma = spectra["module"].to_numpy(zero_copy_only=False), spectra["sigma"].to_numpy()
-    starts = [i for i in range(len(names)) if i == 0 or names[i] != names[i - 1]]
-    return {names[start]: sigma[start:end] for start, end in zip(starts, [*starts[1:], len(names)], strict=True)}
+    sigma = spectra["sigma"].to_numpy()
+    return {name: sigma[rows] for name, rows in module_rows(spectra).items()}
 
 
 def _energy_map(energy: Mapping[str, float]) -> Markup:

@@ -9,7 +9,8 @@ from markupsafe import Markup
 from fisherfold.page.answers_view import sources_table
 from fisherfold.page.page import details, element, figure, join, number, percent, section, table
 from fisherfold.page.pictures import Line, legend, line_chart
-from fisherfold.page.record import MODELS, Record
+from fisherfold.page.record import Record
+from fisherfold.run.workspace import MODELS
 
 COMPARED = (*MODELS, "difference")
 ACCURACIES = {"acc": "knowledge questions right", "acc_norm": "the same, by likelihood per character"}

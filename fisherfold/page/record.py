@@ -32,8 +32,6 @@ TABLES = {
     "evaluate": ("metrics.json", "tasks.json", "losses.csv", "questions.parquet", "answers.parquet"),
 }
 
-MODELS = ("dense", "compressed")
-
 
 @dataclass(frozen=True)
 class Record:

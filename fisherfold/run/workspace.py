@@ -5,6 +5,8 @@ from pathlib import Path
 
 STAGES = ("prepare", "capture", "kronecker", "subspace", "ranks", "factorize", "evaluate", "report")
 """The stages in their order; each has a block of parameters and an output of its name."""
+MODELS = ("dense", "compressed")
+"""What stage `evaluate` compares, by the names that its figures have everywhere."""
 
 
 @dataclass(frozen=True)
