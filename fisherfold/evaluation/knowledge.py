@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from fisherfold.evaluation.harness import SharedContextModel, run_tasks
 from fisherfold.evaluation.model_run import ModelRun, not_finite
-from fisherfold.evaluation.scores import MODELS
 from fisherfold.evaluation.tasks import KNOWLEDGE, knowledge_task
 from fisherfold.run.tables import read_table
+from fisherfold.run.workspace import MODELS
 
 QUESTIONS_PER_UNIT = 100
 ANSWERS = pa.schema(
