@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import tiny
 from project import ROOT, clone, command
 
 import fisherfold.cli as cli
@@ -98,3 +99,11 @@ def test_the_wheel_alone_says_its_version_and_how_to_get_a_project(wheel_alone, 
     assert refused.returncode != 0
     (line,) = refused.stderr.strip().splitlines()
     assert "git clone" in line
+
+
+@pytest.mark.parametrize("words", [("plan", "--model", "model"), pytest.param(("doctor",), marks=pytest.mark.slow)])
+def test_commands_that_need_no_project_work_from_the_wheel_alone(wheel_alone, tmp_path, words):
+    tiny.tiny_model().config.save_pretrained(tmp_path / "model")
+    result = command(tmp_path, str(wheel_alone / "fisherfold"), *words, environment={"PYTHONPATH": ""})
+    assert result.returncode == 0, result.stderr
+    assert {"plan": "capture", "doctor": "project"}[words[0]] in result.stdout

@@ -159,3 +159,28 @@ def test_all_potentials_of_a_model_by_finite_differences(family, loss, shared):
         with torch.no_grad():
             difference = float(loss_at(mu + step) - loss_at(mu - step)) / 2e-2
         assert float(gradient[index]) == pytest.approx(difference, rel=2e-2)
+
+
+def test_two_steps_are_torch_s_adam_of_what_the_budget_does_not_see():
+    """In shares of each rank range, less the multiple of the price that least squares in these shares finds."""
+    shapes, schedule = [(30, 20), (12, 50), (40, 40)], Schedule(5, 0.1, 0.01, 0.05, 0.01)
+    budget = budget_of(shapes, 0.5, True)
+    state = Descent.start(budget.project(0.4 * budget.limit))
+    moved = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    adam = torch.optim.Adam([moved], lr=1.0, betas=(0.9, 0.95), eps=1e-30)
+    for step, gradient in enumerate(torch.tensor([[3.0, -1.0, 0.5], [-0.2, 0.1, 0.7]], dtype=torch.float64)):
+        in_shares, price = budget.limit * gradient, budget.limit * budget.price(state.mu)
+        before = moved.detach().clone()
+        moved.grad = in_shares - price * (in_shares @ price) / (price @ price)
+        adam.step()
+        rate = 0.05 * (0.01 / 0.05) ** (step / 4)
+        expected = budget.project(state.mu + rate * budget.limit * (moved.detach() - before))
+        state = adam_step(state, gradient, budget, schedule)
+        torch.testing.assert_close(state.mu, expected, rtol=0, atol=1e-9)
+
+
+def test_temperature_and_rate_fall_geometrically_from_the_first_step_to_the_last():
+    schedule = Schedule(5, 0.16, 0.01, 0.5, 0.5)
+    assert [schedule.tau(step) for step in range(5)] == pytest.approx([0.16, 0.08, 0.04, 0.02, 0.01])
+    assert [schedule.rate(step) for step in (0, 4)] == [0.5, 0.5]
+    assert Schedule(1, 0.3, 0.1, 0.2, 0.1).tau(0) == 0.3

@@ -249,6 +249,27 @@ def every_second_site(allocation: Allocation) -> np.ndarray:
     return np.array([len(sigma) * (index % 2) for index, sigma in enumerate(allocation.spectra)])
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (
+            [-1.0, 4.0],
+            [3.0, -5.0],
+            {60: [3, 3], 50: [2, 3], 40: [2, 2], 20: [2, 0]},
+        ),  # −1; +3 makes 2; −5 makes −3, +4 would 6
+        (
+            [-2.0, 4.0],
+            [1.0, -5.0],
+            {60: [3, 3], 50: [3, 2], 40: [2, 2], 30: [1, 2], 10: [1, 0]},
+        ),  # +1; −2 makes −1; +4 makes 3
+    ],
+)
+def test_the_next_site_is_the_one_that_brings_the_sum_of_effects_nearest_to_zero(first, second, expected):
+    costs = np.tile(np.arange(0, 40, 10), (2, 1))
+    steps = [(np.array([3, 2, 1]), np.array(first)), (np.array([3, 2, 0]), np.array(second))]
+    assert {budget: zero_sum.lower_to_budget(costs, budget, steps).tolist() for budget in expected} == expected
+
+
 def test_first_order_effects_are_derivatives_of_the_loss(workspace):
     model = load_model(workspace.model, torch.float32)
     ids = read_sequences(workspace.table("calibration"), 96)

@@ -80,3 +80,30 @@ def test_predicted_losses_are_near_those_of_rounding(bits):
     assert (
         0.2 < measured / units.of_ranks(bits)[rank] < 1.1
     )  # fitting one factor to the other gains more than half here
+
+
+def test_units_are_their_formula_number_by_number():
+    W, left, right, sigma, metric = layer(2)
+    units = rounding_units(W, left, right, sigma, metric.inputs, metric.outputs)
+    D_A, D_B = metric.inputs.weights, metric.outputs.weights
+    k, group = 40, slice(GROUP, 2 * GROUP)
+    of_left = sum(D_B[i] * max(abs(left[i, group])) ** 2 for i in range(N))
+    of_right = sum(D_A[j] * max(abs(right[k, j // GROUP * GROUP :][:GROUP])) ** 2 for j in range(M))
+    assert units.components[k] == pytest.approx(sigma[k] * (of_left + of_right) / 12)
+    ranges = sum(
+        D_B[i] * D_A[j] * max(abs(W[i, j // GROUP * GROUP :][:GROUP])) ** 2 for i in range(N) for j in range(M)
+    )
+    assert units.dense == pytest.approx(ranges / 12)
+    assert units.of_dense(4) == pytest.approx(units.dense / 64)
+    assert units.of_ranks(8)[[0, 2]].tolist() == pytest.approx([0, units.components[:2].sum() / 4**7])
+
+
+def test_an_option_loses_what_is_cut_and_what_is_rounded():
+    W, left, right, sigma, metric = layer(0)
+    units = rounding_units(W, left, right, sigma, metric.inputs, metric.outputs)
+    for option in options(0):
+        cut = float(np.sum(sigma[option.rank :] ** 2))
+        ranked = {"factors": 1.0, "pivoted": 2.2}.get(option.storage, 0.0)
+        rounded = ranked * units.of_ranks(option.bits)[option.rank] if ranked else units.of_dense(option.bits)
+        assert option.loss == pytest.approx(cut + (0.0 if option.bits == UNROUNDED else rounded))
+    assert {option.storage for option in options(0)} >= {DENSE, "pivoted"}

@@ -61,6 +61,23 @@ def test_weights_of_a_resample_are_repeated_sequences():
     assert found[0].item() == pytest.approx(repeated[0]) and found[2].item() == pytest.approx(repeated[2])
 
 
+def test_intervals_are_quantiles_of_the_permutations_and_standard_errors_of_the_resamples():
+    """The same draws, each as its own definition has it: pairs permuted, whole sequences repeated."""
+    x, g = draw(5, 4, 3, 0.6)
+    found, draws, generator = measure_dependence(x, g, 12, 3), range(12), torch.Generator().manual_seed(3)
+    tokens = [each.flatten(0, 1) for each in (x, g)]
+    orders = [torch.randperm(20, generator=generator) for _ in draws]
+    null = torch.tensor([dense(tokens[0][None], tokens[1][order][None]) for order in orders]).double()
+    chosen = [torch.randint(5, (5,), generator=generator) for _ in draws]
+    spread = 1.96 * torch.tensor([dense(x[own], g[own]) for own in chosen]).double().std(0)
+    for i, form in enumerate(FORMS):
+        low, high = null[:, i].quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+        assert (found[f"{form}_null_low"], found[f"{form}_null_high"]) == pytest.approx((low, high))
+        if form != "rho_cca":  # whitened by the moments of all sequences, not of those drawn
+            assert found[f"{form}_high"] - found[form] == pytest.approx(spread[i].item())
+            assert found[f"{form}_low"] == pytest.approx(max(0.0, found[form] - spread[i].item()))
+
+
 def test_independent_tokens_are_inside_the_null_and_coupled_ones_outside():
     apart, together = (measure_dependence(*draw(24, 10, 12, coupling), 100, 0) for coupling in (0.0, 0.7))
     for form in FORMS:

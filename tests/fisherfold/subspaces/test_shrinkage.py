@@ -8,7 +8,7 @@ import pytest
 import tiny_capture
 import torch
 
-from fisherfold.fisher.sampling import effective_count, effective_rank, gram_variance
+from fisherfold.fisher.sampling import condition, effective_count, effective_rank, gram_variance, halves_error
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import KroneckerParams, SubspaceParams
 from fisherfold.statistics.layer_statistics import Statistics
@@ -98,6 +98,24 @@ def test_effective_numbers() -> None:
     assert effective_count(torch.tensor([1.0, 0.0, 0.0])) == pytest.approx(1)
     assert effective_count(torch.zeros(3)) == effective_rank(torch.zeros(2, 2)) == 0
     assert effective_rank(torch.eye(4)) == pytest.approx(4)
+
+
+def test_the_error_of_halves_is_that_of_their_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for _ in range(2):
+        A, B = (torch.randn(size, size, generator=generator).double() for size in (3, 2))
+        A, B = A @ A.T, B @ B.T
+        pairs.append(SimpleNamespace(A=A, B=B, norm=(A.norm() * B.norm()).item()))
+    first, second = (torch.kron(pair.A, pair.B) for pair in pairs)
+    expected = ((first - second).norm() / (first + second).norm()).item()
+    assert halves_error(pairs.__getitem__) == pytest.approx(expected, rel=1e-10)
+    assert halves_error(lambda half: pairs[0]) == pytest.approx(0, abs=1e-7)
+
+
+def test_the_condition_is_the_ratio_of_the_outer_eigenvalues() -> None:
+    assert condition(torch.tensor([[2.0, 1.0], [1.0, 2.0]])) == pytest.approx(3)
+    assert condition(torch.zeros(2, 2)) == float("inf")
 
 
 def prepared(folder: Path, estimator: str = "kfac", tokens_kept: int = 7, **params: object) -> tiny_capture.TinyCapture:
