@@ -14,7 +14,8 @@ import pytest
 from recorded_run import LLAMA, evaluation, finished, layer_rows, publish, said, spectra_rows
 
 from fisherfold.page.cut_view import cut_view, nats, refinement_view
-from fisherfold.page.layer_views import gather, parameter_map, place, rank_views, read_spectra, spectrum_views
+from fisherfold.page.layer_views import gather, parameter_map, place, rank_views, spectra_of, spectrum_views
+from fisherfold.page.cut_view import cut_view, refinement_view
 from fisherfold.page.page import Markup, element, megabytes, number, percent, stand_alone
 from fisherfold.page.pictures import Line, line_chart
 from fisherfold.page.record import Record
@@ -266,7 +267,7 @@ def test_modules_of_one_cell_are_joined():
 
 
 def test_spectra_by_module():
-    found = read_spectra(spectra_rows(["b", "a"]))
+    found = spectra_of(spectra_rows(["b", "a"]))
     assert list(found) == ["b", "a"]
     assert found["a"].tolist() == [3.0, 1.0, 0.1, 0.0]
 
