@@ -33,7 +33,8 @@ from scipy.sparse.linalg import LinearOperator, svds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisherfold.fisher.gradient_blocks import BLOCK_NUMBERS, ExactGradients, Gradients, SketchedGradients
-from fisherfold.fisher.nearest_kronecker import StreamedFisher, fisher_of, nearest_kronecker, relative_residual
+from fisherfold.fisher.nearest_kronecker import nearest_kronecker, relative_residual
+from fisherfold.fisher.streamed_fisher import StreamedFisher, fisher_of
 
 OUTPUTS, INPUTS, SEQUENCES, RANK = 576, 1536, 64, 32
 SETTINGS = [(1e-2, None), (1e-4, None), (0, None)]  # tolerance, Krylov vectors (None: scipy's choice, 20)
