@@ -1,7 +1,6 @@
 """The layout: what lies where, who imports whom, how long modules are, what is documented."""
 
 import ast
-import importlib
 import subprocess
 import sys
 import tomllib
@@ -55,8 +54,7 @@ def test_the_types_of_the_whole_library_are_checked():
 def test_benchmarks_import_what_is_there(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("fisherfold", "stages", "flows")):
-            module = importlib.import_module(node.module)
-            assert not [name.name for name in node.names if not hasattr(module, name.name)]
+            exec(ast.unparse(node), {})
 
 
 def test_there_is_no_dead_code():
