@@ -30,9 +30,6 @@ def test_help_is_there_at_once_for_it_imports_nothing_heavy():
     status, imported = json.loads(result.stdout.splitlines()[-1])
     assert status == 0 and all(f"  {name} " in result.stdout for name in COMMANDS)
     assert HEAVY.isdisjoint(imported)
-    start = time.monotonic()
-    command(ROOT, sys.executable, "-m", "fisherfold", "--help")
-    assert time.monotonic() - start < 3  # 0.3 s on an idle machine
 
 
 def test_version(capsys):
