@@ -31,8 +31,8 @@ from fisherfold.evaluation.knowledge import answer_questions, answers_table, que
 from fisherfold.evaluation.metrics import metrics
 from fisherfold.evaluation.model_run import ModelRun, forget_models
 from fisherfold.evaluation.own_answers import compare_answers, conversations, own_answer_units, summarise_own_answers
-from fisherfold.evaluation.speed import FILE, measure_speed
 from fisherfold.evaluation.scores import mean_by_position, summarise_answers, summarise_losses
+from fisherfold.evaluation.speed import FILE, measure_speed
 from fisherfold.evaluation.stored_weights import find_zero_layers, read_zero_layers
 from fisherfold.evaluation.text import loss_units, measure_losses, read_losses, sources, summarise_sources
 from fisherfold.run.errors import CorruptArtifact, ParameterError

@@ -251,9 +251,7 @@ def _cut(record: Record, ranks: list[dict]) -> Markup | None:
     perplexities = [record.metrics[model]["perplexity"] for model in MODELS]
     measured = math.log(perplexities[1] / perplexities[0]) if all(perplexities) else None
     losses = record.facts["ranks"].get("predicted_loss_increase"), measured
-    return cut_view(
-        spectra_of(spectra), ranks, record.facts["factorize"].get("layers", {}), losses, nats(record.facts)
-    )
+    return cut_view(spectra_of(spectra), ranks, record.facts["factorize"].get("layers", {}), losses, nats(record.facts))
 
 
 def _measurement(record: Record) -> Markup:

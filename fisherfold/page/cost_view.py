@@ -7,7 +7,8 @@ from markupsafe import Markup
 
 from fisherfold.page.bars import bar_chart
 from fisherfold.page.page import element, figure, megabytes, number, section, table
-from fisherfold.page.record import MODELS, Record
+from fisherfold.page.record import Record
+from fisherfold.run.workspace import MODELS
 
 USES = {"reading": "reading a text", "answering": "writing an answer"}
 

@@ -15,7 +15,6 @@ from recorded_run import LLAMA, evaluation, finished, layer_rows, publish, said,
 
 from fisherfold.page.cut_view import cut_view, nats, refinement_view
 from fisherfold.page.layer_views import gather, parameter_map, place, rank_views, spectra_of, spectrum_views
-from fisherfold.page.cut_view import cut_view, refinement_view
 from fisherfold.page.page import Markup, element, megabytes, number, percent, stand_alone
 from fisherfold.page.pictures import Line, line_chart
 from fisherfold.page.record import Record
