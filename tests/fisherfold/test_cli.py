@@ -101,7 +101,8 @@ def test_the_wheel_alone_says_its_version_and_how_to_get_a_project(wheel_alone, 
     assert "git clone" in line
 
 
-@pytest.mark.parametrize("words", [("plan", "--model", "model"), pytest.param(("doctor",), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("plan", "--model", "model"), ("doctor",)])
 def test_commands_that_need_no_project_work_from_the_wheel_alone(wheel_alone, tmp_path, words):
     tiny.tiny_model().config.save_pretrained(tmp_path / "model")
     result = command(tmp_path, str(wheel_alone / "fisherfold"), *words, environment={"PYTHONPATH": ""})
