@@ -22,7 +22,9 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    FineGrainedFP8Config,
     GgufConfig,
+    Mxfp4Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -53,6 +55,8 @@ CALLS = {
 LOCAL_TOKENIZER_KEYS = ("is_local", "local_files_only", "name_or_path")  # of this machine, not of the tokenizer
 
 
+DEQUANTISED: dict[str, Callable[..., Any]] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+"""Methods of quantisation whose weights transformers multiplies out as it loads them."""
 OWN_CODE = (
     " It comes with code of its own, which the stages and the compressed checkpoint do without: only architectures and tokenizers that "
     "transformers itself knows can be used. A tokenizer can be converted to a fast one (tokenizer.json; auto_map taken out of "
@@ -151,10 +155,11 @@ def check_model(model: ModelSource, sequence_length: int) -> PreTrainedConfig:
         )
         raise InputError(f"Model {name!r} ({kind}) is not a causal language model. Choose a decoder-only text model.")
     _require_known_class(name, config)
-    if quantised := getattr(config, "quantization_config", None) or getattr(config, "compression_config", None):
-        method = quantised.get("quant_method", "by no named method") if isinstance(quantised, dict) else quantised
+    method = _quantisation(config)
+    if method and method not in DEQUANTISED:
         raise InputError(
-            f"The weights of model {name!r} are quantised ({method}). Compress the original model instead."
+            f"The weights of model {name!r} are quantised ({method}), which cannot be undone here ({', '.join(DEQUANTISED)} can). Compress the "
+            "original model instead, in bfloat16 or float32."
         )
     positions = positions_of(config)
     if positions and positions < sequence_length:
@@ -169,6 +174,13 @@ def positions_of(config: PreTrainedConfig) -> int | None:
     """How many tokens a model can read, if there is an end."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None  # xlnet says -1
+
+
+def _quantisation(config: PreTrainedConfig) -> str | None:
+    """The method by which a model's weights are quantised; None if they are not."""
+    quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    method = quantised.get("quant_method", "by no named method") if isinstance(quantised, dict) else quantised
+    return str(getattr(method, "value", method)) if method else None
 
 
 @cache
@@ -291,14 +303,17 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def _load_weights(model: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
-    announce("prepare", f"loading {model.source.name}" + (", dequantising its GGUF file" if model.gguf_file else ""))
+    method = "GGUF" if model.gguf_file else _quantisation(read_config(model))
+    announce("prepare", f"loading {model.source.name}" + (f", dequantising its weights ({method})" if method else ""))
     load: Callable[..., Any] = partial(AutoModelForCausalLM.from_pretrained, model.location, **model.options)
     if model.gguf_file:
         load = partial(load, quantization_config=GgufConfig(dequantize=True))
+    elif method:
+        load = partial(load, quantization_config=DEQUANTISED[method](dequantize=True))
     with _explained(model, "its weights"), _without_foreign_bars():
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # we tell of them
         loaded, found = load(config=deepcopy(read_config(model)), dtype=dtype, **options)
-    if folder := model.folder:  # a hub's files are here by now
+    if (folder := model.folder) and not method:  # a hub's files are here by now
         require_floats(model.source.name, folder)
     require_whole(model.source.name, loaded, found)
     if found["unexpected_keys"]:

@@ -88,11 +88,14 @@ def pool_experts(
 ) -> tuple[Statistics, list[Sequence[LinearLayer]]]:
     """The statistics to decompose groups of layers by, and those that have enough: `rows` gets why each other one stays dense.
 
-    Experts' statistics, all of one stack, are shrunk; those of other layers are as they are.
+    Experts' statistics, all of one stack, are shrunk; those of other layers are as they are. Where experts share a factor none stays dense: one
+    with too few tokens takes the mean.
     """
     stack = groups[0][0].stack
     if not stack:
         return statistics, list(groups)
+    if params.shared:  # their factor is found for all of them together
+        return PooledStatistics(statistics, stack, params.model_copy(update={"few": "mean"})), list(groups)
     shrunk = PooledStatistics(statistics, stack, params)
     usable: list[Sequence[LinearLayer]] = []
     for (layer,) in groups:
