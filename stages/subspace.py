@@ -48,7 +48,7 @@ from fisherfold.run.store import gather_groups
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics.layer_statistics import Statistics
 from fisherfold.subspaces import fasc  # noqa: F401  this enters its metric
-from fisherfold.subspaces.expert_pool import pool_experts
+from fisherfold.subspaces.expert_pool import few_tokens, pool_experts
 from fisherfold.subspaces.metrics import METRICS, Decomposition, MetricSources, OwnDecomposition
 from fisherfold.subspaces.shrinkage import SHRINKAGES, read_sampling
 
@@ -86,10 +86,8 @@ def run(workspace: Workspace, params: SubspaceParams) -> None:
         capture, kronecker = workspace.out("capture"), workspace.out("kronecker")
         layers = Statistics(capture).layers
         groups = decomposed_groups(layers, params)
-        stacked = (
-            shared or params.experts.shared
-        )  # of those that are one site; a group of one layer is as large either way
-        scratch.require_disk(sum(_basis_bytes(group, stacked) for group in groups.values()))
+        one_site = {name: shared or (bool(group[0].stack) and params.experts.shared) for name, group in groups.items()}
+        scratch.require_disk(sum(_basis_bytes(group, one_site[name]) for name, group in groups.items()))
         pieces = bundles(group[0] for group in groups.values())
         units = {
             name: (workspace.model, capture, kronecker, [groups[first.name] for first in some], params)
@@ -98,14 +96,17 @@ def run(workspace: Workspace, params: SubspaceParams) -> None:
         folders = scratch.map("decomposing layers", decompose_groups, units)
         rows = _gather_rows(folders.values(), layers)
         dense = {row["module"]: row["dense"] for row in rows if row["dense"]}
+        few = few_tokens(Statistics(capture), params.experts)
         for module, reason in dense.items():
-            announce("subspace", f"{module} stays dense: {reason}")
+            if module not in few:
+                announce("subspace", f"{module} stays dense: {reason}")
         with scratch.publish() as out:
             gather_groups(out / "bases", [folder / "bases" for folder in folders.values()])
             pq.write_table(_spectra(rows), out / "spectra.parquet")
             pq.write_table(pa.Table.from_pylist(rows, DIAGNOSTICS), out / "diagnostics.parquet")
             methods = {row["module"]: row["method"] for row in rows if "method" in row}
             facts = {**params.model_dump(), "dense": dense, "shared": shared, "methods": methods}
+            facts |= {"few_tokens": few} if few else {}
             (out / "subspace.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             write_layers(out, layers)
 

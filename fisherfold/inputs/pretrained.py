@@ -22,9 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    FineGrainedFP8Config,
     GgufConfig,
-    Mxfp4Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,7 +34,7 @@ from fisherfold.inputs.hub import HubUnknown, cached_folder, resolve_model
 from fisherfold.inputs.model_folders import not_a_model, refuse_other_folders
 from fisherfold.inputs.packages import fetch_file
 from fisherfold.inputs.recipes import ModelRecipe, Source, find_path, find_recipe, recipe_names, unknown_input
-from fisherfold.inputs.weight_files import require_floats, require_whole
+from fisherfold.inputs.weight_files import DEQUANTISED, quantisation, require_floats, require_whole
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES
 from fisherfold.network.weight_check import check_weights
@@ -55,8 +53,6 @@ CALLS = {
 LOCAL_TOKENIZER_KEYS = ("is_local", "local_files_only", "name_or_path")  # of this machine, not of the tokenizer
 
 
-DEQUANTISED: dict[str, Callable[..., Any]] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
-"""Methods of quantisation whose weights transformers multiplies out as it loads them."""
 OWN_CODE = (
     " It comes with code of its own, which the stages and the compressed checkpoint do without: only architectures and tokenizers that "
     "transformers itself knows can be used. A tokenizer can be converted to a fast one (tokenizer.json; auto_map taken out of "
@@ -155,7 +151,7 @@ def check_model(model: ModelSource, sequence_length: int) -> PreTrainedConfig:
         )
         raise InputError(f"Model {name!r} ({kind}) is not a causal language model. Choose a decoder-only text model.")
     _require_known_class(name, config)
-    method = _quantisation(config)
+    method = quantisation(config)
     if method and method not in DEQUANTISED:
         raise InputError(
             f"The weights of model {name!r} are quantised ({method}), which cannot be undone here ({', '.join(DEQUANTISED)} can). Compress the "
@@ -174,13 +170,6 @@ def positions_of(config: PreTrainedConfig) -> int | None:
     """How many tokens a model can read, if there is an end."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None  # xlnet says -1
-
-
-def _quantisation(config: PreTrainedConfig) -> str | None:
-    """The method by which a model's weights are quantised; None if they are not."""
-    quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
-    method = quantised.get("quant_method", "by no named method") if isinstance(quantised, dict) else quantised
-    return str(getattr(method, "value", method)) if method else None
 
 
 @cache
@@ -303,7 +292,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def _load_weights(model: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
-    method = "GGUF" if model.gguf_file else _quantisation(read_config(model))
+    method = "GGUF" if model.gguf_file else quantisation(read_config(model))
     announce("prepare", f"loading {model.source.name}" + (f", dequantising its weights ({method})" if method else ""))
     load: Callable[..., Any] = partial(AutoModelForCausalLM.from_pretrained, model.location, **model.options)
     if model.gguf_file:

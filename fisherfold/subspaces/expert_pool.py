@@ -16,9 +16,12 @@ import torch
 
 from fisherfold.network.layers import LinearLayer
 from fisherfold.run.params import ExpertsParams
+from fisherfold.run.progress import announce
 from fisherfold.run.store import read_array
 from fisherfold.statistics.layer_statistics import Statistics
 from fisherfold.statistics.stored_sums import SUMS, restored
+
+SOME = 4  # names that are said
 
 
 class PooledStatistics(Statistics):
@@ -104,3 +107,19 @@ def pool_experts(
         else:
             usable.append([layer])
     return shrunk, usable
+
+
+def few_tokens(statistics: Statistics, params: ExpertsParams) -> dict[str, int]:
+    """N_e of the experts' matrices that have fewer tokens than asked for, or none, by name; says how many and what becomes of them."""
+    fewest = max(1, params.fewest)
+    counts = {layer.name: statistics.tokens_seen(layer) for layer in statistics.layers if layer.stack}
+    few = {name: count for name, count in counts.items() if count < fewest}
+    if few:
+        fate = "take the mean's metric" if params.few == "mean" or params.shared else "stay dense"
+        names = ", ".join(list(few)[:SOME]) + (f" and {len(few) - SOME} more" if len(few) > SOME else "")
+        announce(
+            "subspace",
+            f"of {len(counts)} matrices of experts, {len(few)} had fewer than {fewest} calibration tokens and {fate}: {names} "
+            "(subspace.json has all)",
+        )
+    return few
