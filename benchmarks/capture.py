@@ -3,6 +3,7 @@
     python benchmarks/capture.py                          # random weights in the shapes of SmolLM2-135M; five minutes on two cores
     python benchmarks/capture.py --quick                  # a third of its blocks and vocabulary, under a minute
     python benchmarks/capture.py --model FOLDER           # a model of yours (--dtype bfloat16)
+    python benchmarks/capture.py --model FOLDER --times   # without the memory; of a mixture, whose bare pass runs experts as transformers does
 
 The bare pass runs the same code without hooks: frozen weights, one label shift, the same loss and gradient of the logits.
 All three run in turn on the same batch in this process; the first round is not counted and ratios are of medians.
@@ -11,6 +12,7 @@ Memory is the peak of a process that runs the whole stage with sketches, on a mo
 """
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -23,6 +25,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from fisherfold.network.experts import expert_modules, unfold_experts
 from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.layers import find_layers, write_layers
 from fisherfold.network.models import DTYPES, load_model
@@ -36,6 +39,7 @@ from stages import capture
 
 BATCH, LENGTH, RANK = 4, 256, 32
 TOKENWISE, SKETCHED, GROWTH = 1.8, 2.6, 1.05  # targets
+MIXTURE = 2.2  # instead of TOKENWISE, for a mixture of experts
 FEW, MANY = 32, 256  # sequences
 
 
@@ -57,9 +61,11 @@ def random_model(blocks: int, vocabulary: int) -> PreTrainedModel:
 
 def measure_times(model: PreTrainedModel, rounds: int) -> dict[str, float]:
     """Median seconds of the bare pass, with token-wise sums, and with sketches too."""
-    layers = find_layers(model)
+    measured = copy.deepcopy(model)
+    unfold_experts(measured)
+    layers = find_layers(measured)
     tokenwise, sketched = (
-        ModelSums(model, layers, GRADIENT_FORMS.lookup(form), RANK, 0) for form in ("none", "sketch")
+        ModelSums(measured, layers, GRADIENT_FORMS.lookup(form), RANK, 0) for form in ("none", "sketch")
     )
 
     def capture_batch(ids: torch.Tensor) -> None:
@@ -122,12 +128,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a model; default: random weights")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, help="counted rounds")
+    parser.add_argument("--times", action="store_true", help="no memory")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:
         run_stage(*map(int, arguments.stage.split(",")))
         return
-    few, many = (measure_memory(count, *((1, 16, 1) if arguments.quick else (4, 64, 3))) for count in (FEW, MANY))
     if arguments.model:
         model = load_model(arguments.model, DTYPES[arguments.dtype])
     else:
@@ -138,9 +144,12 @@ def main() -> None:
         print(
             f"    {name:12s} {seconds:8.3f} s   {BATCH * LENGTH / seconds:7.0f} tokens/s   {seconds / times['bare']:.2f} x bare"
         )
-    print(f"peak memory of the stage: {few / 2**20:.0f} MiB for {FEW} sequences, {many / 2**20:.0f} MiB for {MANY}")
-    print(figure("capture time / bare pass, token-wise statistics", times["token-wise"] / times["bare"], TOKENWISE))
-    print(figure(f"capture peak memory, {MANY} / {FEW} sequences", many / few, GROWTH))
+    target = MIXTURE if any(expert_modules(model)) else TOKENWISE
+    print(figure("capture time / bare pass, token-wise statistics", times["token-wise"] / times["bare"], target))
+    if not arguments.times:
+        few, many = (measure_memory(count, *((1, 16, 1) if arguments.quick else (4, 64, 3))) for count in (FEW, MANY))
+        print(f"peak memory of the stage: {few / 2**20:.0f} MiB for {FEW} sequences, {many / 2**20:.0f} MiB for {MANY}")
+        print(figure(f"capture peak memory, {MANY} / {FEW} sequences", many / few, GROWTH))
     print(figure(f"capture time / bare pass, with sketches of rank {RANK}", times["sketch"] / times["bare"], SKETCHED))
 
 

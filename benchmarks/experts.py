@@ -1,221 +1,198 @@
-"""Factorized experts against dropped ones, on a small mixture that is trained here for some minutes.
+"""Factorized experts against dropped ones, on a mixture that is made here.
 
-    python benchmarks/experts.py --project FOLDER      # keeps the trained model and the stages' outputs there, and goes on from them
-    python benchmarks/experts.py --quick               # 40 steps of training: shows that it runs, and no more
+    python benchmarks/experts.py --project FOLDER --made trained                                       # see trained_mixture.py
+    python benchmarks/experts.py --project FOLDER --made copied --model artifacts/prepare/model        # see made_mixture.py
+    python benchmarks/experts.py --quick                                   # 40 steps of training: shows that it runs, and no more
 
-The mixture is Qwen3-MoE's architecture, four blocks of ten experts of which a token goes to two, trained from random numbers on the
-lead texts of `wikipedia-leads` with a tokenizer of 2048 pieces made from them. It knows little, but its router and its experts were
-trained together. Dropped experts are those of least Fisher mass, the Σ σ² of `down_proj` (what the loss rises by if it becomes zero), the
-same number in every block, their rows taken out of the router (as REAP does, which scores experts by router weights and norms of outputs). The
-factorized models remove as many numbers, from all layers by one budget (fisher) or the same share of every layer (uniform).
+Experts alone are compressed, all other layers stay dense. Dropped experts are those of least Fisher mass (`ranks.allocator: drop_experts`), as many
+in every block. The factorized models store as many numbers as those leave: by one budget (fisher), with the same share of every matrix (uniform),
+by one budget with a right factor that the experts of a block share (shared), and fisher after refinement (refined). Times are over the dense model's in the same run. FOLDER keeps the mixture, the
+stages' outputs and the rows that are done, and the command goes on from them.
 """
 
 import argparse
 import json
-import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import made_mixture
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig
+import trained_mixture
+from transformers import AutoModelForCausalLM
 
 import fisherfold.runtime  # noqa: F401  it loads compressed checkpoints
-from fisherfold.inputs.corpora import find_corpus, read_articles
-from fisherfold.network.layers import read_layers
+from fisherfold.network.layers import read_layers, write_layers
 from fisherfold.run.params import Params
 from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
-from stages import capture, factorize, kronecker, prepare, ranks, subspace
+from stages import capture, evaluate, factorize, kronecker, prepare, ranks, subspace
 
-HERE = Path(__file__).resolve().parents[1]
-CORPUS = "wikipedia-leads"
-PIECES, LENGTH, BATCH, RATE = 2048, 128, 16, 3e-3
-EXPERTS, CHOSEN = 10, 2
 SHARES = (0.2, 0.4)
 TARGET = 0.8  # perplexity of the factorized model over that with experts dropped
-HELD_OUT = 1000  # last articles, which training does not see and the stages draw from
 PARAMS = {
     "prepare": {
         "model": "mixture",
         "corpus": "held-out.txt",
+        "unseen": None,
         "questions": None,
         "self_written": 0.0,
-        "held_out_prompts": 0,
-        "sequence_length": LENGTH,
-        "calibration_sequences": 128,
-        "tuning_sequences": 8,
-        "evaluation_sequences": 96,
     },
-    "capture": {"knowledge_questions": 0, "tokens_per_sequence": 0, "batch_size": 8, "sequences_per_shard": 32},
-    "kronecker": {"diagnostics": "none", "dependence_draws": 0},
+    "capture": {"threads": 1, "knowledge_questions": 0, "tokens_per_sequence": 0},
+    "kronecker": {"threads": 1, "diagnostics": "none", "dependence_draws": 0},
+    "subspace": {"threads": 1},
+    "ranks": {"threads": 1},
+    "evaluate": {"threads": 1, "answer_tokens": 1},
 }
+SIZES = {
+    "trained": {
+        "prepare": {
+            "held_out_prompts": 0,
+            "sequence_length": 128,
+            "calibration_sequences": 128,
+            "tuning_sequences": 16,
+            "evaluation_sequences": 96,
+        },
+        "capture": {"batch_size": 8, "sequences_per_shard": 32},
+    },
+    "copied": {
+        "prepare": {
+            "held_out_prompts": 8,
+            "answer_tokens": 48,
+            "calibration_sequences": 24,
+            "tuning_sequences": 8,
+            "evaluation_sequences": 12,
+        },
+    },
+}
+MODELS = {
+    "fisher": {},
+    "uniform": {"ranks": {"allocator": "uniform"}},
+    "shared": {"subspace": {"experts": {"shared": True}}},
+    "refined": {"factorize": {"refine": {"passes": 2, "threads": 1}}},
+}
+"""Parameters besides those above, by the name of a row."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--project", type=Path, default=None)
-    parser.add_argument("--steps", type=int, default=600, help="of training, of 2048 tokens")
+    parser.add_argument("--made", choices=SIZES, default="trained")
+    parser.add_argument(
+        "--model", type=Path, default=None, help="folder of the Llama model that a copied mixture is made of"
+    )
+    parser.add_argument("--models", default=",".join(MODELS), help="rows besides dense and dropped")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    if options.made == "copied" and options.model is None:
+        parser.error("--made copied wants --model")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.project or Path(temporary)).resolve()
-        if not (folder / "mixture" / "config.json").exists():
-            make_mixture(folder, 40 if options.quick else options.steps)
-        report(compare(Workspace(folder), Params.model_validate(PARAMS)))
+        folder.mkdir(parents=True, exist_ok=True)
+        if options.made == "copied":
+            made_mixture.make(options.model, folder / "mixture")
+        else:
+            trained_mixture.make(folder / "mixture", 40 if options.quick else trained_mixture.STEPS)
+        write_held_out(folder / "held-out.txt")
+        report(compare(Workspace(folder), merged(PARAMS, SIZES[options.made]), options.models.split(",")))
 
 
-def make_mixture(folder: Path, steps: int) -> None:
-    """Train the mixture and write it to ``folder/mixture``, and the articles that it has not seen to ``folder/held-out.txt``."""
-    texts = [article.text for article in read_articles(find_corpus(Workspace(HERE), CORPUS))]
-    seen, held_out = texts[:-HELD_OUT], texts[-HELD_OUT:]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "held-out.txt").write_text(
-        "\n\n".join(" ".join(text.split()) for text in held_out) + "\n", encoding="utf-8"
-    )
-    tokenizer = make_tokenizer(seen)
-    model = train(empty_mixture(), torch.tensor(tokenizer("\n".join(seen[:6000])).input_ids), steps)
-    model.save_pretrained(folder / "mixture")
-    tokenizer.save_pretrained(folder / "mixture")
+def write_held_out(path: Path) -> None:
+    """The articles that no mixture has seen, one a paragraph."""
+    if not path.exists():
+        _, texts = trained_mixture.articles()
+        path.write_text("\n\n".join(" ".join(text.split()) for text in texts) + "\n", encoding="utf-8")
 
 
-def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte pairs of PIECES pieces."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=PIECES, special_tokens=["<s>"], initial_alphabet=alphabet)
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+def merged(params: dict, more: dict) -> dict:
+    """Blocks of parameters, the later ones over the earlier."""
+    return {block: {**params.get(block, {}), **more.get(block, {})} for block in {*params, *more}}
 
 
-def empty_mixture() -> PreTrainedModel:
-    """The architecture with random numbers."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=PIECES,
-        hidden_size=128,
-        intermediate_size=256,
-        moe_intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=EXPERTS,
-        num_experts_per_tok=CHOSEN,
-        norm_topk_prob=True,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    return AutoModelForCausalLM.from_config(config)
+def experts_alone(model: Path, found: Path) -> None:
+    """Leave all layers but experts out of what stage prepare has found."""
+    write_layers(found, [layer for layer in read_layers(found) if layer.stack])
 
 
-def train(model: PreTrainedModel, tokens: torch.Tensor, steps: int) -> PreTrainedModel:
-    """AdamW with a cosine, on windows at random places; the router by its balancing loss, too."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.05)
-    generator = torch.Generator().manual_seed(0)
-    start = time.perf_counter()
-    for step in range(steps):
-        places = torch.randint(len(tokens) - LENGTH, (BATCH, 1), generator=generator)
-        ids = tokens[places + torch.arange(LENGTH)]
-        loss = model(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
-            print(f"step {step:5}  loss {loss.item():.3f}  {time.perf_counter() - start:.0f} s", flush=True)
-    return model.eval()
-
-
-def compare(workspace: Workspace, params: Params) -> list[dict]:
-    """Rows of the table: the dense model, and by share dropped experts and factorized layers."""
-    for stage in (prepare, capture, kronecker, subspace):
-        stage.run(workspace, getattr(params, stage.__name__.rpartition(".")[2]))
-    layers = read_layers(workspace.out("prepare"))
-    in_experts = sum(layer.dense_numbers for layer in layers if layer.stack)
-    dense = AutoModelForCausalLM.from_pretrained(workspace.model)
-    rows = [{"model": "dense", "share": 0.0, **measure(dense, workspace)}]
-    for share in SHARES:
-        kept = kept_experts(workspace, share)
-        rows.append({"model": "dropped", "share": share, **measure(drop_experts(dense, kept), workspace)})
-        ratio = share * in_experts / sum(layer.dense_numbers for layer in layers)
-        for allocator in ("fisher", "uniform"):
-            changed = params.ranks.model_copy(update={"ratio": ratio, "allocator": allocator})
-            ranks.run(workspace, changed)
-            factorize.run(workspace, params.factorize)
-            compressed = AutoModelForCausalLM.from_pretrained(workspace.out("factorize") / "model")
-            rows.append({"model": allocator, "share": share, **measure(compressed, workspace)})
+def compare(workspace: Workspace, params: dict, names: list[str]) -> list[dict]:
+    """Rows of the table: the dense model, and by share dropped experts and factorized ones; those that are done are read."""
+    first = Params.model_validate(params)
+    prepare.run(workspace, first.prepare, experts_alone)
+    for stage in (capture, kronecker):
+        stage.run(workspace, getattr(first, stage.__name__.rpartition(".")[2]))
+    place = workspace.root / "rows.json"
+    rows = json.loads(place.read_text()) if place.exists() else []
+    experts = len({layer.expert for layer in read_layers(workspace.out("prepare"))})
+    wanted = [("dropped", share) for share in SHARES] + [(name, share) for name in names for share in SHARES]
+    for name, share in wanted:
+        if any((row["model"], row["share"]) == (name, share) for row in rows):
+            continue
+        # Dropping takes whole experts: as many as the share is, rounded
+        ratio = round(share * experts) / experts
+        own = {"ranks": {"allocator": "drop_experts"}} if name == "dropped" else MODELS[name]
+        own = merged({"ranks": {"ratio": ratio - 1e-9}}, own)
+        rows += run_row(workspace, Params.model_validate(merged(params, own)), name, share, with_dense=not rows)
+        place.write_text(json.dumps(rows, indent=1) + "\n")
     return rows
 
 
-def kept_experts(workspace: Workspace, share: float) -> dict[str, list[int]]:
-    """By module of experts, those of most Fisher mass."""
-    table = pq.read_table(workspace.out("subspace") / "spectra.parquet").to_pylist()
-    mass: dict[str, dict[int, float]] = {}
-    for row in table:
-        stack, _, expert = row["module"].rpartition(".")
-        if stack.endswith("experts.down_proj"):
-            own = mass.setdefault(stack.rpartition(".")[0], dict.fromkeys(range(EXPERTS), 0.0))
-            own[int(expert)] += row["sigma"] ** 2
-    count = EXPERTS - round(share * EXPERTS)
-    return {name: sorted(sorted(own, key=lambda e: -own[e])[:count]) for name, own in mass.items()}
-
-
-def drop_experts(dense: PreTrainedModel, kept: dict[str, list[int]]) -> PreTrainedModel:
-    """The mixture of the experts that are kept: an ordinary, smaller model of the same architecture."""
-    state = dict(dense.state_dict())
-    for name, experts in kept.items():
-        for own in (f"{name}.gate_up_proj", f"{name}.down_proj", f"{name.rpartition('.')[0]}.gate.weight"):
-            state[own] = state[own][experts]
-    config = type(dense.config).from_dict(dense.config.to_dict() | {"num_experts": len(next(iter(kept.values())))})
-    small = AutoModelForCausalLM.from_config(config)
-    small.load_state_dict(state)
-    return small.eval()
+def run_row(workspace: Workspace, params: Params, name: str, share: float, with_dense: bool) -> Iterator[dict]:
+    """The row of one compressed model, before it that of the dense one, if that is asked for."""
+    for stage in (subspace, ranks, factorize, evaluate):
+        stage.run(workspace, getattr(params, stage.__name__.rpartition(".")[2]))
+    found = json.loads((workspace.out("evaluate") / "metrics.json").read_text())
+    names = {"dense": "dense", "compressed": name}
+    for which in names if with_dense else ("compressed",):
+        yield {
+            "model": names[which],
+            "share": share if which == "compressed" else 0.0,
+            "perplexity": found[which]["perplexity"],
+            "own": found["own_answers_kl"] if which == "compressed" else 0.0,
+            "kl": found["kl_to_dense"] if which == "compressed" else 0.0,
+            "active": found["size"][f"active_parameters_{which}"],
+            "parameters": found["size"][f"model_parameters_{which}"],
+        } | (times(workspace) if which == "compressed" else {"prefill": 1.0, "token": 1.0})
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, workspace: Workspace) -> dict:
-    """Perplexity on the evaluation sequences, parameters, and milliseconds of a prefill and of a token."""
-    ids = read_sequences(workspace.table("evaluation"), PIECES)
-    losses = [model(input_ids=some, labels=some, use_cache=False).loss.item() for some in ids.split(8)]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    text = ids.flatten()[None, :512]
-    cache = model(input_ids=text[:, :64]).past_key_values
-    return {
-        "perplexity": math.exp(sum(losses) / len(losses)),
-        "parameters": parameters,
-        "prefill": fastest(lambda: model(input_ids=text, use_cache=False)),
-        "token": fastest(lambda: model(input_ids=text[:, :1], past_key_values=cache)),
-    }
+def times(workspace: Workspace) -> dict[str, float]:
+    """Of a prefill of 512 tokens and of a token after 64: the compressed model's time over the dense one's, which run in turn."""
+    folders = workspace.model, workspace.out("factorize") / "model"
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders]
+    text = read_sequences(workspace.table("evaluation"), len(models[0].get_input_embeddings().weight))
+    text = text.flatten()[None, :512]
+    caches = [model(input_ids=text[:, :64]).past_key_values for model in models]
+
+    def token(which: int) -> None:
+        models[which](input_ids=text[:, 64:65], past_key_values=caches[which])
+        caches[which].crop(64)
+
+    prefill = [partial(model, input_ids=text, use_cache=False) for model in models]
+    return {"prefill": slower(*prefill, times=7), "token": slower(partial(token, 0), partial(token, 1), times=41)}
 
 
-def fastest(run) -> float:
-    """Milliseconds, the median of nine."""
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times)[4]
+def slower(dense: Callable[[], object], compressed: Callable[[], object], times: int) -> float:
+    """The median of the second's times over that of the first's."""
+    taken: tuple[list[float], ...] = ([], [])
+    for _ in range(times):
+        for own, run in zip(taken, (dense, compressed)):
+            start = time.perf_counter()
+            run()
+            own.append(time.perf_counter() - start)
+    one, other = (sorted(own)[times // 2] for own in taken)
+    return other / one
 
 
 def lines(rows: list[dict]) -> Iterator[str]:
-    yield f"{'share':>5} {'model':8} {'perplexity':>10} {'× dense':>8} {'parameters':>10} {'prefill ms':>10} {'token ms':>9}"
+    yield "| share | experts | perplexity | × dense | KL on text | KL on own answers | parameters | a token meets | prefill | token |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
+        own = "" if row["own"] is None else f"{row['own']:.3f}"
         yield (
-            f"{row['share']:5.1f} {row['model']:8} {row['perplexity']:10.2f} {row['perplexity'] / rows[0]['perplexity']:8.3f} "
-            f"{row['parameters']:10} {row['prefill']:10.1f} {row['token']:9.2f}"
+            f"| {row['share']:.1f} | {row['model']} | {row['perplexity']:.2f} | {row['perplexity'] / rows[0]['perplexity']:.3f} | {row['kl']:.3f} "
+            f"| {own} | {row['parameters'] / 1e6:.2f} M | {row['active'] / 1e6:.2f} M | {row['prefill']:.2f} | {row['token']:.2f} |"
         )
 
 
@@ -223,7 +200,7 @@ def report(rows: list[dict]) -> None:
     print(*lines(rows), sep="\n")
     found = {(row["model"], row["share"]): row["perplexity"] for row in rows}
     worst = max(found["fisher", share] / found["dropped", share] for share in SHARES)
-    uniform = all(found["fisher", share] <= found["uniform", share] for share in SHARES)
+    uniform = all(found["fisher", share] <= found["uniform", share] for share in SHARES if ("uniform", share) in found)
     figure = "perplexity of factorized experts over that with the same share dropped, worst"
     print(
         json.dumps(

@@ -142,7 +142,7 @@ def check_budget(params: Params, model: Path, layers: Sequence["LinearLayer"], d
     from fisherfold.network.sites import find_sites
     from stages.subspace import shares_inputs
 
-    sites = find_sites(layers, shares_inputs(params.subspace))
+    sites = find_sites(layers, shares_inputs(params.subspace), params.subspace.experts.shared)
     limits = Limits.of(params.ranks, (), dense)
     budget = BUDGETS.lookup(params.ranks.budget)(sites, model)
     pose(sites, [np.zeros(site.full_rank) for site in sites], params.ranks, limits, budget)

@@ -16,6 +16,8 @@ PAIRS: list[Callable[[Params], str | None]] = []
 
 FROM_FACTORS = "gfwsvd"
 """The metric that is stage kronecker's own factors."""
+DROPS = "drop_experts"
+"""The allocator that leaves whole experts out."""
 
 
 def check_pairs(params: Params) -> None:
@@ -121,4 +123,18 @@ def few_bits(params: Params) -> str | None:
         return f"{asked} is not what GGUF files have: set factorize.gguf_export = false and let llama.cpp quantize the dense export."
     if importlib.util.find_spec("compressed_tensors") is None:
         return f"{asked} is stored in a format that transformers reads through compressed-tensors: pip install compressed-tensors."
+    return None
+
+
+@PAIRS.append
+def experts_of_a_mixture(params: Params) -> str | None:
+    """A right factor for all experts of a stack is found under a metric on weights; dropping wants experts that are layers of their own."""
+    shared, drops = params.subspace.experts.shared, params.ranks.allocator == DROPS
+    subspaces = importlib.import_module("stages.subspace")
+    if shared and isinstance(subspaces.METRICS.lookup(params.subspace.metric), subspaces.OwnDecomposition):
+        return f"subspace.experts.shared wants a metric on weights, and {params.subspace.metric!r} is none: set subspace.metric = 'kfac'."
+    if drops and (shared or params.prepare.experts == "dense"):
+        return f"ranks.allocator = {DROPS!r} wants experts that are layers of their own: set subspace.experts.shared = false and prepare.experts = 'layers'."
+    if drops and params.factorize.bits:
+        return f"ranks.allocator = {DROPS!r} leaves matrices as they are: set factorize.bits = null."
     return None

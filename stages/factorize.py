@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from fisherfold.allocators.cost import DENSE
+from fisherfold.allocators.dropped_experts import read_dropped
 from fisherfold.export.architecture import (
     DenseArchitecture,
     copy_companions,
@@ -25,7 +26,8 @@ from fisherfold.export.architecture import (
     write_config,
 )
 from fisherfold.export.buffers import check_buffers
-from fisherfold.export.expert_tensors import Stack, active_parameters, find_stacks
+from fisherfold.export.expert_tensors import Stack, active_parameters, find_stacks, routed_shares
+from fisherfold.export.fewer_experts import expert_layers, spread_shares, without_experts
 from fisherfold.export.gauges import SHARED_MEMBER, gauge_site, product, right_factor
 from fisherfold.export.gguf_export import check_gguf, write_gguf
 from fisherfold.export.healing import FACTS, heal_unit, healed
@@ -37,11 +39,12 @@ from fisherfold.export.refined_blocks import refine
 from fisherfold.export.rounded_layers import in_few_bits
 from fisherfold.export.sizes import count_sizes
 from fisherfold.export.stored_layer import StoredLayer, bias_place, low_rank_layers, replaced, stored_site
+from fisherfold.network.layers import LinearLayer
 from fisherfold.network.models import DTYPES, read_weight
 from fisherfold.network.sites import Site, bundles, read_sites
 from fisherfold.run.checkpoint import SHARD_BYTES, StoredTensor, count_bytes, read_tensors, write_tensors
 from fisherfold.run.files import digest_file, verify_output
-from fisherfold.run.params import FactorizeParams
+from fisherfold.run.params import FactorizeParams, HealParams, RefineParams
 from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
@@ -78,10 +81,19 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         stored = read_tensors(workspace.model)
         dtype = DTYPES[params.dtype or architecture.dtype]
         dense = {name: tensor.cast(dtype) for name, tensor in stored.items()}
+        dropped = read_dropped(workspace.out("ranks"))
+        architecture, dense = without_experts(architecture, dense, dropped)
         scratch.require_disk(count_bytes(dense) * (2 + params.dense_export + params.gguf_export))
-        compressed = _factorized(scratch, workspace, sites, plan, dtype)
         layers = [layer for site in sites for layer in site.layers]
-        compressed, dense, rows, healing = _trained(scratch, workspace, compressed, dense, params, dtype)
+        gone = expert_layers(layers, dropped)
+        compressed = _factorized(scratch, workspace, [site for site in sites if site.name not in gone], plan, dtype)
+        if dropped and (params.bits or params.refine.passes or params.heal.passes):
+            announce(
+                "factorize",
+                "neither trained nor rounded: ranks.allocator = drop_experts leaves whole experts as they are",
+            )
+            params = params.model_copy(update={"bits": None, "refine": RefineParams(), "heal": HealParams()})
+        compressed, dense, rows, healing = _trained(scratch, workspace, layers, compressed, dense, params, dtype)
         packed: dict[str, Path] = {}
         if params.bits:
             compressed, packed = in_few_bits(scratch, workspace, layers, compressed, dense, params.bits)
@@ -91,11 +103,13 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
             few = params.bits, packed
             write_model(out / "model", workspace, architecture, dense, compressed, dtype, stacks=stacks, few=few)
             check_buffers(out / "model", dense, architecture)
-            facts = count_sizes(out / "model", stored, plan, layers, stacks)
+            facts = count_sizes(out / "model", stored, plan, layers, stacks, gone)
             facts["healing"] = healing
             facts["layers"] = {name: layer.record for name, layer in compressed.items()}
             if any(layer.stack for layer in layers):
-                facts |= active_parameters(facts, plan, workspace.out("ranks"))
+                routed = routed_shares(workspace.out("ranks"))
+                shares = {"dense": routed, "compressed": spread_shares(routed, layers, gone)}
+                facts |= active_parameters(facts, plan, shares)
             (out / "model" / "README.md").write_text(
                 compressed_card(workspace, architecture, facts, params), encoding="utf-8"
             )
@@ -105,7 +119,7 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
                 whole = dense_tensors(dense | unpacked_weights(packed, dense), compressed, dtype, stacks)
                 whole = original_tensors(architecture.empty_model(), whole)
             if params.dense_export:
-                write_dense(out / "dense", workspace, whole, dtype)
+                write_dense(out / "dense", workspace, architecture, whole, dtype)
                 (out / "dense" / "README.md").write_text(dense_card(workspace, architecture, facts), encoding="utf-8")
                 write_lineage(out / "dense", workspace, inputs)
             if params.gguf_export:
@@ -145,6 +159,7 @@ def _factorized(
 def _trained(
     scratch: Scratch,
     workspace: Workspace,
+    layers: Sequence[LinearLayer],
     compressed: dict[str, StoredLayer],
     dense: dict[str, StoredTensor],
     params: FactorizeParams,
@@ -154,17 +169,15 @@ def _trained(
     rows: list[dict] = []
     refined: dict[str, Path] = {}
     healing = None
-    if any(stored.layer.stack for stored in compressed.values()) and (params.refine.passes or params.heal.passes):
-        announce(
-            "factorize", "factors are not trained: experts are among the layers, and training does not know them yet"
-        )
-        return compressed, dense, rows, healing
     if params.refine.passes:
-        refined = refine(scratch, workspace, low_rank_layers(compressed), params.refine)
+        refined = refine(
+            scratch, workspace, low_rank_layers(compressed), find_stacks(layers, compressed), params.refine
+        )
         compressed, dense, rows = _apply(refined, compressed, dense, dtype)
     if params.heal.passes and compressed:
         rest = tuple(unit / "rest" for unit in refined.values())
-        unit = (scratch.savepoints("healed"), workspace, low_rank_layers(compressed), rest, params.heal)
+        found = low_rank_layers(compressed), find_stacks(layers, compressed)
+        unit = (scratch.savepoints("healed"), workspace, *found, rest, params.heal)
         folder = scratch.map("healing", heal_unit, {"healed": unit})["healed"]
         compressed, dense = replaced(compressed, healed(folder, list(compressed)), dense, dtype)
         healing = json.loads((folder / FACTS).read_text(encoding="utf-8"))
@@ -300,13 +313,17 @@ def compressed_tensors(
     return dict(sorted(tensors.items()))
 
 
-def write_dense(folder: Path, workspace: Workspace, whole: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:
+def write_dense(
+    folder: Path,
+    workspace: Workspace,
+    architecture: DenseArchitecture,
+    whole: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+) -> None:
     """The same model with every product multiplied out, in the dense architecture and its own tensors' names, for other tools."""
     folder.mkdir(parents=True)
     write_tensors(folder, whole)
-    config = json.loads((workspace.model / "config.json").read_text(encoding="utf-8")) | {
-        "dtype": str(dtype).removeprefix("torch.")
-    }
+    config = architecture.config | {"dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     copy_companions(workspace.model, folder)
 

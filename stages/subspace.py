@@ -7,6 +7,9 @@ model order), diagnostics.parquet (one row a layer), subspace.json and layers.js
 Layers that read one input may share the right factor (`subspace.share_inputs`, and always with metric `fasc`): then they are one site,
 named after the first of them, with one <site>/right [r, m] and one row in the tables, r = min(m, Σ n).
 
+So are the experts of a stack under `subspace.experts.shared` (METHOD: MoBE, arXiv 2508.05257, from these statistics): [Σ n_e, m] with B_e on the
+diagonal of the output metric and the A_e weighed by tr B_e.
+
 Experts with few tokens borrow from the others of their stack, see ``fisherfold.subspaces.expert_pool``.
 
 A layer whose metric is zero (an expert that no token was routed to, an input that is always zero) cannot be compressed on
@@ -24,18 +27,18 @@ import pyarrow.parquet as pq
 import torch
 
 from fisherfold.linalg.weighted_svd import (
+    BlockRoot,
     Damping,
     Metric,
     MetricRoot,
     WeightedSVD,
-    block_root,
     metric_root,
     weighted_svd,
 )
 from fisherfold.network.layers import LinearLayer, by_group, write_layers
 from fisherfold.network.models import decomposing_device, read_weight
 from fisherfold.network.sites import bundles
-from fisherfold.run.errors import NumericalError
+from fisherfold.run.errors import NumericalError, ParameterError
 from fisherfold.run.files import verify_output
 from fisherfold.run.group_writer import write_arrays
 from fisherfold.run.params import SubspaceParams
@@ -45,7 +48,7 @@ from fisherfold.run.store import gather_groups
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics.layer_statistics import Statistics
 from fisherfold.subspaces import fasc  # noqa: F401  this enters its metric
-from fisherfold.subspaces.expert_pool import pool_experts
+from fisherfold.subspaces.expert_pool import few_tokens, pool_experts
 from fisherfold.subspaces.metrics import METRICS, Decomposition, MetricSources, OwnDecomposition
 from fisherfold.subspaces.shrinkage import SHRINKAGES, read_sampling
 
@@ -73,13 +76,18 @@ def run(workspace: Workspace, params: SubspaceParams) -> None:
         NotEnoughDisk: the bases would not fit.
     """
     shared = shares_inputs(params)
+    if params.experts.shared and isinstance(METRICS.lookup(params.metric), OwnDecomposition):
+        raise ParameterError(
+            f"subspace.experts.shared wants a metric on weights, and {params.metric!r} is none. Use subspace.metric = 'kfac'."
+        )
     with Scratch(workspace, "subspace", params, _inputs(workspace)) as scratch:
         if scratch.republish():
             return
         capture, kronecker = workspace.out("capture"), workspace.out("kronecker")
         layers = Statistics(capture).layers
-        groups = by_group(layers)
-        scratch.require_disk(sum(_basis_bytes(group, shared) for group in groups.values()))
+        groups = decomposed_groups(layers, params)
+        one_site = {name: shared or (bool(group[0].stack) and params.experts.shared) for name, group in groups.items()}
+        scratch.require_disk(sum(_basis_bytes(group, one_site[name]) for name, group in groups.items()))
         pieces = bundles(group[0] for group in groups.values())
         units = {
             name: (workspace.model, capture, kronecker, [groups[first.name] for first in some], params)
@@ -88,14 +96,17 @@ def run(workspace: Workspace, params: SubspaceParams) -> None:
         folders = scratch.map("decomposing layers", decompose_groups, units)
         rows = _gather_rows(folders.values(), layers)
         dense = {row["module"]: row["dense"] for row in rows if row["dense"]}
+        few = few_tokens(Statistics(capture), params.experts)
         for module, reason in dense.items():
-            announce("subspace", f"{module} stays dense: {reason}")
+            if module not in few:
+                announce("subspace", f"{module} stays dense: {reason}")
         with scratch.publish() as out:
             gather_groups(out / "bases", [folder / "bases" for folder in folders.values()])
             pq.write_table(_spectra(rows), out / "spectra.parquet")
             pq.write_table(pa.Table.from_pylist(rows, DIAGNOSTICS), out / "diagnostics.parquet")
             methods = {row["module"]: row["method"] for row in rows if "method" in row}
             facts = {**params.model_dump(), "dense": dense, "shared": shared, "methods": methods}
+            facts |= {"few_tokens": few} if few else {}
             (out / "subspace.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             write_layers(out, layers)
 
@@ -116,6 +127,15 @@ def _basis_bytes(group: Sequence[LinearLayer], shared: bool) -> int:
     sizes = [(layer.outputs, layer.inputs) for layer in group]
     sizes = [(sum(n for n, _ in sizes), group[0].inputs)] if shared else sizes
     return sum(4 * min(n, m) * (n + m) for n, m in sizes)
+
+
+def decomposed_groups(layers: Sequence[LinearLayer], params: SubspaceParams) -> dict[str, list[LinearLayer]]:
+    """Layers that are decomposed together, by the first: those of one input, and all experts of a stack that share a right factor."""
+    found: dict[str, list[LinearLayer]] = {}
+    for name, group in by_group(layers).items():
+        stack = group[0].stack if params.experts.shared else None
+        found.setdefault(stack or name, []).extend(group)
+    return {group[0].name: group for group in found.values()}
 
 
 def decomposition(params: SubspaceParams) -> Decomposition:
@@ -142,7 +162,8 @@ def decompose_groups(
     """Unit of work: the components of the layers of one group, or of some experts, which are groups of their own."""
     rows: list[dict] = []
     statistics, groups = pool_experts(Statistics(capture), groups, params.experts, rows)
-    sources, decompose = MetricSources(statistics, kronecker, params), decomposition(params)
+    sources = MetricSources(statistics, kronecker, params)
+    decompose = weighted_stack if groups[0][0].stack and params.experts.shared else decomposition(params)
     write_arrays(folder / "bases", (array for layers in groups for array in decompose(sources, model, layers, rows)))
     (folder / "rows.json").write_text(json.dumps(rows, sort_keys=True), encoding="utf-8")
 
@@ -185,7 +206,7 @@ def weighted_stack(
     dampings = [_dampings(sources, layer) for layer in layers]
     input_root = _root(A, dampings[0][0], site, "input")
     roots = [_root(B, damping, layer, "output") for layer, B, (_, damping) in zip(layers, blocks, dampings)]
-    output_root = block_root(roots, [layer.outputs for layer in layers])
+    output_root = BlockRoot(tuple(roots), tuple(layer.outputs for layer in layers))
     basis = _decompose(torch.cat([read_weight(model, layer) for layer in layers]), input_root, output_root, site)
     yield f"{site.name}/right", basis.right.float()
     for layer, left in zip(layers, basis.left.split([layer.outputs for layer in layers])):

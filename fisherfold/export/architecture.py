@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 import fisherfold.runtime as runtime
@@ -50,7 +51,8 @@ class DenseArchitecture:
 
     def read_config(self) -> PreTrainedConfig:
         """The configuration as transformers has it."""
-        return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        own: Any = CONFIG_MAPPING[self.config["model_type"]]
+        return own.from_dict(dict(self.config))
 
 
 def dense_architecture(folder: Path) -> DenseArchitecture:

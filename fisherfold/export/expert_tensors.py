@@ -7,6 +7,7 @@ Shapes: E experts of n outputs and m inputs; E_c of class c.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +18,20 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from fisherfold.allocators.cost import DENSE
 from fisherfold.network.experts import expert_modules
 from fisherfold.network.layers import LinearLayer
 from fisherfold.run.checkpoint import StoredTensor
+from fisherfold.runtime.modeling_fisherfold_experts import SHARED
 
-NAMES = {"up.weight": "up", "down.weight": "down", "order": "order"}
-"""Of a factor in a class, by that of an expert alone."""
+NAMES = {
+    "up.weight": "up",
+    "down.weight": "down",
+    "order": "order",
+    "down.rest.weight": "down",
+    "down.order": "order",
+}
+"""Of a factor in a class, by that of an expert alone. What the class shares lies with the first."""
 
 
 class Factors(Protocol):
@@ -62,7 +71,8 @@ class Stack:
         full = min(self.layers[0].outputs, self.layers[0].inputs)
         dense: dict[str, Any] = {"kind": "dense", "rank": full}
         records = [self.found[e].record if e in self.found else dense for e in self._numbers]
-        return [(record["kind"], record["rank"]) for record in records]
+        sources = {found.layer.name: found.record for found in self.found.values()}
+        return [(sources.get(record.get("source"), record)["kind"], record["rank"]) for record in records]
 
     @property
     def classes(self) -> list[tuple[str, int]]:
@@ -96,7 +106,9 @@ class Stack:
             return {"weight": StoredTensor(shape, dtype, partial(self._dense, members, dense, dtype))}
         parts = [{name: tensor.cast(dtype) for name, tensor in self.found[e].factors.items()} for e in members]
         return {
-            NAMES[name]: StoredTensor((len(parts), *tensor.shape), tensor.dtype, partial(_stacked, parts, name))
+            NAMES[name]: tensor
+            if NAMES[name] in SHARED.get(each[0], ())
+            else StoredTensor((len(parts), *tensor.shape), tensor.dtype, partial(_stacked, parts, name))
             for name, tensor in parts[0].items()
         }
 
@@ -117,13 +129,17 @@ class Stack:
         return StoredTensor(dense.shape, dtype, read)
 
     def stored_numbers(self, saved: Mapping[str, StoredTensor]) -> dict[str, int]:
-        """What each expert has of the tensors of a checkpoint, by name."""
-        place = {each: c for c, each in enumerate(self.classes)}
-        totals = {c: 0 for c in place.values()}
+        """What each expert has of the tensors of a checkpoint, by name; what a class shares has its first."""
+        members = {c: [layer.name for layer, kind in zip(self.layers, self.kinds) if kind == each]
+                   for c, each in enumerate(self.classes)}  # fmt: skip
+        found = dict.fromkeys((layer.name for layer in self.layers), 0)
         for name, tensor in saved.items():
             if name.startswith(self.prefix):
-                totals[int(name.removeprefix(self.prefix).partition(".")[0])] += tensor.numbers // tensor.shape[0]
-        return {layer.name: totals[place[kind]] for layer, kind in zip(self.layers, self.kinds)}
+                number, _, own = name.removeprefix(self.prefix).partition(".")
+                shared = own in SHARED.get(self.classes[int(number)][0], ())
+                for member in members[int(number)][: 1 if shared else None]:
+                    found[member] += tensor.numbers if shared else tensor.numbers // tensor.shape[0]
+        return found
 
 
 def _stacked(parts: Sequence[Mapping[str, StoredTensor]], name: str) -> torch.Tensor:
@@ -155,7 +171,11 @@ def stored_numbers(
     return {layer.name: layer.dense_numbers for layer in layers if layer.stack} | found
 
 
-def active_parameters(size: Mapping[str, int], plan: Mapping[str, Mapping[str, Any]], ranks: Path) -> dict[str, int]:
+def active_parameters(
+    size: Mapping[str, int],
+    plan: Mapping[str, Mapping[str, Any]],
+    routed: Mapping[str, Mapping[str, float]],
+) -> dict[str, int]:
     """What a token meets of both models, on average over the calibration text: of an expert the share of tokens that come to it.
 
     Embeddings, and experts that are no layers, count in full.
@@ -163,18 +183,29 @@ def active_parameters(size: Mapping[str, int], plan: Mapping[str, Mapping[str, A
     Args:
         size: parameters of both models.
         plan: rows of ranks.parquet by module.
-        ranks: the published output of stage `ranks`.
+        routed: of both models, the share of the tokens that come to each expert.
     """
-    routed = json.loads((ranks / "budget.json").read_text(encoding="utf-8"))["routed"]
     columns = {"dense": "dense_parameters", "compressed": "stored_parameters"}
+    members = Counter(row["site"] for row in plan.values())
+
+    def own(row: Mapping[str, Any], column: str) -> int:
+        """Without a factor that all experts share, which every token meets."""
+        shares = column == "stored_parameters" and members[row["site"]] > 1 and row["storage"] != DENSE
+        return row["rank"] * row["n"] if shares else row[column]
+
     idle = {
-        model: sum((1 - share) * plan[name][column] for name, share in routed.items())
+        model: sum((1 - share) * own(plan[name], column) for name, share in routed[model].items())
         for model, column in columns.items()
     }
     return {
         f"active_parameters_{model}": round(size[f"model_parameters_{model}"] - numbers)
         for model, numbers in idle.items()
     }
+
+
+def routed_shares(ranks: Path) -> dict[str, float]:
+    """The share of the calibration tokens that came to each expert, from the published output of stage `ranks`."""
+    return dict(json.loads((ranks / "budget.json").read_text(encoding="utf-8"))["routed"])
 
 
 def expert_records(model: PreTrainedModel, stacks: Iterable[Stack]) -> dict[str, dict[str, Any]]:

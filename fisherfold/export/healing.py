@@ -21,8 +21,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fisherfold.export.expert_tensors import Stack
 from fisherfold.export.refined_blocks import PARTS, LowRank, compress_block, write_layers_of
 from fisherfold.export.refinement import adamw, batches_of, descend
+from fisherfold.export.trained_experts import factor_names, take_experts
 from fisherfold.network.divergence import divergence
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import load_model
@@ -55,10 +57,11 @@ def heal_unit(
     place: SavepointPlace,
     workspace: Workspace,
     layers: dict[str, LowRank],
+    stacks: Sequence[Stack],
     rest: tuple[Path, ...],
     params: HealParams,
 ) -> None:
-    """Unit of work: train the factors of `layers`.
+    """Unit of work: train the factors of `layers` and `stacks` of experts.
 
     Args:
         place: of its savepoints.
@@ -67,28 +70,30 @@ def heal_unit(
     """
     with computing_threads(params.threads):
         dense = load_model(workspace.model, torch.float32)
-        compressed = compress_block(dense, "", layers)
-        for file in rest:
-            compressed.load_state_dict({name: t.read() for name, t in read_tensors(file).items()}, strict=False)
+        changed = {name: tensor for file in rest for name, tensor in read_tensors(file).items()}
+        compressed = compress_block(dense, "", layers, stacks, changed)
+        others = changed.keys() - {stack.name for stack in stacks}
+        compressed.load_state_dict({name: changed[name].read() for name in sorted(others)}, strict=False)
         vocabulary = len(input_embedding(dense))
         calibration, tuning = (read_sequences(workspace.table(name), vocabulary) for name in PARTS)
 
         def loss(batch: torch.Tensor) -> torch.Tensor:
             return to_dense(dense, compressed, batch).mean()
 
-        factors = factors_of(compressed, layers)
+        factors = factors_of(compressed, (*(f"{name}." for name in layers), *factor_names(stacks)))
         before = held_out(dense, compressed, tuning, params)
         steps = train(Savepoints(place, folder), factors, loss, calibration, params)
         after = held_out(dense, compressed, tuning, params)
     found = Healing(before, after, after < before, steps)
     if found.accepted:
-        write_layers_of(folder, compressed.state_dict(), "", layers)
+        state = compressed.state_dict()
+        take_experts(folder / "layers", state, "", dense, stacks)
+        write_layers_of(folder, state, "", layers)
     (folder / FACTS).write_text(json.dumps(asdict(found), sort_keys=True) + "\n", encoding="utf-8")
 
 
-def factors_of(model: nn.Module, layers: Mapping[str, LowRank]) -> dict[str, nn.Parameter]:
-    """The floating-point parameters of the low-rank layers, by name; one that several layers share once."""
-    prefixes = tuple(f"{name}." for name in layers)
+def factors_of(model: nn.Module, prefixes: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """The floating-point parameters whose names begin so, by name; one that several layers share once."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()

@@ -43,7 +43,7 @@ SETTINGS = {
     "fasc": ("fasc", "input_damping", "output_damping"),
 }
 """Parameters of stage subspace that a metric reads; of one that is not named here, all."""
-NOT_SETTINGS = ("dense", "methods", "shared", "metric", "threads")
+NOT_SETTINGS = ("dense", "few_tokens", "methods", "shared", "metric", "threads")
 USES = {"calibration": "calibration", "tuning": "choices by trial", "evaluation": "evaluation"}
 WRITTEN = "self-written"
 

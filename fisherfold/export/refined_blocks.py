@@ -8,15 +8,18 @@
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
+from fisherfold.export.expert_tensors import Stack
 from fisherfold.export.refinement import refine_block
+from fisherfold.export.trained_experts import put_experts, take_experts
 from fisherfold.network.blocks import BlockCall, find_blocks
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import StaysLoaded, load_model
@@ -50,12 +53,16 @@ class LowRank:
 
 
 def refine(
-    scratch: Scratch, workspace: Workspace, layers: Mapping[str, LowRank], params: RefineParams
+    scratch: Scratch,
+    workspace: Workspace,
+    layers: Mapping[str, LowRank],
+    stacks: Sequence[Stack],
+    params: RefineParams,
 ) -> dict[str, Path]:
     """Refine every block; return the folder of each block's unit, by the block's name. None, where blocks cannot be run by themselves."""
     try:
         names = _block_names(workspace.model)
-        return _refined(scratch, workspace, names, layers, params) if names else {}
+        return _refined(scratch, workspace, names, layers, stacks, params) if names else {}
     finally:
         _dense.cache_clear()
 
@@ -69,15 +76,21 @@ def _block_names(model: Path) -> list[str]:
 
 
 def _refined(
-    scratch: Scratch, workspace: Workspace, names: list[str], layers: Mapping[str, LowRank], params: RefineParams
+    scratch: Scratch,
+    workspace: Workspace,
+    names: list[str],
+    layers: Mapping[str, LowRank],
+    stacks: Sequence[Stack],
+    params: RefineParams,
 ) -> dict[str, Path]:
     units: dict[str, Unit] = {}
     before: str | None = None
     for name in names:
         own = {layer: found for layer, found in layers.items() if layer.startswith(f"{name}.")}
+        experts = tuple(stack for stack in stacks if stack.name.startswith(f"{name}."))
         unit = f"refined.{name}"
         source = scratch.units / before if before else None
-        units[unit] = Unit(refine_unit, (workspace, name, own, source, params), (before,) if before else ())
+        units[unit] = Unit(refine_unit, (workspace, name, own, experts, source, params), (before,) if before else ())
         before = unit
     done: list[str] = []
     for unit in scratch.run("refining blocks", units):
@@ -88,11 +101,17 @@ def _refined(
 
 
 def refine_unit(
-    folder: Path, workspace: Workspace, name: str, layers: dict[str, LowRank], before: Path | None, params: RefineParams
+    folder: Path,
+    workspace: Workspace,
+    name: str,
+    layers: dict[str, LowRank],
+    stacks: tuple[Stack, ...],
+    before: Path | None,
+    params: RefineParams,
 ) -> None:
-    """Unit of work: one block."""
+    """Unit of work: one block, its low-rank layers and its stacks of experts."""
     with computing_threads(params.threads):
-        _refine(folder, workspace, name, layers, before, params)
+        _refine(folder, workspace, name, layers, stacks, before, params)
 
 
 @StaysLoaded
@@ -102,11 +121,17 @@ def _dense(folder: Path) -> "PreTrainedModel":
 
 
 def _refine(
-    folder: Path, workspace: Workspace, name: str, layers: dict[str, LowRank], before: Path | None, params: RefineParams
+    folder: Path,
+    workspace: Workspace,
+    name: str,
+    layers: dict[str, LowRank],
+    stacks: tuple[Stack, ...],
+    before: Path | None,
+    params: RefineParams,
 ) -> None:
     model = _dense(workspace.model)
     dense = model.get_submodule(name)
-    compressed = compress_block(dense, name, layers)
+    compressed = compress_block(model, name, layers, stacks)
     ids = {part: read_sequences(workspace.table(part), len(input_embedding(model))) for part in PARTS}
     hidden = Hidden(model, dense, ids, before)
     call = BlockCall(model, dense, ids["calibration"][:1])
@@ -118,15 +143,23 @@ def _refine(
                 x, own = hidden.read(part, [number])
                 writer.write(f"{part}.{number}/dense", call(dense, x)[0])
                 writer.write(f"{part}.{number}/compressed", call(compressed, own)[0])
-    write_block(folder, compressed, name, layers)
+    write_block(folder, compressed, name, layers, dense, stacks)
     (folder / "refinement.json").write_text(
         json.dumps({"block": name, **asdict(found)}, sort_keys=True) + "\n", encoding="utf-8"
     )
 
 
-def compress_block(dense: nn.Module, name: str, layers: Mapping[str, LowRank]) -> nn.Module:
-    """A copy of a dense block (or model, with the empty name) with its low-rank layers in place."""
-    block, prefix = copy.deepcopy(dense), f"{name}." if name else ""
+def compress_block(
+    model: "PreTrainedModel",
+    name: str,
+    layers: Mapping[str, LowRank],
+    stacks: Sequence[Stack] = (),
+    changed: Mapping[str, StoredTensor] = MappingProxyType({}),
+) -> nn.Module:
+    """A copy of a dense block (or of the model, with the empty name) with its low-rank layers and experts in place; for `changed` see `put_experts`."""
+    dense, prefix = model.get_submodule(name), f"{name}." if name else ""
+    block = copy.deepcopy(dense)
+    put_experts(block, prefix, model, stacks, changed)
     entries = {layer.removeprefix(prefix): dict(found.entry) for layer, found in layers.items()}
     biases = {layer: cast(torch.Tensor, dense.get_submodule(layer).bias) for layer in entries}
     for entry in entries.values():
@@ -169,12 +202,21 @@ class Hidden:
             return own, call(self.block, x)
 
 
-def write_block(folder: Path, block: nn.Module, name: str, layers: Mapping[str, LowRank]) -> None:
-    """The tensors of a block: each low-rank layer's by itself, then all others."""
+def write_block(
+    folder: Path,
+    block: nn.Module,
+    name: str,
+    layers: Mapping[str, LowRank],
+    dense: nn.Module,
+    stacks: Sequence[Stack],
+) -> None:
+    """The tensors of a block: each low-rank layer's by itself, and each expert's, then all others."""
     state = block.state_dict()
+    mixed = take_experts(folder / "layers", state, f"{name}.", dense, stacks)
     write_layers_of(folder, state, f"{name}.", layers)
+    rest = {f"{name}.{key}": value for key, value in state.items()} | mixed
     (folder / "rest").mkdir()
-    write_tensors(folder / "rest", {f"{name}.{key}": StoredTensor.of(value) for key, value in sorted(state.items())})
+    write_tensors(folder / "rest", {key: StoredTensor.of(value) for key, value in sorted(rest.items())})
 
 
 def write_layers_of(folder: Path, state: dict[str, torch.Tensor], prefix: str, layers: Mapping[str, LowRank]) -> None:

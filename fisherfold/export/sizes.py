@@ -1,6 +1,6 @@
 """Sizes of a compressed checkpoint, counted from what was saved and checked against what was planned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ def count_sizes(
     plan: Mapping[str, dict[str, Any]],
     layers: Sequence[LinearLayer],
     stacks: Sequence[Stack],
+    gone: Collection[str] = (),
 ) -> dict[str, Any]:
     """Parameters and bytes of the dense and of the saved model, of all of it and of the targeted layers, from the headers of what was saved.
 
@@ -26,12 +27,14 @@ def count_sizes(
         plan: rows of ranks.parquet by module.
         layers: the targeted layers.
         stacks: those of them that are experts, as they are stored together.
+        gone: the layers that went with their experts.
 
     Raises:
         CorruptArtifact: a layer stores another count than was planned.
     """
     saved = read_tensors(model)
     experts = stored_numbers(layers, stacks, saved)
+    experts |= dict.fromkeys(gone, 0)
     stored = {name: experts[name] if name in experts else _targeted_numbers(name, saved) for name in plan}
     for name, row in plan.items():
         if stored[name] != row["stored_parameters"]:

@@ -67,7 +67,7 @@ def stored_site(site: Site, folder: Path) -> dict[str, StoredLayer]:
 
 
 def low_rank_layers(compressed: Mapping[str, StoredLayer]) -> dict[str, LowRank]:
-    """The same for what trains them."""
+    """The same for what trains them, but for experts, which are trained as stacks."""
     return {
         name: LowRank(
             stored.folder,
@@ -75,6 +75,7 @@ def low_rank_layers(compressed: Mapping[str, StoredLayer]) -> dict[str, LowRank]
             bias_place(stored) if stored.layer.bias else None,
         )
         for name, stored in compressed.items()
+        if not stored.layer.stack
     }
 
 

@@ -34,7 +34,7 @@ from fisherfold.inputs.hub import HubUnknown, cached_folder, resolve_model
 from fisherfold.inputs.model_folders import not_a_model, refuse_other_folders
 from fisherfold.inputs.packages import fetch_file
 from fisherfold.inputs.recipes import ModelRecipe, Source, find_path, find_recipe, recipe_names, unknown_input
-from fisherfold.inputs.weight_files import require_floats, require_whole
+from fisherfold.inputs.weight_files import DEQUANTISED, quantisation, require_floats, require_whole
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES
 from fisherfold.network.weight_check import check_weights
@@ -151,10 +151,11 @@ def check_model(model: ModelSource, sequence_length: int) -> PreTrainedConfig:
         )
         raise InputError(f"Model {name!r} ({kind}) is not a causal language model. Choose a decoder-only text model.")
     _require_known_class(name, config)
-    if quantised := getattr(config, "quantization_config", None) or getattr(config, "compression_config", None):
-        method = quantised.get("quant_method", "by no named method") if isinstance(quantised, dict) else quantised
+    method = quantisation(config)
+    if method and method not in DEQUANTISED:
         raise InputError(
-            f"The weights of model {name!r} are quantised ({method}). Compress the original model instead."
+            f"The weights of model {name!r} are quantised ({method}), which cannot be undone here ({', '.join(DEQUANTISED)} can). Compress the "
+            "original model instead, in bfloat16 or float32."
         )
     positions = positions_of(config)
     if positions and positions < sequence_length:
@@ -291,14 +292,17 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def _load_weights(model: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
-    announce("prepare", f"loading {model.source.name}" + (", dequantising its GGUF file" if model.gguf_file else ""))
+    method = "GGUF" if model.gguf_file else quantisation(read_config(model))
+    announce("prepare", f"loading {model.source.name}" + (f", dequantising its weights ({method})" if method else ""))
     load: Callable[..., Any] = partial(AutoModelForCausalLM.from_pretrained, model.location, **model.options)
     if model.gguf_file:
         load = partial(load, quantization_config=GgufConfig(dequantize=True))
+    elif method:
+        load = partial(load, quantization_config=DEQUANTISED[method](dequantize=True))
     with _explained(model, "its weights"), _without_foreign_bars():
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # we tell of them
         loaded, found = load(config=deepcopy(read_config(model)), dtype=dtype, **options)
-    if folder := model.folder:  # a hub's files are here by now
+    if (folder := model.folder) and not method:  # a hub's files are here by now
         require_floats(model.source.name, folder)
     require_whole(model.source.name, loaded, found)
     if found["unexpected_keys"]:

@@ -4,12 +4,12 @@ transformers fills what is missing with random numbers, leaves out what it has n
 more than a warning: the model that would be compressed is then another one.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import FineGrainedFP8Config, Mxfp4Config, PreTrainedConfig, PreTrainedModel
 
 from fisherfold.network.layers import linear_modules
 from fisherfold.run.errors import InputError
@@ -22,6 +22,16 @@ PACKED = (
     "I32",
     "U32",
 )  # as packed weights are stored; ids and positions are I64, masks have four dimensions
+
+DEQUANTISED: dict[str, Callable[..., Any]] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+"""Methods of quantisation whose weights transformers multiplies out as it loads them."""
+
+
+def quantisation(config: PreTrainedConfig) -> str | None:
+    """The method by which a model's weights are quantised; None if they are not."""
+    quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    method = quantised.get("quant_method", "by no named method") if isinstance(quantised, dict) else quantised
+    return str(getattr(method, "value", method)) if method else None
 
 
 def require_floats(name: str, folder: Path) -> None:

@@ -14,7 +14,7 @@ with σ = 0, from the plain SVD of what the others leave, so that all components
 Shapes: W [n, m], A [m, m], B [n, n], r = min(n, m). All in float64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,31 @@ class MetricRoot:
         return rotated if self.scales is None else rotated * self.scales
 
 
+@dataclass(frozen=True)
+class BlockRoot:
+    """The root of a metric with blocks on its diagonal, from the roots of the blocks, which have the given sizes."""
+
+    roots: tuple[MetricRoot, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def condition(self) -> float:
+        """As of a `MetricRoot`."""
+        values = torch.cat([torch.ones(size).double() if root.scales is None else root.scales.cpu().square()
+                            for root, size in zip(self.roots, self.sizes)])  # fmt: skip
+        return (values.max() / values.min()).item()
+
+    @property
+    def damping(self) -> float:
+        """The largest of the blocks'."""
+        return max(root.damping for root in self.roots)
+
+    def times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """X R of X [q, p], a block at a time: the root itself, [p, p], is never formed."""
+        parts = matrix.split(self.sizes, -1)
+        return torch.cat([root.times(part) for root, part in zip(self.roots, parts, strict=True)], -1)
+
+
 def metric_root(metric: Metric, damping: Damping, name: str = "the metric") -> MetricRoot:
     """The root of the damped metric (1 − δ) M + δ mean(diag M) I.
 
@@ -81,25 +106,6 @@ def metric_root(metric: Metric, damping: Damping, name: str = "the metric") -> M
     return MetricRoot(vectors, damped.sqrt(), (damped.max() / damped.min()).item(), damping)
 
 
-def block_root(roots: Sequence[MetricRoot], sizes: Sequence[int]) -> MetricRoot:
-    """The root of the metric with these blocks on its diagonal, of the given sizes."""
-    scales = [torch.ones(size).double() if root.scales is None else root.scales for root, size in zip(roots, sizes)]
-    vectors = None
-    if any(root.vectors is not None for root in roots):
-        blocks = [
-            torch.eye(size).to(own) if root.vectors is None else root.vectors
-            for root, size, own in zip(roots, sizes, scales)
-        ]
-        vectors = torch.block_diag(*blocks)
-    values = torch.cat(scales).square()
-    return MetricRoot(
-        vectors,
-        torch.cat([own.to(values) for own in scales]),
-        (values.max() / values.min()).item(),
-        max(root.damping for root in roots),
-    )
-
-
 def _eigenvalues(metric: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         return torch.linalg.eigh(metric)
@@ -122,7 +128,7 @@ class WeightedSVD:
     sigma: torch.Tensor
 
 
-def weighted_svd(weight: torch.Tensor, input_root: MetricRoot, output_root: MetricRoot) -> WeightedSVD:
+def weighted_svd(weight: torch.Tensor, input_root: MetricRoot, output_root: MetricRoot | BlockRoot) -> WeightedSVD:
     """Components of W in the order of what they cost under the metrics A and B, given by their roots.
 
     Raises:

@@ -185,3 +185,13 @@ def unfold_experts(model: nn.Module) -> None:
             module.add_module(name, ExpertStack(matrices, biases, transposed))
         place = "_old_forward" if hasattr(module, "_old_forward") else "forward"  # accelerate wraps what it spreads
         setattr(module, place, MethodType(layout.forward, module))
+
+
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "num_experts_per_token")
+"""Names that configurations have for k, the number of experts of a token."""
+
+
+def experts_a_token(config: Any) -> int:
+    """k, from the configuration of the model's text part; 1 if it says nothing."""
+    found = next((getattr(config, name) for name in CHOSEN if getattr(config, name, None)), 1)
+    return max(found) if isinstance(found, list | tuple) else int(found)

@@ -1,7 +1,8 @@
-"""Sites: what has one rank. A site is one layer, or all layers that read one input and share the right factor of their products.
+"""Sites: what has one rank. A site is one layer, or all layers that read one input and share the right factor of their products, or all
+experts of a stack that share it.
 
 A site of layers c is the stacked layer [Σ n_c, m]: W_c ≈ left_c right with left_c [n_c, r] for each layer and one right [r, m],
-r = min(Σ n_c, m). Which of the two a subspace has, its subspace.json says ("shared").
+r = min(Σ n_c, m). Which of these a subspace has, its subspace.json says ("shared", and "shared" of "experts").
 """
 
 import json
@@ -57,11 +58,12 @@ class Site:
         return lefts, read_array(bases, f"{self.name}/right", slice(0, rank))
 
 
-def find_sites(layers: Sequence[LinearLayer], shared: bool) -> list[Site]:
-    """The sites of layers in model order: layers of one group if factors are shared, else every layer alone."""
+def find_sites(layers: Sequence[LinearLayer], shared: bool, experts: bool = False) -> list[Site]:
+    """The sites of layers in model order: layers of one group if factors are shared, experts of one stack if theirs are, else every layer alone."""
     members: dict[str, list[LinearLayer]] = {}
     for layer in layers:
-        members.setdefault(layer.group if shared else layer.name, []).append(layer)
+        alone = layer.group if shared else layer.name
+        members.setdefault(layer.stack if layer.stack and experts else alone, []).append(layer)
     return [Site(found[0].name, tuple(found)) for found in members.values()]
 
 
@@ -85,7 +87,8 @@ def read_sites(subspace: Path) -> list[Site]:
     Raises:
         CorruptArtifact: it is not whole.
     """
-    return find_sites(read_layers(subspace), read_facts(subspace).get("shared", False))
+    facts = read_facts(subspace)
+    return find_sites(read_layers(subspace), facts.get("shared", False), facts.get("experts", {}).get("shared", False))
 
 
 def read_facts(subspace: Path) -> dict[str, Any]:

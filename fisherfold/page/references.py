@@ -57,6 +57,7 @@ PIFA = _arxiv(
     "Pivoting factorization: A compact meta low-rank representation of sparsity for efficient inference in large language models",
     "2501.19090",
 )
+REAP = _arxiv("Lasby et al. 2025", "REAP the experts: Why pruning prevails for one-shot MoE compression", "2510.13999")
 REFERENCES: dict[str, tuple[Reference, ...]] = {
     "fwsvd": (FWSVD,),
     "asvd": (ASVD,),
@@ -67,6 +68,7 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
     "sensitivity": (ASVD,),
     "fermigrad": (FERMIGRAD,),
     "ilp": (LEMS,),
+    "drop_experts": (REAP,),
     "pivoted": (FERMIGRAD, PIFA),
     "pivoted_outputs": (FERMIGRAD, PIFA),
     "pivoted_inputs": (FERMIGRAD, PIFA),

@@ -146,11 +146,12 @@ class FascParams(Block):
 
 
 class ExpertsParams(Block):
-    """Of a mixture's experts: what those with few tokens borrow from the others."""
+    """Of a mixture's experts: what those with few tokens borrow from the others, and whether all share a right factor."""
 
     prior_tokens: Annotated[float, Field(ge=0)] = 32.0
     fewest: Annotated[int, Field(ge=0)] = 1
     few: Literal["dense", "mean"] = "dense"
+    shared: bool = False
 
 
 class SubspaceParams(ComputeBlock):

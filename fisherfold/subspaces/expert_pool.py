@@ -16,9 +16,12 @@ import torch
 
 from fisherfold.network.layers import LinearLayer
 from fisherfold.run.params import ExpertsParams
+from fisherfold.run.progress import announce
 from fisherfold.run.store import read_array
 from fisherfold.statistics.layer_statistics import Statistics
 from fisherfold.statistics.stored_sums import SUMS, restored
+
+SOME = 4  # names that are said
 
 
 class PooledStatistics(Statistics):
@@ -88,11 +91,14 @@ def pool_experts(
 ) -> tuple[Statistics, list[Sequence[LinearLayer]]]:
     """The statistics to decompose groups of layers by, and those that have enough: `rows` gets why each other one stays dense.
 
-    Experts' statistics, all of one stack, are shrunk; those of other layers are as they are.
+    Experts' statistics, all of one stack, are shrunk; those of other layers are as they are. Where experts share a factor none stays dense: one
+    with too few tokens takes the mean.
     """
     stack = groups[0][0].stack
     if not stack:
         return statistics, list(groups)
+    if params.shared:  # their factor is found for all of them together
+        return PooledStatistics(statistics, stack, params.model_copy(update={"few": "mean"})), list(groups)
     shrunk = PooledStatistics(statistics, stack, params)
     usable: list[Sequence[LinearLayer]] = []
     for (layer,) in groups:
@@ -101,3 +107,19 @@ def pool_experts(
         else:
             usable.append([layer])
     return shrunk, usable
+
+
+def few_tokens(statistics: Statistics, params: ExpertsParams) -> dict[str, int]:
+    """N_e of the experts' matrices that have fewer tokens than asked for, or none, by name; says how many and what becomes of them."""
+    fewest = max(1, params.fewest)
+    counts = {layer.name: statistics.tokens_seen(layer) for layer in statistics.layers if layer.stack}
+    few = {name: count for name, count in counts.items() if count < fewest}
+    if few:
+        fate = "take the mean's metric" if params.few == "mean" or params.shared else "stay dense"
+        names = ", ".join(list(few)[:SOME]) + (f" and {len(few) - SOME} more" if len(few) > SOME else "")
+        announce(
+            "subspace",
+            f"of {len(counts)} matrices of experts, {len(few)} had fewer than {fewest} calibration tokens and {fate}: {names} "
+            "(subspace.json has all)",
+        )
+    return few

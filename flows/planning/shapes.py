@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.initialization import no_init_weights
 
 from fisherfold.network.blocks import list_blocks
-from fisherfold.network.experts import ExpertLinear, expert_modules, unfold_experts
+from fisherfold.network.experts import ExpertLinear, expert_modules, experts_a_token, unfold_experts
 from fisherfold.network.layers import LinearLayer, describe_layers, find_layers, linear_modules, read_layers
 from fisherfold.network.shortcuts import attempt
 from fisherfold.run.errors import FisherfoldError, InputError
@@ -115,7 +115,7 @@ def shapes_of(name: str, config: PreTrainedConfig, targets: Sequence[LinearLayer
         model.tie_weights()
         blocks = {name: sum(p.numel() for p in block.parameters()) for name, block in list_blocks(model).items()}
         layers = tuple(_find_layers(model) if targets is None else targets)
-        chosen = {layer.stack: _chosen(config.get_text_config()) for layer in layers if layer.stack}
+        chosen = {layer.stack: experts_a_token(config.get_text_config()) for layer in layers if layer.stack}
         vocabulary, hidden = (model.get_output_embeddings() or model.get_input_embeddings()).weight.shape
     if not layers:
         raise InputError(f"Model {name!r} has no linear layers besides its output embedding: nothing to compress.")
@@ -144,15 +144,6 @@ def _attention_width(config: PreTrainedConfig) -> int:
     heads = max(heads) if isinstance(heads, list | tuple) else heads
     size = getattr(config, "head_dim", None)
     return heads * size if isinstance(size, int) else getattr(config, "hidden_size", 0) if heads else 0
-
-
-CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "num_experts_per_token")
-"""Names that configurations have for k, the number of experts of a token."""
-
-
-def _chosen(config: PreTrainedConfig) -> int:
-    found = next((getattr(config, name) for name in CHOSEN if getattr(config, name, None)), 1)
-    return max(found) if isinstance(found, list | tuple) else found
 
 
 def _find_layers(model: PreTrainedModel) -> Iterator[LinearLayer]:

@@ -31,6 +31,15 @@ FISHER = {"capture": SKETCH, "kronecker": {"estimator": "sequence"}}
             "single tokens",
         ),
         ({"subspace": {"metric": "svd", "input_damping": "oas"}}, "not a mean of samples"),
+        ({"subspace": {"metric": "fasc", "experts": {"shared": True}}}, "experts.shared wants a metric on weights"),
+        (
+            {"ranks": {"allocator": "drop_experts"}, "prepare": {"experts": "dense"}},
+            "experts that are layers of their own",
+        ),
+        (
+            {"ranks": {"allocator": "drop_experts", "round_to": 32}, "factorize": {"bits": 4}},
+            "set factorize.bits = null",
+        ),
         ({"subspace": {"metric": "fasc", "output_damping": "oas"}}, "not a mean of samples"),
         ({"subspace": {"input_damping": "oas"}, "kronecker": {"diagnostics": "none"}}, "diagnostics = 'basic'"),
         ({"subspace": {"input_damping": "ledoit_wolf"}, "capture": {"tokens_per_sequence": 1}}, "2 or more"),

@@ -3,19 +3,28 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tiny_families import save_family
 from tiny_project import set_params, tiny_project
+from transformers import AutoModelForCausalLM
 
+from fisherfold.allocators.dropped_experts import read_dropped
 from fisherfold.network.layers import read_layers
-from fisherfold.run.params import FactorizeParams, load_params
+from fisherfold.run.checkpoint import StoredTensor, read_tensors
+from fisherfold.run.errors import ParameterError
+from fisherfold.run.params import EvaluateParams, FactorizeParams, RanksParams, SubspaceParams, load_params
 from fisherfold.run.workspace import STAGES, Workspace
-from stages import factorize
+from stages import evaluate, factorize, ranks, subspace
+
+IDS = torch.arange(3, 27).view(2, 12)
 
 PARAMS = {
     "prepare": {"question_count": 2},
@@ -104,6 +113,92 @@ def test_sizes_are_counted_and_what_a_token_meets(mixture):
     assert "that a token meets" in (mixture.out("report") / "index.html").read_text()
 
 
-def test_factors_of_a_mixture_are_not_trained(mixture, capsys):
-    factorize.run(mixture, FactorizeParams(refine={"passes": 1}, heal={"passes": 1}))
-    assert "factors are not trained: experts are among the layers" in capsys.readouterr().err
+@pytest.fixture
+def own_copy(mixture, tmp_path) -> Workspace:
+    """A copy to run stages in again."""
+    return Workspace(Path(shutil.copytree(mixture.root, tmp_path / "project", symlinks=True)))
+
+
+@torch.no_grad()
+def checkpoint_differs(workspace: Workspace) -> float:
+    """Largest difference between the logits of the checkpoint and those of the model with its factors multiplied out."""
+    folders = (workspace.out("factorize") / name for name in ("model", "dense"))
+    own, dense = (AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=IDS).logits for folder in folders)
+    return float((own - dense).abs().max() / dense.std())
+
+
+def test_factors_of_experts_are_refined_and_healed(own_copy):
+    before = torch.cat([t.read().flatten() for t in expert_tensors(own_copy)])
+    trained = {"passes": 2, "threads": 1, "rate": 3e-3}
+    factorize.run(own_copy, FactorizeParams(dense_export=True, refine=trained, heal=trained))
+    rows = pq.read_table(own_copy.out("factorize") / "refinement.parquet").to_pylist()
+    healing = read_json(own_copy, "factorize", "factorize.json")["healing"]
+    assert all(row["accepted"] and row["held_out_after"] < row["held_out_before"] for row in rows) and len(rows) >= 2
+    assert healing["accepted"] and healing["held_out_after"] < healing["held_out_before"]
+    after = torch.cat([t.read().flatten() for t in expert_tensors(own_copy)])
+    assert after.shape == before.shape and (after != before).double().mean() > 0.9
+    assert checkpoint_differs(own_copy) < 1e-4
+
+
+def expert_tensors(workspace: Workspace) -> list[StoredTensor]:
+    """The factors of all experts in the checkpoint."""
+    tensors = read_tensors(workspace.out("factorize") / "model")
+    return [t for name, t in tensors.items() if "_classes." in name and t.dtype.is_floating_point]
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_experts_of_a_stack_share_their_right_factor(own_copy, storage):
+    subspace.run(own_copy, SubspaceParams(experts={"shared": True, "prior_tokens": 8, "fewest": 3}))
+    ranks.run(own_copy, RanksParams(ratio=0.4, storage=storage))
+    factorize.run(own_copy, FactorizeParams(dense_export=True))
+    evaluate.run(own_copy, EvaluateParams(answer_tokens=2))
+    rows = {row["module"]: row for row in pq.read_table(own_copy.out("ranks") / "ranks.parquet").to_pylist()}
+    experts = [layer for layer in read_layers(own_copy.out("prepare")) if layer.stack]
+    stacks = {layer.stack for layer in experts}
+    low = [layer for layer in experts if rows[layer.name]["storage"] != "dense"]
+    assert low and len({rows[layer.name]["site"] for layer in experts}) == len(stacks)
+    tensors = read_tensors(own_copy.out("factorize") / "model")
+    for stack in {layer.stack for layer in low}:
+        own = [layer for layer in experts if layer.stack == stack]
+        stored = [t for name, t in tensors.items() if name.startswith(f"{stack}_classes.0.")]
+        assert sum(t.numbers for t in stored) == sum(rows[layer.name]["stored_parameters"] for layer in own)
+        (down,) = (t for name, t in tensors.items() if name == f"{stack}_classes.0.down")
+        assert len(down.shape) == 2, "one right factor for all experts"
+    size = read_json(own_copy, "evaluate", "metrics.json")["size"]
+    assert size["active_parameters_compressed"] < size["active_parameters_dense"]
+    assert checkpoint_differs(own_copy) < 1e-4
+
+
+def test_whole_experts_are_dropped_and_the_router_chooses_among_the_others(own_copy):
+    workspace = own_copy
+    ranks.run(workspace, RanksParams(ratio=0.15, allocator="drop_experts"))
+    factorize.run(workspace, FactorizeParams(dense_export=True))
+    evaluate.run(workspace, EvaluateParams(answer_tokens=2))
+    gone = read_dropped(workspace.out("ranks"))
+    assert {len(experts) for experts in gone.values()} == {1}
+    size = read_json(workspace, "evaluate", "metrics.json")["size"]
+    rows = pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()
+    assert size["targeted_parameters_compressed"] == sum(row["stored_parameters"] for row in rows)
+    assert size["active_parameters_compressed"] < size["active_parameters_dense"]
+    dense = AutoModelForCausalLM.from_pretrained(workspace.model).eval()
+    small = AutoModelForCausalLM.from_pretrained(workspace.out("factorize") / "model").eval()
+    ordinary = AutoModelForCausalLM.from_pretrained(workspace.out("factorize") / "dense").eval()
+    with torch.no_grad():
+        logits = dense(input_ids=IDS, use_cache=False).logits
+        for name, experts in gone.items():
+            avoid(dense.get_submodule(name.rpartition(".")[0]).router, experts)
+        wanted = dense(input_ids=IDS, use_cache=False).logits
+        assert (wanted - logits).abs().max() > 1e-3
+        for model in (small, ordinary):
+            torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, wanted, rtol=0, atol=1e-5)
+
+
+def avoid(router: torch.nn.Module, experts: Sequence[int]) -> None:
+    """Let a router never choose these."""
+    router.bias = torch.nn.Parameter(torch.zeros(4) if router.bias is None else router.bias.detach().clone())
+    router.bias[list(experts)] = -1e9
+
+
+def test_dropping_more_experts_than_a_token_leaves_is_refused(mixture):
+    with pytest.raises(ParameterError, match=r"a token chooses \d\. Lower ranks\.ratio"):
+        ranks.run(mixture, RanksParams(ratio=0.9, allocator="drop_experts"))

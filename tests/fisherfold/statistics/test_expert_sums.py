@@ -50,8 +50,11 @@ def slice_gradients(family: str, layer: LinearLayer, cache: dict) -> torch.Tenso
 CACHE: dict = {}
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gemma4_text", "llama4_text"])
-@pytest.mark.parametrize("batch", [1, 3])
+OTHERS = ("mixtral", "deepseek_v3", "gemma4_text", "granitemoe", "olmoe", "ernie4_5_moe")
+BATCHES = [(family, batch) for family in ("qwen3_moe", "gpt_oss", "llama4_text") for batch in (1, 3)]
+
+
+@pytest.mark.parametrize(("family", "batch"), [*BATCHES, *((family, 3) for family in OTHERS)])
 def test_gradients_are_those_of_the_expert_s_slice(family, batch):
     layers, found = expert_sums(family, batch)
     for layer in layers:

@@ -10,7 +10,7 @@ from fisherfold.run.group_writer import write_arrays
 from fisherfold.run.params import ExpertsParams, SubspaceParams
 from fisherfold.statistics.layer_statistics import Statistics
 from fisherfold.statistics.stored_sums import stored
-from fisherfold.subspaces.expert_pool import PooledStatistics, pool_experts
+from fisherfold.subspaces.expert_pool import PooledStatistics, few_tokens, pool_experts
 from fisherfold.subspaces.metrics import METRICS, MetricSources
 
 COUNTS = (40, 8, 1, 0)
@@ -60,6 +60,16 @@ def test_few_tokens_leave_an_expert_dense_or_give_it_the_mean(capture):
     assert len(usable) == 4 and not rows
     mean = sum(d.T @ d for _, d in tokens) / sum(COUNTS)
     torch.testing.assert_close(pool.output_gram(LAYERS[3]), mean)
+
+
+def test_experts_of_few_tokens_are_named_and_counted(capture, capsys):
+    statistics, _ = capture
+    assert few_tokens(statistics, ExpertsParams(fewest=5)) == {"e.up.2": 1, "e.up.3": 0}
+    said = capsys.readouterr().err
+    assert "of 4 matrices of experts, 2 had fewer than 5 calibration tokens and stay dense: e.up.2, e.up.3" in said
+    assert few_tokens(statistics, ExpertsParams(few="mean")) == {"e.up.3": 0}
+    assert "take the mean's metric" in capsys.readouterr().err
+    assert not few_tokens(statistics, ExpertsParams(fewest=0)).keys() - {"e.up.3"}
 
 
 def test_the_metric_counts_how_often_an_expert_is_used_once(capture):

@@ -293,8 +293,12 @@ def test_a_configuration_that_says_nothing_is_named(tmp_path):
             find_shapes(HERE, str(tmp_path))
 
 
-def test_a_mixture_is_planned_and_what_of_it_a_token_meets():
-    shapes = shapes_of("mixture", tiny_config("gpt_oss"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "olmoe"])
+def test_a_mixture_is_planned_and_what_of_it_a_token_meets(family, dtype):
+    config = tiny_config(family)
+    config.dtype = dtype
+    shapes = shapes_of("mixture", config)
     experts = [layer for layer in shapes.layers if layer.stack]
     assert len(experts) == 2 * 2 * 4 and all(shapes.seen(layer) == 0.5 for layer in experts)
     assert shapes.active == shapes.parameters - sum(layer.dense_numbers for layer in experts) // 2
