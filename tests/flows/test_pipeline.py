@@ -28,12 +28,11 @@ def stages_that(verb: str, text: str) -> list[str]:
     return [stage for stage in STAGES if any(line.startswith(f"{stage}: {verb}") for line in text.splitlines())]
 
 
-def test_run_compresses_and_reports(finished):
+def test_the_stages_compress_and_report(finished):
     metrics = json.loads((finished / "artifacts/evaluate/metrics.json").read_text())
     assert {"dense", "compressed", "by_source", "answers", "size"} <= set(metrics)
     assert metrics["size"]["targeted_parameters_compressed"] <= 0.8 * metrics["size"]["targeted_parameters_dense"]
     assert "<html" in (finished / "artifacts/report/index.html").read_text()
-    assert not list(finished.glob("artifacts/*.partial"))
 
 
 def test_a_second_run_finds_everything_cached(finished, prefect_url):
@@ -49,6 +48,17 @@ def test_metrics_and_plots_are_dvc_s(finished):
     assert "perplexity" in json.dumps(shown)
     plots = command(finished, "dvc", "plots", "show")
     assert plots.returncode == 0, plots.stderr
+
+
+@pytest.mark.slow
+def test_a_run_from_its_first_line_to_its_last_gives_the_same_bits(fresh, finished, prefect_home, tmp_path):
+    """With a Prefect API of its own."""
+    folder = copy(fresh, tmp_path / "project")
+    prefect_home(folder / ".prefect")
+    result = fisherfold(folder, "run")
+    assert result.returncode == 0, result.stderr
+    assert published(folder) == published(finished)
+    assert not list(folder.glob("artifacts/*.partial"))
 
 
 @pytest.mark.slow
