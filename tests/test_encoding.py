@@ -57,10 +57,10 @@ from fisherfold.run.params import Params
 from fisherfold.run.workspace import STAGES
 workspace = workspace_of("llama", Path(sys.argv[1]))
 texts = [{"title": f"Größe {i} 東京", "text": f"w{i} é " * 20} for i in range(3, 20)]
-(workspace.root / "texte-ü.jsonl").write_text(
+(workspace.root / CORPUS).write_text(
     "\\n".join(json.dumps(row, ensure_ascii=False) for row in texts), encoding="utf-8"
 )
-params = Params.model_validate({**PARAMS, "prepare": {**PARAMS["prepare"], "corpus": "texte-ü.jsonl"}})
+params = Params.model_validate({**PARAMS, "prepare": {**PARAMS["prepare"], "corpus": CORPUS}})
 for stage in STAGES:
     import_module(f"stages.{stage}").run(workspace, getattr(params, stage))
 print(json.dumps(locale.getpreferredencoding(False)))
@@ -77,18 +77,21 @@ def latin_1(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("locale", ["latin 1", "ascii"])
-def test_all_stages_under_a_locale_that_is_not_utf_8(locale, tmp_path):
+@pytest.mark.parametrize(("locale", "corpus"), [("latin 1", "texte-ü.jsonl"), ("ascii", "texte.jsonl")])
+def test_all_stages_under_a_locale_that_is_not_utf_8(locale, corpus, tmp_path):
+    """ASCII knows no file of another name; what is in files is text all the same."""
+    if locale == "latin 1" and not shutil.which("localedef"):
+        corpus = "texte.jsonl"
     chosen = latin_1(tmp_path) if locale == "latin 1" else {"LC_ALL": "C"}
     environment = {**chosen, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     folder = tmp_path / "project"
     folder.mkdir()
     script = tmp_path / "run.py"
-    script.write_text(ALL_STAGES, encoding="utf-8")
+    script.write_text(ALL_STAGES.replace("CORPUS", repr(corpus)), encoding="utf-8")
     result = command(
         ROOT, sys.executable, str(script), str(folder), str(ROOT / "tests" / "support"), environment=environment
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(result.stdout.splitlines()[-1]) in ("ISO-8859-1", "ANSI_X3.4-1968")
     titles = (folder / "artifacts" / "report" / "index.html").read_bytes()
-    assert "texte-ü.jsonl".encode() in titles
+    assert corpus.encode() in titles
