@@ -37,6 +37,7 @@ PARAMS = {
         "model": "mixture",
         "corpus": "held-out.txt",
         "unseen": None,
+        "prompts": str(trained_mixture.HERE / "data" / "prompts" / "everyday.txt"),
         "questions": None,
         "self_written": 0.0,
     },
