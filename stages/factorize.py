@@ -92,7 +92,7 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
                 "factorize",
                 "neither trained nor rounded: ranks.allocator = drop_experts leaves whole experts as they are",
             )
-            params = params.model_copy(update={"bits": None, "refine": RefineParams(), "heal": HealParams()})
+            params = params.model_copy(update={"bits": None, "refine": RefineParams(passes=0), "heal": HealParams(passes=0)})
         compressed, dense, rows, healing = _trained(scratch, workspace, layers, compressed, dense, params, dtype)
         packed: dict[str, Path] = {}
         if params.bits:
