@@ -72,7 +72,7 @@ class Stack:
         dense: dict[str, Any] = {"kind": "dense", "rank": full}
         records = [self.found[e].record if e in self.found else dense for e in self._numbers]
         sources = {found.layer.name: found.record for found in self.found.values()}
-        return [(sources.get(record.get("source"), record)["kind"], record["rank"]) for record in records]
+        return [(sources.get(record.get("source", ""), record)["kind"], record["rank"]) for record in records]
 
     @property
     def classes(self) -> list[tuple[str, int]]:

@@ -98,5 +98,5 @@ def stage_times(workspace: Workspace) -> dict[str, dict[str, float]]:
 
 def speed(workspace: Workspace) -> dict[str, Any] | None:
     """Of the models that lie in artifacts/, what `note_speed` was told; None if nothing was."""
-    found: dict[str, Any] | None = read_times(workspace)["speed"].get(output_digest(workspace, "factorize"))
-    return found
+    found: dict[str | None, Any] = read_times(workspace)["speed"]
+    return found.get(output_digest(workspace, "factorize"))
