@@ -124,7 +124,7 @@ def compare(workspace: Workspace, params: dict, names: list[str]) -> list[dict]:
     for stage in (capture, kronecker):
         stage.run(workspace, getattr(first, stage.__name__.rpartition(".")[2]))
     place = workspace.root / "rows.json"
-    rows = json.loads(place.read_text()) if place.exists() else []
+    rows = json.loads(place.read_text(encoding="utf-8")) if place.exists() else []
     experts = len({layer.expert for layer in read_layers(workspace.out("prepare"))})
     wanted = [("dropped", share) for share in SHARES] + [(name, share) for name in names for share in SHARES]
     for name, share in wanted:
@@ -135,7 +135,7 @@ def compare(workspace: Workspace, params: dict, names: list[str]) -> list[dict]:
         own = {"ranks": {"allocator": "drop_experts"}} if name == "dropped" else MODELS[name]
         own = merged({"ranks": {"ratio": ratio - 1e-9}}, own)
         rows += run_row(workspace, Params.model_validate(merged(params, own)), name, share, with_dense=not rows)
-        place.write_text(json.dumps(rows, indent=1) + "\n")
+        place.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows
 
 
@@ -143,7 +143,7 @@ def run_row(workspace: Workspace, params: Params, name: str, share: float, with_
     """The row of one compressed model, before it that of the dense one, if that is asked for."""
     for stage in (subspace, ranks, factorize, evaluate):
         stage.run(workspace, getattr(params, stage.__name__.rpartition(".")[2]))
-    found = json.loads((workspace.out("evaluate") / "metrics.json").read_text())
+    found = json.loads((workspace.out("evaluate") / "metrics.json").read_text(encoding="utf-8"))
     names = {"dense": "dense", "compressed": name}
     for which in names if with_dense else ("compressed",):
         yield {

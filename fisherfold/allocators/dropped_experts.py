@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import AutoConfig
 
 from fisherfold.allocators.allocation import ALLOCATORS, Allocation
 from fisherfold.linalg.knapsack import pick
@@ -39,6 +38,8 @@ def drop_experts(allocation: Allocation) -> np.ndarray:
             "ranks.allocator = 'drop_experts' wants a mixture whose experts are layers of their own (prepare.experts: layers, "
             "subspace.experts.shared: false), and ranks.expert_classes of at least 2. Use ranks.allocator = 'fisher'."
         )
+    from transformers import AutoConfig  # costs seconds, which other allocators do without
+
     config = AutoConfig.from_pretrained(allocation.workspace.model, local_files_only=True).get_text_config()
     groups, chosen = getattr(config, "n_group", None) or 1, experts_a_token(config)
     experts = Counter(layer.stack for layer in read_layers(allocation.workspace.out("subspace")) if layer.stack)

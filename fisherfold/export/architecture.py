@@ -5,12 +5,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 import fisherfold.runtime as runtime
@@ -51,8 +51,9 @@ class DenseArchitecture:
 
     def read_config(self) -> PreTrainedConfig:
         """The configuration as transformers has it."""
-        own: Any = CONFIG_MAPPING[self.config["model_type"]]
-        return own.from_dict(dict(self.config))
+        with TemporaryDirectory() as folder:  # classes read more forms from a file than they take from a dict
+            (Path(folder) / "config.json").write_text(json.dumps(self.config), encoding="utf-8")
+            return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
 def dense_architecture(folder: Path) -> DenseArchitecture:

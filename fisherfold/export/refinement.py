@@ -114,7 +114,10 @@ def descend(
         parameter.requires_grad_(True)
     for step in steps:
         optimizer.param_groups[0]["lr"] = rate * schedule(step, len(batches))
-        loss(batches[step]).backward()
+        value = loss(batches[step])
+        if not value.requires_grad:  # nothing that is trained reaches it: every layer on the way has rank 0
+            break
+        value.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fisherfold.linalg.weighted_svd import MetricRoot, block_root, metric_root, weighted_svd
+from fisherfold.linalg.weighted_svd import BlockRoot, MetricRoot, metric_root, weighted_svd
 from fisherfold.run.errors import NumericalError
 
 F64 = torch.float64
@@ -185,8 +185,8 @@ def test_a_weight_of_zeros() -> None:
 
 def test_the_root_of_blocks_is_that_of_the_block_diagonal_metric() -> None:
     first, second = torch.diag(torch.tensor([4.0, 1.0])).double(), torch.tensor([9.0, 2.0, 0.5]).double()
-    roots = [metric_root(first, 0.0), metric_root(second, 0.2), metric_root(None, 0.0)]
-    found = block_root(roots, [2, 3, 1])
+    roots = metric_root(first, 0.0), metric_root(second, 0.2), metric_root(None, 0.0)
+    found = BlockRoot(roots, (2, 3, 1))
     damped = 0.8 * second + 0.2 * second.mean()
     whole = torch.block_diag(first, damped.diag(), torch.ones(1, 1).double())
     X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).double()
