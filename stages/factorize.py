@@ -27,7 +27,7 @@ from fisherfold.export.architecture import (
 )
 from fisherfold.export.buffers import check_buffers
 from fisherfold.export.expert_tensors import Stack, active_parameters, find_stacks, routed_shares
-from fisherfold.export.fewer_experts import expert_layers, spread_shares, without_experts
+from fisherfold.export.fewer_experts import as_they_are, expert_layers, spread_shares, without_experts
 from fisherfold.export.gauges import SHARED_MEMBER, gauge_site, product, right_factor
 from fisherfold.export.gguf_export import check_gguf, write_gguf
 from fisherfold.export.healing import FACTS, heal_unit, healed
@@ -44,8 +44,7 @@ from fisherfold.network.models import DTYPES, read_weight
 from fisherfold.network.sites import Site, bundles, read_sites
 from fisherfold.run.checkpoint import SHARD_BYTES, StoredTensor, count_bytes, read_tensors, write_tensors
 from fisherfold.run.files import digest_file, verify_output
-from fisherfold.run.params import FactorizeParams, HealParams, RefineParams
-from fisherfold.run.progress import announce
+from fisherfold.run.params import FactorizeParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
 
@@ -87,12 +86,7 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         layers = [layer for site in sites for layer in site.layers]
         gone = expert_layers(layers, dropped)
         compressed = _factorized(scratch, workspace, [site for site in sites if site.name not in gone], plan, dtype)
-        if dropped and (params.bits or params.refine.passes or params.heal.passes):
-            announce(
-                "factorize",
-                "neither trained nor rounded: ranks.allocator = drop_experts leaves whole experts as they are",
-            )
-            params = params.model_copy(update={"bits": None, "refine": RefineParams(passes=0), "heal": HealParams(passes=0)})
+        params = as_they_are(params) if dropped else params
         compressed, dense, rows, healing = _trained(scratch, workspace, layers, compressed, dense, params, dtype)
         packed: dict[str, Path] = {}
         if params.bits:

@@ -18,6 +18,8 @@ from fisherfold.network.experts import expert_modules
 from fisherfold.network.layers import LinearLayer
 from fisherfold.run.checkpoint import StoredTensor
 from fisherfold.run.errors import InputError
+from fisherfold.run.params import FactorizeParams, HealParams, RefineParams
+from fisherfold.run.progress import announce
 
 NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Names that configurations have for the number of experts."""
@@ -57,6 +59,15 @@ def _fewer(config: Mapping[str, Any], counts: Mapping[str, int], kept: Mapping[s
         f"Stage 'factorize': experts of a {config.get('model_type')!r} model cannot be dropped: its configuration has no one number of experts "
         f"({', '.join(NUMBERS)}). Use ranks.allocator = 'fisher'."
     )
+
+
+def as_they_are(params: FactorizeParams) -> FactorizeParams:
+    """The parameters without training and rounding, which change layers that are left whole; says so where they were asked for."""
+    if params.bits or params.refine.passes or params.heal.passes:
+        announce(
+            "factorize", "neither trained nor rounded: ranks.allocator = drop_experts leaves whole experts as they are"
+        )
+    return params.model_copy(update={"bits": None, "refine": RefineParams(passes=0), "heal": HealParams(passes=0)})
 
 
 def expert_layers(layers: Iterable[LinearLayer], dropped: Mapping[str, Sequence[int]]) -> set[str]:

@@ -111,42 +111,32 @@ def refine_unit(
 ) -> None:
     """Unit of work: one block, its low-rank layers and its stacks of experts."""
     with computing_threads(params.threads):
-        _refine(folder, workspace, name, layers, stacks, before, params)
+        model = _dense(workspace.model)
+        dense = model.get_submodule(name)
+        compressed = compress_block(model, name, layers, stacks)
+        ids = {part: read_sequences(workspace.table(part), len(input_embedding(model))) for part in PARTS}
+        hidden = Hidden(model, dense, ids, before)
+        call = BlockCall(model, dense, ids["calibration"][:1])
+        reading = {
+            part: (lambda numbers, part=part: hidden.pair(part, numbers, call), len(ids[part])) for part in PARTS
+        }
+        found = refine_block(compressed, call, reading["calibration"], reading["tuning"], params)
+        with torch.no_grad(), GroupWriter(folder / "hidden") as writer:
+            for part in PARTS:
+                for number in range(len(ids[part])):
+                    x, own = hidden.read(part, [number])
+                    writer.write(f"{part}.{number}/dense", call(dense, x)[0])
+                    writer.write(f"{part}.{number}/compressed", call(compressed, own)[0])
+        write_block(folder, compressed, name, layers, dense, stacks)
+        (folder / "refinement.json").write_text(
+            json.dumps({"block": name, **asdict(found)}, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 @StaysLoaded
 def _dense(folder: Path) -> "PreTrainedModel":
     """The dense model, loaded once a process: blocks come one after the other."""
     return load_model(folder, torch.float32)
-
-
-def _refine(
-    folder: Path,
-    workspace: Workspace,
-    name: str,
-    layers: dict[str, LowRank],
-    stacks: tuple[Stack, ...],
-    before: Path | None,
-    params: RefineParams,
-) -> None:
-    model = _dense(workspace.model)
-    dense = model.get_submodule(name)
-    compressed = compress_block(model, name, layers, stacks)
-    ids = {part: read_sequences(workspace.table(part), len(input_embedding(model))) for part in PARTS}
-    hidden = Hidden(model, dense, ids, before)
-    call = BlockCall(model, dense, ids["calibration"][:1])
-    reading = {part: (lambda numbers, part=part: hidden.pair(part, numbers, call), len(ids[part])) for part in PARTS}
-    found = refine_block(compressed, call, reading["calibration"], reading["tuning"], params)
-    with torch.no_grad(), GroupWriter(folder / "hidden") as writer:
-        for part in PARTS:
-            for number in range(len(ids[part])):
-                x, own = hidden.read(part, [number])
-                writer.write(f"{part}.{number}/dense", call(dense, x)[0])
-                writer.write(f"{part}.{number}/compressed", call(compressed, own)[0])
-    write_block(folder, compressed, name, layers, dense, stacks)
-    (folder / "refinement.json").write_text(
-        json.dumps({"block": name, **asdict(found)}, sort_keys=True) + "\n", encoding="utf-8"
-    )
 
 
 def compress_block(
