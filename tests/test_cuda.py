@@ -13,7 +13,7 @@ from fisherfold.linalg.weighted_svd import metric_root, weighted_svd
 from fisherfold.network.layers import find_layers
 from fisherfold.network.models import load_model
 from fisherfold.run.determinism import describe_machine
-from fisherfold.run.params import CaptureParams, KroneckerParams, RanksParams, SubspaceParams
+from fisherfold.run.params import CaptureParams, FactorizeParams, KroneckerParams, RanksParams, SubspaceParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics.gradient_forms import GRADIENT_FORMS
@@ -22,6 +22,7 @@ from fisherfold.statistics.shard import loaded_model
 from stages import capture, factorize, kronecker, ranks, subspace
 
 CARDS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CARDS, reason="this machine has no CUDA device")]
 
 Stage = Callable[[Workspace], None]
@@ -77,7 +78,9 @@ def test_decompositions_equal_those_of_the_cpu() -> None:
         torch.testing.assert_close(*cut, rtol=1e-8, atol=1e-8)
 
 
-def stages_on(device: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+def stages_on(
+    device: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, last: FactorizeParams | None = None
+) -> Workspace:
     """Stages from `capture` to `factorize`, in this process."""
     monkeypatch.setenv("FISHERFOLD_DEVICE", device)
     loaded_model.cache_clear()
@@ -87,7 +90,7 @@ def stages_on(device: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
     kronecker.run(workspace, KroneckerParams(dependence_draws=0))
     subspace.run(workspace, SubspaceParams())
     ranks.run(workspace, RanksParams(ratio=0.3))
-    factorize.run(workspace, as_truncated())
+    factorize.run(workspace, last or as_truncated())
     loaded_model.cache_clear()
     return workspace
 
@@ -102,6 +105,18 @@ def test_stages_on_the_device_give_the_model_of_the_cpu(tmp_path, monkeypatch) -
     tables = [pq.read_table(each.out("ranks") / "ranks.parquet").select(["module", "rank"]) for each in made.values()]
     assert tables[0] == tables[1]
     torch.testing.assert_close(logits(made["cuda"]), logits(made["cpu"]), rtol=1e-3, atol=1e-4)
+
+
+def test_training_on_the_device_gives_the_model_of_the_cpu(tmp_path, monkeypatch) -> None:
+    training = as_truncated(refine={"passes": 1}, heal={"passes": 1, "rate": 1e-3})
+    made = {
+        device: stages_on(device, tiny_workspace(tmp_path / device), monkeypatch, training)
+        for device in ("cpu", "cuda")
+    }
+    of_heal = [json.loads((each.out("factorize") / "factorize.json").read_text())["healing"] for each in made.values()]
+    assert of_heal[0]["steps"] == of_heal[1]["steps"] > 0
+    assert of_heal[1]["held_out_after"] == pytest.approx(of_heal[0]["held_out_after"], rel=1e-2)
+    torch.testing.assert_close(logits(made["cuda"]), logits(made["cpu"]), rtol=1e-2, atol=1e-2)
 
 
 def test_what_was_computed_on_one_device_is_not_gone_on_with_on_another(tmp_path, monkeypatch) -> None:

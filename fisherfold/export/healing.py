@@ -86,7 +86,7 @@ def heal_unit(
         after = held_out(dense, compressed, tuning, params)
     found = Healing(before, after, after < before, steps)
     if found.accepted:
-        state = compressed.state_dict()
+        state = {name: value.cpu() for name, value in compressed.state_dict().items()}
         take_experts(folder / "layers", state, "", dense, stacks)
         write_layers_of(folder, state, "", layers)
     (folder / FACTS).write_text(json.dumps(asdict(found), sort_keys=True) + "\n", encoding="utf-8")
@@ -103,6 +103,7 @@ def factors_of(model: nn.Module, prefixes: tuple[str, ...]) -> dict[str, nn.Para
 
 def to_dense(dense: nn.Module, compressed: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """KL(p_t ‖ p̂_t) in nats [B, T - 1]."""
+    ids = ids.to(input_embedding(dense).device)
     with torch.no_grad():
         wanted = dense(input_ids=ids, use_cache=False).logits[:, :-1]
     return divergence(wanted, compressed(input_ids=ids, use_cache=False).logits[:, :-1])
@@ -158,7 +159,7 @@ def _resume(points: Savepoints, optimizer: torch.optim.Optimizer, factors: Mappi
     step = int(folder.name)
     for name, factor in factors.items():
         factor.copy_(read_array(folder / STATE, f"{name}/value"))
-        moments = {key: read_array(folder / STATE, f"{name}/{key}") for key in MOMENTS}
+        moments = {key: read_array(folder / STATE, f"{name}/{key}").to(factor.device) for key in MOMENTS}
         optimizer.state[factor] = {"step": torch.tensor(float(step)), **moments}
     close_groups()
     return step

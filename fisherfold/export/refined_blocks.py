@@ -114,7 +114,8 @@ def refine_unit(
         model = _dense(workspace.model)
         dense = model.get_submodule(name)
         compressed = compress_block(model, name, layers, stacks)
-        ids = {part: read_sequences(workspace.table(part), len(input_embedding(model))) for part in PARTS}
+        embedding = input_embedding(model)
+        ids = {part: read_sequences(workspace.table(part), len(embedding)).to(embedding.device) for part in PARTS}
         hidden = Hidden(model, dense, ids, before)
         call = BlockCall(model, dense, ids["calibration"][:1])
         reading = {
@@ -163,6 +164,7 @@ def compress_block(
         if found.bias:
             tensors.setdefault(found.bias, biases[own].data.float())
         block.get_submodule(own).load_state_dict(tensors, strict=False)
+        block.get_submodule(own).to(dense.get_submodule(own).weight.device)
     return block.eval().requires_grad_(False)
 
 
@@ -179,8 +181,11 @@ class Hidden:
         if self.before is None:
             x = BlockCall(self.model, self.block, self.ids[part][list(numbers)]).entered
             return x, x
+        device = next(self.block.parameters()).device
         dense, own = (
-            torch.stack([read_array(self.before / "hidden", f"{part}.{number}/{which}") for number in numbers])
+            torch.stack([read_array(self.before / "hidden", f"{part}.{number}/{which}") for number in numbers]).to(
+                device
+            )
             for which in ("dense", "compressed")
         )
         return dense, own
@@ -201,7 +206,7 @@ def write_block(
     stacks: Sequence[Stack],
 ) -> None:
     """The tensors of a block: each low-rank layer's by itself, and each expert's, then all others."""
-    state = block.state_dict()
+    state = {key: value.cpu() for key, value in block.state_dict().items()}
     mixed = take_experts(folder / "layers", state, f"{name}.", dense, stacks)
     write_layers_of(folder, state, f"{name}.", layers)
     rest = {f"{name}.{key}": value for key, value in state.items()} | mixed

@@ -37,6 +37,10 @@ def put_experts(
     replace_experts(module, {name.removeprefix(prefix): record for name, record in records.items()})
     tensors = {name: t for stack in stacks for name, t in stack.tensors(matrices[stack.name], torch.float32).items()}
     module.load_state_dict({name.removeprefix(prefix): tensor.read() for name, tensor in tensors.items()}, strict=False)
+    for stack in stacks:
+        module.get_submodule(stack.name.rpartition(".")[0].removeprefix(prefix)).to(
+            dense.get_parameter(stack.name).device
+        )
 
 
 def factor_names(stacks: Iterable[Stack]) -> Iterator[str]:
@@ -64,7 +68,7 @@ def take_experts(
             members = [expert for expert, each in enumerate(stack.kinds) if each == (kind, rank)]
             if kind == DENSE:
                 whole = mixed.setdefault(
-                    stack.name, dense.get_parameter(stack.name.removeprefix(prefix)).detach().clone()
+                    stack.name, dense.get_parameter(stack.name.removeprefix(prefix)).detach().cpu().clone()
                 )
                 whole[members] = parts["weight"].mT if stack.layers[0].transposed else parts["weight"]
             else:

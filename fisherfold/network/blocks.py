@@ -49,7 +49,8 @@ def list_blocks(model: "PreTrainedModel") -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def _require_separable(model: "PreTrainedModel", blocks: dict[str, nn.Module]) -> None:
-    ids = torch.arange(2 * PROBE).view(2, PROBE) % len(input_embedding(model))
+    embedding = input_embedding(model)
+    ids = torch.arange(2 * PROBE, device=embedding.device).view(2, PROBE) % len(embedding)
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     handles = [
         block.register_forward_hook(
