@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import as_truncated, random_ids, tiny_model, tiny_workspace
 
-from fisherfold.linalg.gram import exact_products
+from fisherfold.linalg.gram import add_tokens, exact_products, mirror
 from fisherfold.linalg.weighted_svd import metric_root, weighted_svd
 from fisherfold.network.layers import find_layers
 from fisherfold.network.models import load_model
@@ -63,6 +63,16 @@ def test_float32_is_summed_without_tf32_and_bfloat16_is_exact_with_it() -> None:
             found = values.float().T @ values.float()
         assert (found - oracle).abs().max() <= allowed * 8 * oracle.abs().max(), values.dtype
     assert torch.backends.cuda.matmul.fp32_precision != "tf32"  # left as it was
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [192, 700])
+def test_grams_of_either_dtype_are_summed_in_float32(dtype: torch.dtype, size: int) -> None:
+    rows = torch.randn(2, 300, size, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+    total = torch.zeros(size, size, device="cuda")
+    add_tokens(total, rows)
+    oracle = rows.flatten(0, 1).double().T @ rows.flatten(0, 1).double()
+    assert (mirror(total) - oracle).abs().max() <= 1e-5 * oracle.abs().max()
 
 
 def test_decompositions_equal_those_of_the_cpu() -> None:

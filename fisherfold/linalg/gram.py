@@ -9,6 +9,7 @@ import torch
 
 STRIPES = 6  # fewer do more products, more make them slow: (1 + 1/6) / 2 of the full product
 NARROWEST = 96
+ALIGNED = 32  # numbers that a stripe begins after: a matrix unit of a GPU takes no others, and what stands in for it is three times as slow
 MIRRORED = 512
 
 
@@ -19,12 +20,24 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
 
     Args:
         total: G [p, p], changed in place.
-        rows: X [N, p] in G's dtype.
+        rows: X [N, p] in G's dtype; or, on a CUDA device, in bfloat16, whose products are summed in G's.
     """
     size = len(total)
-    width = max(NARROWEST, -(-size // STRIPES))
+    width = max(NARROWEST, -(-size // (STRIPES * ALIGNED)) * ALIGNED)
     for low in range(0, size, width):
-        total[low : low + width, low:].addmm_(rows[:, low : low + width].T, rows[:, low:])
+        stripe, left, right = total[low : low + width, low:], rows[:, low : low + width].T, rows[:, low:]
+        if rows.dtype == total.dtype:
+            stripe.addmm_(left, right)
+        else:
+            torch.addmm(stripe, left, right, out_dtype=total.dtype, out=stripe)
+
+
+def add_tokens(total: torch.Tensor, values: torch.Tensor) -> None:
+    """G += Σ v v^T over the tokens of `values` [..., p] of any floating-point dtype, by `add_gram`, as fast as the products stay exact."""
+    rows = values.flatten(0, -2)
+    as_they_are = rows.is_cuda and rows.dtype == torch.bfloat16
+    with exact_products(rows):
+        add_gram(total, rows if as_they_are else rows.to(total))
 
 
 def mirror(total: torch.Tensor) -> torch.Tensor:

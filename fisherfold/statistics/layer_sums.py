@@ -207,9 +207,9 @@ class ModelSums:
     def _on_gradient(self, name: str, call: Call, use: int, d: torch.Tensor) -> None:
         if self.samples:
             self._sample(f"{name}/d", use, d, call.rows)
-        values = self.outputs[name].add(d)
+        self.outputs[name].add(d)
         if call.x is not None:
-            call.d = values
+            call.d = d
             if all(each.d is not None for each in self._calls[name]):
                 self._add_gradients(name)
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import torch
 
-from fisherfold.linalg.gram import add_gram, exact_products
+from fisherfold.linalg.gram import add_tokens, exact_products
 from fisherfold.linalg.sketch import GradientBatch
 from fisherfold.network.layers import LinearLayer
 from fisherfold.statistics.gradient_forms import Arrays, GradientForm, Shapes
@@ -30,17 +30,15 @@ class InputSums:
 
     def add(self, x: torch.Tensor) -> None:
         """Add the tokens of x [..., m]."""
-        rows = x.flatten(0, -2).to(self.gram)
-        with exact_products(x):
-            add_gram(self.gram, rows)
-        for some in rows.split(ROWS_IN_CACHE):
-            self.absolute += some.abs().sum(0)
+        add_tokens(self.gram, x)
+        rows = x.flatten(0, -2)
+        for some in rows.split(len(rows) if rows.is_cuda else ROWS_IN_CACHE):
+            self.absolute += some.abs().sum(0, dtype=self.absolute.dtype)
 
     def add_gradient(self, g: torch.Tensor) -> None:
         """Add the tokens of g [..., m]; they are of a shared group."""
         assert self.gradient_gram is not None
-        with exact_products(g):
-            add_gram(self.gradient_gram, g.flatten(0, -2).to(self.gram))
+        add_tokens(self.gradient_gram, g)
 
     def grams(self) -> list[torch.Tensor]:
         """Those that are there."""
@@ -69,22 +67,19 @@ class OutputSums:
             self.squares_by_input = torch.zeros(layer.inputs, device=device)
             self.squares_by_output = torch.zeros(layer.outputs, device=device)
 
-    def add(self, d: torch.Tensor) -> torch.Tensor:
-        """Add the tokens of d [..., n]; d in float32."""
-        values = d.to(self.gram)
-        rows = values.flatten(0, -2)
-        self.tokens += len(rows)
+    def add(self, d: torch.Tensor) -> None:
+        """Add the tokens of d [..., n]."""
+        tokens = d.shape[:-1].numel()
+        self.tokens += tokens
         if self.routed is not None:
-            self.routed += len(rows)
-        with exact_products(d):
-            add_gram(self.gram, rows)
-        return values
+            self.routed += tokens
+        add_tokens(self.gram, d)
 
     def add_gradients(self, D: torch.Tensor, X: torch.Tensor) -> None:
-        """Add the gradients of a batch, from D [B, T, n] in float32 and X [B, T, m]."""
+        """Add the gradients of a batch, from D [B, T, n] and X [B, T, m]."""
         assert self.form is not None
         exact = exact_products(X)  # a linear layer's output, and so its gradient, has its input's dtype
-        X = X.to(self.gram)
+        D, X = D.to(self.gram), X.to(self.gram)
         needed = self.form.needs_gradients(D.shape[1])
         G = D.new_empty(len(D) if needed else 1, *self.gradient.shape)
         norms = D.new_empty(len(D))
