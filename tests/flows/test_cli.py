@@ -69,6 +69,11 @@ def test_shells_complete_commands(shell):
         (ParameterError("no such key"), 2, "error: no such key\n"),
         (CorruptArtifact("a file is gone"), 1, "error: a file is gone\n"),
         (OSError(28, "No space left on device"), 1, "error: the disk is full"),
+        (
+            UnicodeEncodeError("ascii", "/data/ü", 6, 7, "ordinal not in range(128)"),
+            1,
+            "error: the name '/data/ü' cannot be written",
+        ),
     ],
 )
 def test_an_error_of_the_users_is_one_line(error, status, says, monkeypatch, capsys):

@@ -99,6 +99,15 @@ def test_commands_work_for_a_user_id_without_an_entry(tmp_path):
     shutil.rmtree(home)
 
 
+def test_a_folder_whose_name_is_no_text_in_the_locale_s_encoding_is_refused_in_a_line(tmp_path):
+    """DVC hashes the names of folders as UTF-8."""
+    folder = clone(tmp_path / "größe")
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = command(folder, sys.executable, "-m", "fisherfold", "status", environment=environment, errors="replace")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr and "LC_ALL=C.UTF-8" in result.stderr.splitlines()[-1]
+
+
 def test_a_socket_fits_below_a_temporary_folder_with_a_long_path(monkeypatch, tmp_path):
     long = tmp_path / ("long" * 30)
     long.mkdir()
