@@ -17,7 +17,15 @@ BUNDLE = PACKAGE / "_orchestration"
 
 def main() -> int:
     """Run the command line; return its exit status."""
-    use_code_of(find_project(Path.cwd()) or own_code())
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        print(
+            "error: the folder that this command was started in is gone. Go to the project's and run again.",
+            file=sys.stderr,
+        )
+        return 1
+    use_code_of(find_project(here) or own_code())
     return importlib.import_module("flows.cli").main()
 
 

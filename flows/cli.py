@@ -1,6 +1,5 @@
 """The command `fisherfold`: its commands, its exit status, and what becomes of errors and interruptions."""
 
-import errno
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ from typer.core import TyperGroup
 
 from fisherfold.run.errors import FisherfoldError, ParameterError
 from flows.commands import looking, running, store, using
+from flows.machine_errors import cure
 
 INTERRUPTED = 130
 
@@ -75,22 +75,11 @@ def _explain(error: Exception) -> int:
     if isinstance(error, FisherfoldError):
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ParameterError) else 1
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        print(f"error: the disk is full ({error}). Finished units are kept: make room and run again.", file=sys.stderr)
-        return 1
-    if isinstance(error, UnicodeEncodeError):
-        print(f"error: {_unwritable_name(error)}", file=sys.stderr)
-        return 1
-    raise error
-
-
-def _unwritable_name(error: UnicodeEncodeError) -> str:
-    """Our text is UTF-8: what cannot be encoded is the name of a file, in another locale or of other bytes."""
-    name = error.object.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return (
-        f"the name {name!r} cannot be written in {sys.getfilesystemencoding()}, the encoding of file names here, or is no UTF-8. "
-        "Set LC_ALL=C.UTF-8 and leave PYTHONUTF8 unset, or give the file and the folders above it another name."
-    )
+    told = cure(error)
+    if told is None:
+        raise error
+    print(f"error: {told}", file=sys.stderr)
+    return 1
 
 
 app = Typer(

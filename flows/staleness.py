@@ -124,6 +124,10 @@ def reproduce(
 
 
 def tool_environment() -> dict[str, str]:
-    """This process's environment with the commands of its own Python first on the path."""
+    """This process's environment with the commands of its own Python first on the path.
+
+    DVC runs a stage's command in the user's SHELL; that of a service's account, /sbin/nologin, runs nothing.
+    """
     commands = str(Path(sys.executable).parent)
-    return {**os.environ, "PATH": os.pathsep.join([commands, os.environ.get("PATH", os.defpath)])}
+    path = os.pathsep.join([commands, os.environ.get("PATH", os.defpath)])
+    return {**os.environ, "PATH": path, "SHELL": "/bin/sh"}

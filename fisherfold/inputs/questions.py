@@ -224,8 +224,10 @@ def _mmlu_rows(file: Path) -> Iterator[Record]:
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".jsonl": read_records,
+    ".ndjson": read_records,
     ".json": read_records,
     ".parquet": read_records,
+    ".arrow": read_records,
     ".csv": _mmlu_rows,
 }
 """Local formats by the end of the file's name."""

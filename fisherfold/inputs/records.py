@@ -2,10 +2,11 @@
 
 Formats by the end of the file's name, each also compressed (``.gz``, ``.bz2``, ``.xz``):
 
-    .jsonl       a JSON value a line
+    .jsonl       a JSON value a line; also .ndjson
     .json        a list of records, or a mapping to records
     .csv, .tsv   a header, then rows
     .parquet     a table
+    .arrow       a table, as the datasets library saves it: a file or a stream of record batches
 
 Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one. Lone surrogates, which JSON can escape and no text can hold,
 become U+FFFD.
@@ -17,7 +18,7 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -32,9 +33,12 @@ Record = tuple[str, Any]
 """Where it stands (file and line), and what stands there: a mapping of fields, if the file is in order."""
 
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+ARROW_FILE = b"ARROW1"
 MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 """Encodings by the marks that a file may begin with, the longer ones first."""
 LONGEST_FIELD = 2**31 - 1  # of a CSV file; the csv module's own limit is shorter than many a text
+NOTES = {"dataset_info.json", "dataset_dict.json", "state.json"}
+"""What the datasets library writes beside the tables of a data set that it saves."""
 MISSING = object()
 
 
@@ -46,8 +50,10 @@ def file_format(file: Path) -> str:
 def files_of(path: Path, formats: Collection[str]) -> list[Path]:
     """The files of known formats that a path means: itself, or those below a folder, at any depth; hidden ones are left out."""
     if not path.is_dir():
-        return [path] if file_format(path) in formats else []
-    found = (file for file in path.rglob("*") if file.is_file() and file_format(file) in formats)
+        return [path] if path.is_file() and file_format(path) in formats else []
+    found = [file for file in path.rglob("*") if file.is_file() and file_format(file) in formats]
+    if any(file_format(file) == ".arrow" for file in found):
+        found = [file for file in found if file.name not in NOTES]
     return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts))
 
 
@@ -186,23 +192,53 @@ def _csv_records(file: Path, _: Sequence[str]) -> Iterator[Record]:
 def _parquet_records(file: Path, fields: Sequence[str]) -> Iterator[Record]:
     try:
         with pq.ParquetFile(file) as table:
-            present = table.schema_arrow.names
-            wanted = [next((name for name in (each, each.partition(".")[0]) if name in present), "") for each in fields]
-            columns = [name for name in dict.fromkeys(wanted) if name] if wanted and wanted[0] else None
-            number = 0
-            for batch in table.iter_batches(columns=columns, batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number}", row
+            yield from _table_rows(
+                file, table.iter_batches(columns=_columns(table.schema_arrow.names, fields), batch_size=1024)
+            )
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise InputError(f"{file} is not a readable Parquet file ({error}).") from None
 
 
+def _columns(present: Sequence[str], fields: Sequence[str]) -> list[str] | None:
+    """The columns of a table that hold the fields, if the first of them has one; None for all."""
+    wanted = [next((name for name in (each, each.partition(".")[0]) if name in present), "") for each in fields]
+    return [name for name in dict.fromkeys(wanted) if name] if wanted and wanted[0] else None
+
+
+def _arrow_records(file: Path, fields: Sequence[str]) -> Iterator[Record]:
+    try:
+        with pa.memory_map(str(file)) as mapped:
+            yield from _table_rows(file, _record_batches(mapped, fields))
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise InputError(f"{file} is not a readable Arrow file ({error}).") from None
+
+
+def _record_batches(mapped: pa.NativeFile, fields: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Of a file, which begins with its name, or of a stream."""
+    whole = mapped.read(len(ARROW_FILE)) == ARROW_FILE
+    mapped.seek(0)
+    table = pa.ipc.open_file(mapped) if whole else pa.ipc.open_stream(mapped)
+    columns = _columns(table.schema.names, fields)
+    batches = (table.get_batch(number) for number in range(table.num_record_batches)) if whole else table
+    for batch in batches:
+        yield batch if columns is None else batch.select(columns)
+
+
+def _table_rows(file: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[Record]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{file}, row {number}", row
+
+
 READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Record]]] = {
     ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".json": _json_records,
     ".csv": _csv_records,
     ".tsv": _csv_records,
     ".parquet": _parquet_records,
+    ".arrow": _arrow_records,
 }
 """Local formats of records by the end of the file's name."""

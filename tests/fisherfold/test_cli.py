@@ -73,6 +73,14 @@ def test_a_folder_that_only_looks_like_a_project_is_none(tmp_path):
     assert cli.find_project(tmp_path / "below") == tmp_path
 
 
+def test_a_folder_that_is_gone_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main() == 1
+    assert capsys.readouterr().err.startswith("error: the folder that this command was started in is gone")
+
+
 def test_the_wheel_carries_nothing_at_top_level_but_fisherfold(installed):
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"fisherfold"}
 

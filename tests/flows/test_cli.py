@@ -69,6 +69,9 @@ def test_shells_complete_commands(shell):
         (ParameterError("no such key"), 2, "error: no such key\n"),
         (CorruptArtifact("a file is gone"), 1, "error: a file is gone\n"),
         (OSError(28, "No space left on device"), 1, "error: the disk is full"),
+        (PermissionError(13, "Permission denied", "artifacts/.lock"), 1, f"error: user {os.getuid()} may not do that"),
+        (OSError(30, "Read-only file system", "artifacts"), 1, "error: the file system cannot be written"),
+        (OSError(24, "Too many open files"), 1, "error: a process may not open more files"),
         (
             UnicodeEncodeError("ascii", "/data/ü", 6, 7, "ordinal not in range(128)"),
             1,

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,7 +15,7 @@ from project import ROOT, clone, command
 from fisherfold.run.workspace import Workspace
 from flows import surroundings
 from flows.cluster.unit_channel import taking_units
-from flows.staleness import stale_reasons
+from flows.staleness import stale_reasons, tool_environment
 
 DEAD = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "ALL_PROXY": "socks5://127.0.0.1:9"}
 NOBODY = 54321
@@ -89,7 +90,9 @@ def test_a_home_that_somebody_else_has_made_is_not_trusted(monkeypatch, tmp_path
 def test_commands_work_for_a_user_id_without_an_entry(tmp_path):
     tmp_path.chmod(0o777)
     environment = {"TMPDIR": "/tmp", "PYTHONPATH": str(ROOT)}
-    words = ["setpriv", f"--reuid={NOBODY}", "--clear-groups", "env", "-u", "HOME", "-u", "USER", "-u", "LOGNAME"]
+    reads = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]  # where this Python is root's alone
+    other = ["setpriv", f"--reuid={NOBODY}", "--clear-groups", *reads]
+    words = [*other, "env", "-u", "HOME", "-u", "USER", "-u", "LOGNAME"]
     if command(ROOT, *words, sys.executable, "-c", "import fisherfold", environment=environment).returncode:
         pytest.skip("another user cannot read this Python")
     result = command(ROOT, *words, sys.executable, "-c", SHOW_USER, environment=environment)
@@ -106,6 +109,13 @@ def test_a_folder_whose_name_is_no_text_in_the_locale_s_encoding_is_refused_in_a
     result = command(folder, sys.executable, "-m", "fisherfold", "status", environment=environment, errors="replace")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr and "LC_ALL=C.UTF-8" in result.stderr.splitlines()[-1]
+
+
+def test_stages_run_for_the_account_of_a_service_whose_shell_runs_nothing(monkeypatch):
+    monkeypatch.setenv("SHELL", "/sbin/nologin")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert subprocess.run(["/bin/sh", "-c", "exec $SHELL -c true"], env=tool_environment()).returncode == 0
+    assert Path(shutil.which("dvc", path=tool_environment()["PATH"])).parent == Path(sys.executable).parent
 
 
 def test_a_socket_fits_below_a_temporary_folder_with_a_long_path(monkeypatch, tmp_path):

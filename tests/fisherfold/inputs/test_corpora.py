@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -90,6 +91,25 @@ def test_folder_of_parquet(tmp_path):
     assert articles(tmp_path, "shards") == [("T0", "t0"), ("T1", "t1")]
 
 
+def test_arrow_files_and_streams_as_the_datasets_library_saves_them(tmp_path):
+    table = pa.table({"text": ["a", "b"], "title": ["A", "B"], "other": [1, 2]})
+    folder = tmp_path / "saved" / "train"
+    folder.mkdir(parents=True)
+    with pa.ipc.new_stream(folder / "data-00000-of-00001.arrow", table.schema) as stream:
+        stream.write_table(table)
+    (folder / "state.json").write_text('{"_split": "train"}')
+    (folder / "dataset_info.json").write_text("{}")
+    with pa.ipc.new_file(tmp_path / "file.arrow", table.schema) as file:
+        file.write_table(table)
+    assert articles(tmp_path, "saved") == articles(tmp_path, "file.arrow") == [("A", "a"), ("B", "b")]
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "c.txt")
+    with pytest.raises(InputError, match=r"c\.txt is not .* a file of a known format"):
+        articles(tmp_path, "c.txt")
+
+
 def test_missing_field_names_the_fields(tmp_path):
     pq.write_table(pa.table({"body": ["x"], "id": [1]}), tmp_path / "c.parquet")
     for name in ("c.parquet", write_rows(tmp_path, [{"body": "x", "id": 1}])):
@@ -118,6 +138,9 @@ def test_missing_field_names_the_fields(tmp_path):
         ("c.jsonl", b'{"messages": [{"role": "user"}]}\n', "line 1, message 1 has neither role and content"),
         ("c.jsonl", b'{"messages": [{"role": "user", "content": 3}]}\n', "message 1 has no role or no text"),
         ("c.parquet", b"nothing", "not a readable Parquet file"),
+        ("c.arrow", b"nothing", "not a readable Arrow file"),
+        ("c.arrow", b"ARROW1\0\0cut", "not a readable Arrow file"),
+        ("c.ndjson", b"{", "c.ndjson, line 1 is not valid JSON"),
         ("c.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("c.pdf", b"", "not .* a file of a known format"),
     ],

@@ -1,0 +1,34 @@
+"""What a machine refuses that is its user's to mend, in a line with the cure: no traceback says more."""
+
+import errno
+import os
+import sys
+
+CURES = {
+    errno.ENOSPC: "the disk is full ({error}). Finished units are kept: make room and run again.",
+    errno.EDQUOT: "the quota of this user is used up ({error}). Finished units are kept: make room and run again.",
+    errno.EACCES: "user {user} may not do that: {error}. Give this user the file or the folder that it lies in, or run as its owner.",
+    errno.EPERM: "user {user} may not do that: {error}. Run as the owner of the file.",
+    errno.EROFS: "the file system cannot be written ({error}). Put the project where this user can write.",
+    errno.EMFILE: "a process may not open more files here ({error}). Raise the limit (`ulimit -n 4096`) and run again.",
+    errno.EIO: "the disk or its server failed ({error}). Finished units are kept: see the machine's log, then run again.",
+    errno.ESTALE: "the file server has lost a file ({error}). Finished units are kept: mount it again, then run again.",
+}
+
+
+def cure(error: Exception) -> str | None:
+    """The line for an error of the machine; None for any other."""
+    if isinstance(error, UnicodeEncodeError):
+        return _unwritable_name(error)
+    if isinstance(error, OSError) and error.errno in CURES:
+        return CURES[error.errno].format(error=error, user=os.getuid())
+    return None
+
+
+def _unwritable_name(error: UnicodeEncodeError) -> str:
+    """Our text is UTF-8: what cannot be encoded is the name of a file, in another locale or of other bytes."""
+    name = error.object.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return (
+        f"the name {name!r} cannot be written in {sys.getfilesystemencoding()}, the encoding of file names here, or is no UTF-8. "
+        "Set LC_ALL=C.UTF-8 and leave PYTHONUTF8 unset, or give the file and the folders above it another name."
+    )
