@@ -10,7 +10,7 @@ from fisherfold.evaluation.verdict import verdict
 from fisherfold.run.params import Params
 from fisherfold.run.progress import millions
 from fisherfold.run.targets import TARGETS
-from fisherfold.run.times import speed
+from fisherfold.run.times import gain, speed
 from fisherfold.run.workspace import Workspace
 from flows.history import note_run, read_metrics, read_runs
 from flows.report_page import shown_page
@@ -84,8 +84,8 @@ def paces(found: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
     """Tokens a second of both models, where they were measured; see `fisherfold.evaluation.speed`."""
     for label, use in (("reads", "reading"), ("answers", "answering")):
         if pair := (found or {}).get(use):
-            ratio = pair["compressed"] / pair["dense"]
-            yield label, f"{paced(pair['dense'])} → {paced(pair['compressed'])} tokens a second ({ratio:.2f} times)"
+            change = f"{paced(pair['dense'])} → {paced(pair['compressed'])} tokens a second"
+            yield label, f"{change} ({gain(pair):.2f} times)"
 
 
 def paced(tokens: float) -> str:

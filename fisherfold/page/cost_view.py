@@ -8,6 +8,7 @@ from markupsafe import Markup
 from fisherfold.page.bars import bar_chart
 from fisherfold.page.page import element, figure, megabytes, number, section, table
 from fisherfold.page.record import Record
+from fisherfold.run.times import gain
 from fisherfold.run.workspace import MODELS
 
 USES = {"reading": "reading a text", "answering": "writing an answer"}
@@ -74,7 +75,7 @@ def speed_view(record: Record) -> Markup | None:
 
 def pace_cells(pair: Mapping[str, float]) -> tuple[str, str, str]:
     """Dense, compressed, and one by the other."""
-    return number(pair["dense"]), number(pair["compressed"]), f"{pair['compressed'] / pair['dense']:.2f} ×"
+    return number(pair["dense"]), number(pair["compressed"]), f"{gain(pair):.2f} ×"
 
 
 def speed_sentence(found: Mapping[str, Any] | None) -> str:
@@ -84,5 +85,5 @@ def speed_sentence(found: Mapping[str, Any] | None) -> str:
     pair = found["answering"]
     return (
         f"Here it writes {number(pair['compressed'])} tokens a second, the dense model {number(pair['dense'])} "
-        f"({pair['compressed'] / pair['dense']:.2f} times)."
+        f"({gain(pair):.2f} times)."
     )

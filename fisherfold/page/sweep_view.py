@@ -3,23 +3,21 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from markupsafe import Markup
 
 from fisherfold.page.page import element, figure, number, percent, section
 from fisherfold.page.pictures import Line, legend, line_chart
+from fisherfold.page.quality_view import ratio_of
+from fisherfold.page.record import Record
+from fisherfold.run.workspace import MODELS
 
 SHARE = "share of the targeted parameters kept"
 
 
-def sweep_view(rows: Sequence[Mapping[str, Any]], here: tuple[float, float] | None) -> Markup | None:
-    """A line a metric and allocator, through the means over seeds; None without a sweep.
-
-    Args:
-        rows: artifacts/sweep/results.parquet.
-        here: kept share and perplexity, by that of the dense model, of the run that the page is about.
-    """
+def sweep_view(record: Record) -> Markup | None:
+    """A line a metric and allocator, through the means over seeds, and a point for the run that the page is about; None without a sweep."""
+    rows, here = record.sweep, _here(record)
     if not rows:
         return None
     found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -37,6 +35,14 @@ def sweep_view(rows: Sequence[Mapping[str, Any]], here: tuple[float, float] | No
         "parameters that is kept. The further down and to the left, the better."
     )
     return section("Quality against size", figure(element("div", chart, legend(lines)), caption))
+
+
+def _here(record: Record) -> tuple[float, float] | None:
+    """Kept share and perplexity by the dense model's, of this run."""
+    size, perplexities = record.metrics["size"], [record.metrics[model]["perplexity"] for model in MODELS]
+    ratio = ratio_of(*reversed(perplexities))
+    kept = ratio_of(size["targeted_parameters_compressed"], size["targeted_parameters_dense"])
+    return None if ratio is None or kept is None else (kept, ratio)
 
 
 def _line(name: str, points: Mapping[float, Sequence[float]], colour: int) -> Line:
