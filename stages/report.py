@@ -7,6 +7,7 @@ Times, memory and speed differ from run to run, so they are on no page of this s
 """
 
 import math
+from typing import Any
 
 from markupsafe import Markup
 
@@ -92,16 +93,16 @@ def write_page(record: Record, title: str) -> str:
     )
 
 
-def _layers(ranks: list[dict]) -> Markup | None:
+def _layers(ranks: list[dict[str, Any]]) -> Markup | None:
     return section("Where the parameters went", rank_views(ranks), kind_table(ranks)) if ranks else None
 
 
-def _spectra(record: Record, ranks: list[dict]) -> Markup | None:
+def _spectra(record: Record, ranks: list[dict[str, Any]]) -> Markup | None:
     spectra = record.table("subspace", "spectra.parquet")
     return section("Spectra", spectrum_views(spectra, ranks)) if spectra is not None and spectra.num_rows else None
 
 
-def _cut(record: Record, ranks: list[dict]) -> Markup | None:
+def _cut(record: Record, ranks: list[dict[str, Any]]) -> Markup | None:
     spectra = record.table("subspace", "spectra.parquet")
     if spectra is None or not spectra.num_rows:
         return None

@@ -1,6 +1,7 @@
 """How the statistics were captured, and how far they can be trusted."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from markupsafe import Markup
 
@@ -50,7 +51,7 @@ def measurement_view(record: Record) -> Markup:
     )
 
 
-def _capture_sentence(facts: Mapping) -> str:
+def _capture_sentence(facts: Mapping[str, Any]) -> str:
     tokens, sequences, skipped = facts.get("tokens"), facts.get("sequences"), facts.get("skipped") or []
     if tokens is None or sequences is None:
         return "The capture stage recorded no facts."
@@ -60,5 +61,5 @@ def _capture_sentence(facts: Mapping) -> str:
     left_out = f"{len(skipped)} skipped because a gradient was not finite ({names})" if skipped else "none skipped"
     return (
         f"Statistics come from {number(tokens)} tokens of {number(sequences)} calibration sequences, {left_out}; "
-        f"{form.get(facts.get('gradients'), sketch)}."
+        f"{form.get(str(facts.get('gradients')), sketch)}."
     )

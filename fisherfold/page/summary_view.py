@@ -1,6 +1,7 @@
 """The top of the page: which model, five figures, and the result in plain words."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from markupsafe import Markup
 
@@ -21,10 +22,10 @@ def model_name(record: Record) -> str:
     return str(model.get("name", "model") if isinstance(model, Mapping) else model or "model")
 
 
-def kicker(record: Record, ranks: list[dict]) -> str:
+def kicker(record: Record, ranks: list[dict[str, Any]]) -> str:
     """One line: the model, what was removed, by which methods."""
     ratio, metric = record.facts["ranks"].get("ratio"), record.facts["subspace"].get("metric")
-    what = RATIO_OF.get(record.facts["ranks"].get("unit"), "the targeted parameters")
+    what = RATIO_OF.get(str(record.facts["ranks"].get("unit")), "the targeted parameters")
     parts = [model_name(record)]
     parts += [f"{percent(ratio, 0)} of {what} removed"] if ratio is not None else []
     parts += [f"metric {metric}"] if metric else []
@@ -53,7 +54,7 @@ def cards(record: Record) -> Markup:
     return element("ul", *(_card(*card) for card in shown), class_="cards")
 
 
-def _divergence_card(compressed: Mapping) -> tuple[str, str, str]:
+def _divergence_card(compressed: Mapping[str, Any]) -> tuple[str, str, str]:
     """On the dense model's own answers, which is what counts in use; on the evaluation text where there are none."""
     own = compressed.get("own_answers_kl")
     if own is None:
