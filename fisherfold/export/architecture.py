@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 import fisherfold.runtime as runtime
 from fisherfold.export.expert_tensors import Stack, expert_records
 from fisherfold.export.tensor_parallel import split_plan
+from fisherfold.export.vllm_backend import logit_scale
 from fisherfold.run.errors import InputError
 
 TEMPLATE = Path(runtime.__file__).with_name("modeling_fisherfold.py")
@@ -122,14 +123,15 @@ def write_config(
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config.json: the dense model's, the low-rank layers and stacks of experts, the classes in the folder's own code, and a method of quantization
-    that keeps programs which know the dense model alone from taking this for one, or that of modules in few bits.
+    that keeps programs which know the dense model alone from taking this for one, or that of modules in few bits. Where logits are a multiple
+    of the output embedding's product, it is written as `logit_scale`, by which vLLM knows it.
     """
     classes = auto_classes(mixture=bool(stacks))
     architectures = [classes["AutoModelForCausalLM"].rpartition(".")[2]]
     model = architecture.empty_model()
     if base_class(model) is None:
         del classes["AutoModel"]
-    own = {
+    own: dict[str, Any] = {
         "architectures": architectures,
         "auto_map": classes,
         "dtype": str(dtype).removeprefix("torch."),
@@ -137,6 +139,8 @@ def write_config(
         | ({"experts": expert_records(model, stacks)} if stacks else {}),
         "quantization_config": dict(quantization or {"quant_method": runtime.METHOD}),
     }
+    if (scale := logit_scale(architecture.empty_model())) not in (None, 1.0):
+        own["logit_scale"] = scale
     text = json.dumps(architecture.config | own, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 

@@ -9,6 +9,7 @@ import numpy as np
 from fisherfold.allocators.cost import rank_costs
 from fisherfold.export.architecture import base_class, dense_architecture
 from fisherfold.export.gguf_export import check_gguf
+from fisherfold.export.vllm_backend import attention_fails, logit_scale
 from fisherfold.network.layers import LinearLayer
 from fisherfold.network.sites import Site
 from fisherfold.run.errors import InputError, ParameterError
@@ -27,7 +28,8 @@ def check_vllm(params: FactorizeParams, model: Path, layers: Sequence[LinearLaye
     """vLLM's Transformers backend takes the model without its head and puts an attention of its own into it.
 
     Raises:
-        InputError: experts are among the layers, transformers has no class of the model without its head, or its attention cannot be replaced.
+        InputError: experts are among the layers, transformers has no class of the model without its head, its attention cannot be replaced, or
+            something else computes its logits.
     """
     if any(layer.stack for layer in layers):
         raise InputError(
@@ -43,6 +45,16 @@ def check_vllm(params: FactorizeParams, model: Path, layers: Sequence[LinearLaye
     if not type(empty).is_backend_compatible():
         raise InputError(
             f"factorize.target = vllm: the attention of {kind!r} in transformers is not one that vLLM can replace. {ELSEWHERE}"
+        )
+    if reason := attention_fails(architecture.read_config()):
+        raise InputError(
+            f"factorize.target = vllm: {kind!r} in transformers wants its attention's result in another form than vLLM gives it, one row of "
+            f"numbers a token ({reason}). {ELSEWHERE}"
+        )
+    if logit_scale(empty) is None:
+        raise InputError(
+            f"factorize.target = vllm: vLLM takes the logits of {kind!r} for the output embedding's product, which in transformers they are not. "
+            f"{ELSEWHERE}"
         )
 
 

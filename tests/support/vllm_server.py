@@ -22,7 +22,7 @@ OPTIONS = ["--trust-remote-code", "--dtype", "float32", "--max-model-len", "128"
 PATIENCE = 600  # seconds until it answers; a busy machine fails no test
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # on one core, too
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several processes on one core, too
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -33,15 +33,19 @@ def serving(folder: Path, log: Path) -> Iterator[str]:
     """The address at which a folder is served until the block ends; the server is then asked to stop."""
     port = str(free_port())
     command = [str(Path(os.environ[INTERPRETER]).with_name("vllm")), "serve", str(folder), *OPTIONS, "--port", port]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | SETTINGS
     with log.open("w") as out:
-        server = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        server = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out)
         try:
             wait_for(f"http://127.0.0.1:{port}", server, log)
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
             server.wait(60)
+
+
+def environment() -> dict[str, str]:
+    """That of a process that runs vLLM: it knows nothing of this one's packages."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | SETTINGS
 
 
 def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:

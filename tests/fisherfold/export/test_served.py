@@ -20,7 +20,7 @@ def test_every_target_has_a_check():
     assert CHECKS.keys() == TARGETS.keys()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text", "minicpm3"])
 def test_what_vllm_runs(tmp_path: Path, family: str):
     CHECKS["vllm"](FactorizeParams(), save_family(tmp_path, family), [LAYER])
 
@@ -30,6 +30,8 @@ def test_what_vllm_runs(tmp_path: Path, family: str):
     [
         ("mixtral", EXPERT, "Set prepare.experts: dense"),
         ("mamba", LAYER, "the attention of 'mamba' in transformers"),
+        ("gpt2", LAYER, "'gpt2' in transformers wants its attention's result in another form"),
+        ("roberta", LAYER, "takes the logits of 'roberta' for the output embedding's product"),
         ("bart", LAYER, "without its head, for which transformers has no class of 'bart'"),
     ],
 )
