@@ -17,11 +17,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fisherfold.export.expert_tensors import Stack
+from fisherfold.export.free_factors import free_factors, pivot_again
 from fisherfold.export.refined_blocks import PARTS, LowRank, compress_block, write_layers_of
 from fisherfold.export.refinement import adamw, batches_of, descend
 from fisherfold.export.trained_experts import factor_names, take_experts
@@ -37,6 +39,9 @@ from fisherfold.run.savepoints import SavepointPlace, Savepoints
 from fisherfold.run.store import close_groups, read_array
 from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STATE = "state"
 FACTS = "healing.json"
@@ -80,12 +85,14 @@ def heal_unit(
         def loss(batch: torch.Tensor) -> torch.Tensor:
             return to_dense(dense, compressed, batch).mean()
 
+        pivoted = free_factors(compressed)
         factors = factors_of(compressed, (*(f"{name}." for name in layers), *factor_names(stacks)))
         before = held_out(dense, compressed, tuning, params)
         steps = train(Savepoints(place, folder), factors, loss, calibration, params)
         after = held_out(dense, compressed, tuning, params)
     found = Healing(before, after, after < before, steps)
     if found.accepted:
+        pivot_again(compressed, pivoted)
         state = {name: value.cpu() for name, value in compressed.state_dict().items()}
         take_experts(folder / "layers", state, "", dense, stacks)
         write_layers_of(folder, state, "", layers)
@@ -101,7 +108,7 @@ def factors_of(model: nn.Module, prefixes: tuple[str, ...]) -> dict[str, nn.Para
     }
 
 
-def to_dense(dense: nn.Module, compressed: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def to_dense(dense: "PreTrainedModel", compressed: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """KL(p_t ‖ p̂_t) in nats [B, T - 1]."""
     ids = ids.to(input_embedding(dense).device)
     with torch.no_grad():
@@ -110,7 +117,7 @@ def to_dense(dense: nn.Module, compressed: nn.Module, ids: torch.Tensor) -> torc
 
 
 @torch.no_grad()
-def held_out(dense: nn.Module, compressed: nn.Module, ids: torch.Tensor, params: HealParams) -> float:
+def held_out(dense: "PreTrainedModel", compressed: nn.Module, ids: torch.Tensor, params: HealParams) -> float:
     """Mean divergence over sequences and tokens."""
     return float(torch.cat([to_dense(dense, compressed, batch) for batch in ids.split(params.batch_size)]).mean())
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fisherfold.export.expert_tensors import Stack
+from fisherfold.export.free_factors import free_factors, pivot_again
 from fisherfold.export.refinement import refine_block
 from fisherfold.export.trained_experts import put_experts, take_experts
 from fisherfold.network.blocks import BlockCall, find_blocks
@@ -121,7 +122,9 @@ def refine_unit(
         reading = {
             part: (lambda numbers, part=part: hidden.pair(part, numbers, call), len(ids[part])) for part in PARTS
         }
+        pivoted = free_factors(compressed)
         found = refine_block(compressed, call, reading["calibration"], reading["tuning"], params)
+        pivot_again(compressed, pivoted, trained=found.accepted)
         with torch.no_grad(), GroupWriter(folder / "hidden") as writer:
             for part in PARTS:
                 for number in range(len(ids[part])):

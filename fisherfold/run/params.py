@@ -61,7 +61,7 @@ class PrepareParams(Block):
     answer_tokens: Count = 160
     text_field: str | None = None
     sequence_length: Annotated[int, Field(ge=2)] = 256
-    calibration_sequences: Count = 96
+    calibration_sequences: Count = 256
     tuning_sequences: Count = 16
     evaluation_sequences: Count = 32
     questions: str | None = "wikipedia-descriptions"
@@ -209,8 +209,8 @@ class RefineParams(Block):
     """Of stage factorize: the training of decoder blocks after truncation."""
 
     threads: Count = 2
-    passes: Annotated[int, Field(ge=0)] = 2
-    rate: Annotated[float, Field(gt=0)] = 2e-4
+    passes: Annotated[int, Field(ge=0)] = 1
+    rate: Annotated[float, Field(gt=0)] = 4e-4
     batch_size: Count = 2
 
 
@@ -219,8 +219,8 @@ class HealParams(Block):
 
     threads: Count = 2
     passes: Annotated[int, Field(ge=0)] = 0
-    rate: Annotated[float, Field(gt=0)] = 1.5e-5
-    batch_size: Count = 2
+    rate: Annotated[float, Field(gt=0)] = 3e-5
+    batch_size: Count = 4
 
 
 class FactorizeParams(ComputeBlock):

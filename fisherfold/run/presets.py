@@ -10,7 +10,7 @@ from typing import Any
 Values = dict[tuple[str, ...], Any]
 
 BALANCED: Values = {
-    ("prepare", "calibration_sequences"): 96,
+    ("prepare", "calibration_sequences"): 256,
     ("prepare", "tuning_sequences"): 16,
     ("prepare", "evaluation_sequences"): 32,
     ("prepare", "unseen_sequences"): 16,
@@ -18,7 +18,7 @@ BALANCED: Values = {
     ("prepare", "held_out_prompts"): 32,
     ("kronecker", "dependence_draws"): 60,
     ("ranks", "allocator"): "fisher",
-    ("factorize", "refine", "passes"): 2,
+    ("factorize", "refine", "passes"): 1,
     ("evaluate", "answer_tokens"): 64,
 }
 """The shipped values."""
@@ -39,10 +39,9 @@ PRESETS: dict[str, Values] = {
     "balanced": BALANCED,
     "best": BALANCED
     | {
-        ("prepare", "calibration_sequences"): 384,
+        ("prepare", "calibration_sequences"): 512,
         ("prepare", "tuning_sequences"): 32,
         ("ranks", "allocator"): "fermigrad",
-        ("factorize", "refine", "passes"): 3,
     },
 }
 """All bundles set the same parameters, so that changing from one to another leaves nothing of the first."""
