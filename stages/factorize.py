@@ -180,6 +180,7 @@ def _trained(
 
 def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
     tables = ("calibration", "tuning") if params.refine.passes or params.heal.passes else ()
+    tables += ("healing",) if params.heal.passes else ()
     metrics = ("capture", "kronecker") if params.bits else ()
     of_metrics = {stage: verify_output(workspace.out(stage)) for stage in metrics}
     return (

@@ -42,7 +42,7 @@ from fisherfold.inputs.self_written import (
     split_prompts,
     write_answers,
 )
-from fisherfold.inputs.splits import Split, draw_splits, interleave, portions, start_token
+from fisherfold.inputs.splits import Split, as_split, draw_splits, interleave, portions, start_token
 from fisherfold.inputs.targeting import write_targets
 from fisherfold.network.coverage import describe_coverage
 from fisherfold.network.layers import DENSE_FILE, LAYERS_FILE
@@ -61,7 +61,7 @@ TOKEN_BYTES = 8  # of one token in the tables, article names included
 def run(
     workspace: Workspace, params: PrepareParams, look_ahead: Callable[[Path, Path], None] = lambda model, found: None
 ) -> None:
-    """Write ``artifacts/prepare`` (model, prepare.json) and ``data/prepared`` (the five tables).
+    """Write ``artifacts/prepare`` (model, prepare.json) and ``data/prepared`` (the six tables).
 
     Args:
         look_ahead: is given the folders of the model and of what was found of its layers, once they are there, and may refuse them.
@@ -126,20 +126,28 @@ def self_written(
     split = split_prompts(prompts, params.held_out_prompts, params.seed)
     held_out = batches(split.evaluation, rounds=1)
     found = {"evaluation": tuple(_answer(scratch, model, "evaluation", held_out, params))}
+    calibration = batches(
+        split.calibration, rounds=MOST_ROUNDS
+    )  # healing goes on where it stops: other answers to its prompts
+    asked = {"tuning": batches(split.tuning, rounds=MOST_ROUNDS), "calibration": calibration, "healing": calibration}
     for name, size in _self_written_sequences(params).items():
-        found[name] = tuple(
-            _answer_until(scratch, model, name, getattr(split, name), size * params.sequence_length, params)
-        )
+        found[name] = tuple(_answer_until(scratch, model, name, asked[name], size * params.sequence_length, params))
     return found
 
 
 def _answer_until(
-    scratch: Scratch, model: Path, name: str, prompts: Sequence[str], tokens: int, params: PrepareParams
+    scratch: Scratch,
+    model: Path,
+    name: str,
+    numbered: Iterator[tuple[int, tuple[str, ...]]],
+    tokens: int,
+    params: PrepareParams,
 ) -> Iterator[Path]:
-    """Answers to batches of prompts, round after round, until they hold `tokens`."""
+    """Answers to numbered batches of prompts until they hold `tokens`."""
     held = 0
-    for batch in batches(prompts, rounds=MOST_ROUNDS):
-        if held >= tokens:
+    while held < tokens:
+        batch = next(numbered, None)
+        if batch is None:
             return
         (file,) = _answer(scratch, model, name, [batch], params)
         yield file
@@ -161,8 +169,17 @@ def _answer(
 
 def _self_written_sequences(params: PrepareParams) -> dict[str, int]:
     """How many sequences of each mixed split the model writes itself."""
-    sizes = {"tuning": params.tuning_sequences, "calibration": params.calibration_sequences}
-    return {name: round(params.self_written * size) for name, size in sizes.items()}
+    return {name: round(params.self_written * size) for name, size in _sizes(params).items() if name != "evaluation"}
+
+
+def _sizes(params: PrepareParams) -> dict[str, int]:
+    """Sequences of every split, in the order of drawing: more of one moves none before it."""
+    sizes = {
+        "evaluation": params.evaluation_sequences,
+        "tuning": params.tuning_sequences,
+        "calibration": params.calibration_sequences,
+    }
+    return sizes | ({"healing": params.healing_sequences} if params.healing_sequences else {})
 
 
 def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
@@ -177,7 +194,7 @@ def write_tables(
     params: PrepareParams,
     written: Mapping[str, Sequence[Path]],
 ) -> None:
-    """Draw and tokenise; write the five tables below ``folder/tables``, and ``folder/facts.json``."""
+    """Draw and tokenise; write the six tables below ``folder/tables``, and ``folder/facts.json``."""
     tokenizer = _tokenizer(model)
     embeddings = json.loads((model.parent / "facts.json").read_text(encoding="utf-8"))["embedded_tokens"]
     vocabulary = min(vocabulary_size(tokenizer), embeddings)
@@ -190,7 +207,7 @@ def write_tables(
         require_embedded(tokenizer(text)["input_ids"], embeddings, tokenizer, f"Question {row['question']!r:.80}")
         require_askable(row, tokenizer, positions)
     splits = draw_all(corpora, tokenizer, params, {row["article"] for row in rows}, written)
-    for name, split in splits.items():
+    for name, split in {"healing": as_split([], params.sequence_length, ""), **splits}.items():
         for ids, articles in zip(split.input_ids, split.articles, strict=True):
             require_embedded(ids, embeddings, tokenizer, f"The corpus ({', '.join(articles[:2])})")
         write_sequences(
@@ -215,7 +232,7 @@ def draw_all(
     reserved: set[str],
     written: Mapping[str, Sequence[Path]],
 ) -> dict[str, Split]:
-    """The three splits: each corpus's share, and what the model has written itself, mixed evenly; unseen corpora give to evaluation alone.
+    """The splits: each corpus's share, and what the model has written itself, mixed evenly; unseen corpora give to evaluation alone.
 
     Raises:
         InputError: a corpus is too small.
@@ -227,11 +244,7 @@ def draw_all(
         for name, size in _self_written_sequences(params).items()
         if written.get(name) and size
     }
-    sizes = {
-        "evaluation": params.evaluation_sequences,
-        "tuning": params.tuning_sequences,
-        "calibration": params.calibration_sequences,
-    }
+    sizes = _sizes(params)
     wanted = {name: size - (len(own[name].articles) if name in own else 0) for name, size in sizes.items()}
     unseen = portions([entry.share for entry in params.unseen_corpora], params.unseen_sequences)
     shares = {
@@ -292,6 +305,6 @@ def _trial(model: Path, params: PrepareParams) -> tuple:
 
 def _bytes_needed(model: ModelSource, params: PrepareParams) -> int:
     """What the stage will write; the published output is hard-linked to it."""
-    sequences = params.calibration_sequences + params.tuning_sequences + params.evaluated_sequences
+    sequences = sum(_sizes(params).values()) + params.unseen_sequences
     weights = count_parameters(model) * DTYPES[params.dtype].itemsize
     return weights + TOKENIZER_BYTES + sequences * params.sequence_length * TOKEN_BYTES

@@ -2,7 +2,8 @@
 
     minimise  mean over sequences and tokens of  KL(p_t ‖ p̂_t),   p_t, p̂_t what the dense and the compressed model predict after token t
 
-One pass over text is what pays: several over little text lower the loss on that text and raise it elsewhere. What is trained is kept only
+One pass over text that nothing else has read is what pays (``prepare.healing_sequences``): several over little text lower the loss on that
+text and raise it elsewhere. Without such text it is that of the calibration. What is trained is kept only
 if it lowers the divergence on held-out sequences. The state (factors, moments of AdamW) becomes durable about once a minute and is exact.
 
 <unit>/layers/<layer>/model.safetensors   the trained layers, if they were kept
@@ -80,7 +81,8 @@ def heal_unit(
         others = changed.keys() - {stack.name for stack in stacks}
         compressed.load_state_dict({name: changed[name].read() for name in sorted(others)}, strict=False)
         vocabulary = len(input_embedding(dense))
-        calibration, tuning = (read_sequences(workspace.table(name), vocabulary) for name in PARTS)
+        fresh, calibration, tuning = (read_sequences(workspace.table(name), vocabulary) for name in ("healing", *PARTS))
+        text = fresh if len(fresh) else calibration
 
         def loss(batch: torch.Tensor) -> torch.Tensor:
             return to_dense(dense, compressed, batch).mean()
@@ -88,7 +90,7 @@ def heal_unit(
         pivoted = free_factors(compressed)
         factors = factors_of(compressed, (*(f"{name}." for name in layers), *factor_names(stacks)))
         before = held_out(dense, compressed, tuning, params)
-        steps = train(Savepoints(place, folder), factors, loss, calibration, params)
+        steps = train(Savepoints(place, folder), factors, loss, text, params)
         after = held_out(dense, compressed, tuning, params)
     found = Healing(before, after, after < before, steps)
     if found.accepted:

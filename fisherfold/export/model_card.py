@@ -44,7 +44,7 @@ SETTINGS = {
 }
 """Parameters of stage subspace that a metric reads; of one that is not named here, all."""
 NOT_SETTINGS = ("dense", "few_tokens", "methods", "shared", "metric", "threads")
-USES = {"calibration": "calibration", "tuning": "choices by trial", "evaluation": "evaluation"}
+USES = {"calibration": "calibration", "tuning": "choices by trial", "healing": "healing", "evaluation": "evaluation"}
 WRITTEN = "self-written"
 
 

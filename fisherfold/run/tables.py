@@ -66,13 +66,15 @@ def read_table(path: Path) -> pa.Table:
 
 
 def read_sequences(path: Path, vocabulary: int) -> torch.Tensor:
-    """Token ids [S, T], int64, checked against the model's vocabulary size.
+    """Token ids [S, T], int64, checked against the model's vocabulary size; [0, 0] of an empty table.
 
     Raises:
         InputError: the table was made with a larger vocabulary than the model's, or holds ids beyond it.
     """
     table = read_table(path)
     made_for = int(table.schema.metadata[b"vocabulary"])
+    if not table.num_rows:
+        return torch.empty(0, 0, dtype=torch.long)
     ids = torch.from_numpy(np.stack(table["input_ids"].to_numpy(zero_copy_only=False))).long()
     if made_for > vocabulary or int(ids.max()) >= vocabulary:
         raise InputError(

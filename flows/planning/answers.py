@@ -13,7 +13,8 @@ Units = dict[str, tuple[Demand, tuple[str, ...]]]
 
 def self_writing(shapes: ModelShapes, params: PrepareParams) -> Units:
     """Stage `prepare`: batches of answers, as many as their share of the sequences takes, and one to the held-out prompts."""
-    wanted = params.self_written * (params.calibration_sequences + params.tuning_sequences) * params.sequence_length
+    sequences = params.calibration_sequences + params.tuning_sequences + params.healing_sequences
+    wanted = params.self_written * sequences * params.sequence_length
     batches = ceil(wanted / (BATCH * params.answer_tokens)) + ceil(params.held_out_prompts / BATCH)
     demand = _answering(shapes, BATCH, params.answer_tokens, params.dtype)
     return {f"answers-{number}": (demand, ("model",)) for number in range(batches)}

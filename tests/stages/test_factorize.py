@@ -308,6 +308,7 @@ def calibrated(unfinished):
     for table, seed in (("calibration", 1), ("tuning", 2)):
         ids = random_ids(6, 12, seed).numpy()
         write_sequences(unfinished.table(table), ids, [["a"]] * 6, VOCABULARY)
+    write_sequences(unfinished.table("healing"), ids[:0], [], VOCABULARY)
     return unfinished
 
 
@@ -404,6 +405,12 @@ def test_healed_factors_are_what_is_saved(calibrated, refined):
     assert {name: order.tolist() for name, order in orders_of(workspace).items()} == {
         name: order.tolist() for name, order in orders.items()
     }
+
+
+def test_text_for_healing_is_what_heals(calibrated):
+    write_sequences(calibrated.table("healing"), random_ids(4, 12, 9).numpy(), [["a"]] * 4, VOCABULARY)
+    _, facts = factorized(calibrated, heal=HEAL)
+    assert facts["healing"]["steps"] == HEAL["passes"] * 4 / HEAL["batch_size"]
 
 
 def test_healing_that_helps_nobody_is_not_kept(calibrated):

@@ -87,7 +87,7 @@ def test_writes_model_tables_and_facts(workspace):
     assert not (used["calibration"] | used["tuning"]) & asked
     verify_output(workspace.out("prepare"))
     assert sorted(path.name for path in (workspace.root / "data" / "prepared").iterdir()) == [
-        "answers.parquet", "calibration.parquet", "evaluation.parquet", "questions.parquet", "tuning.parquet",
+        "answers.parquet", "calibration.parquet", "evaluation.parquet", "healing.parquet", "questions.parquet", "tuning.parquet",
     ]  # fmt: skip
 
 
@@ -285,6 +285,24 @@ def test_a_chat_model_writes_half_of_its_calibration_itself(chatting):
     held_out = {row["prompt"] for row in tables["answers"]}
     assert len(held_out) == 6 and own["calibration"] and own["tuning"]
     assert not own["calibration"] & own["tuning"] and not (own["calibration"] | own["tuning"]) & held_out
+
+
+def test_text_for_healing_is_other_text_and_moves_nothing(chatting):
+    prepare.run(chatting, CHAT)
+    assert len(read_sequences(chatting.table("healing"), VOCABULARY)) == 0
+    before = {name: read_table(chatting.table(name)) for name in (*SPLITS, "answers")}
+    prepare.run(chatting, CHAT.model_copy(update={"healing_sequences": 4}))
+    assert all(read_table(chatting.table(name)).equals(table) for name, table in before.items())
+    rows = read_table(chatting.table("healing")).to_pylist()
+    assert [row["source"] for row in rows].count("self-written") == 2 and len(rows) == 4
+    of_corpus = {a for row in rows if row["source"] == "corpus.json" for a in row["articles"]}
+    assert not of_corpus & {
+        a for table in before.values() for row in table.to_pylist() for a in row.get("articles", [])
+    }
+    written = {tuple(row["input_ids"]) for row in before["calibration"].to_pylist()}
+    assert not written & {tuple(row["input_ids"]) for row in rows}
+    facts = json.loads((chatting.out("prepare") / "prepare.json").read_text())
+    assert facts["data"]["splits"]["healing"]["sequences"] == 4
 
 
 def test_prompts_are_in_the_chat_format_and_answers_end_where_the_model_ended_them(chatting):
