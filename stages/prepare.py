@@ -126,9 +126,7 @@ def self_written(
     split = split_prompts(prompts, params.held_out_prompts, params.seed)
     held_out = batches(split.evaluation, rounds=1)
     found = {"evaluation": tuple(_answer(scratch, model, "evaluation", held_out, params))}
-    calibration = batches(
-        split.calibration, rounds=MOST_ROUNDS
-    )  # healing goes on where it stops: other answers to its prompts
+    calibration = batches(split.calibration, rounds=MOST_ROUNDS)  # healing goes on behind it: other answers
     asked = {"tuning": batches(split.tuning, rounds=MOST_ROUNDS), "calibration": calibration, "healing": calibration}
     for name, size in _self_written_sequences(params).items():
         found[name] = tuple(_answer_until(scratch, model, name, asked[name], size * params.sequence_length, params))

@@ -44,7 +44,7 @@ class CorpusShare(Block):
     share: Annotated[float, Field(gt=0)] = 1.0
 
 
-class PrepareParams(Block):
+class PrepareParams(ComputeBlock):
     """Of stage prepare: the model, the text and the questions."""
 
     model: str = "smollm2-135m-instruct"
