@@ -50,7 +50,8 @@ def file_format(file: Path) -> str:
 def files_of(path: Path, formats: Collection[str]) -> list[Path]:
     """The files of known formats that a path means: itself, or those below a folder, at any depth; hidden ones are left out."""
     if not path.is_dir():
-        return [path] if path.is_file() and file_format(path) in formats else []
+        fits = path.is_file() or not path.exists()  # a recipe's file may not have been fetched yet
+        return [path] if fits and file_format(path) in formats else []
     found = [file for file in path.rglob("*") if file.is_file() and file_format(file) in formats]
     if any(file_format(file) == ".arrow" for file in found):
         found = [file for file in found if file.name not in NOTES]
