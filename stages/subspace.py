@@ -26,15 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from fisherfold.linalg.weighted_svd import (
-    BlockRoot,
-    Damping,
-    Metric,
-    MetricRoot,
-    WeightedSVD,
-    metric_root,
-    weighted_svd,
-)
+from fisherfold.linalg.triangular_root import weighting_root
+from fisherfold.linalg.weighted_svd import BlockRoot, Damping, Metric, Root, WeightedSVD, weighted_svd
 from fisherfold.network.layers import LinearLayer, by_group, write_layers
 from fisherfold.network.models import decomposing_device, read_weight
 from fisherfold.network.sites import bundles
@@ -264,26 +257,24 @@ def _same(metric: Metric, other: Metric) -> bool:
     return metric is other if metric is None or other is None else torch.equal(metric, other)
 
 
-def _root(metric: Metric, damping: Damping, layer: LinearLayer, side: str) -> MetricRoot:
+def _root(metric: Metric, damping: Damping, layer: LinearLayer, side: str) -> Root:
     name = f"Stage 'subspace', module {layer.name!r}: the {side} metric"
     try:
-        return metric_root(None if metric is None else metric.to(decomposing_device()), damping, name)
+        return weighting_root(None if metric is None else metric.to(decomposing_device()), damping, name)
     except NumericalError as error:
         raise NumericalError(
             f"{error}. Run stage 'capture' again; if it persists, raise subspace.{side}_damping."
         ) from None
 
 
-def _decompose(
-    weight: torch.Tensor, input_root: MetricRoot, output_root: MetricRoot, layer: LinearLayer
-) -> WeightedSVD:
+def _decompose(weight: torch.Tensor, input_root: Root, output_root: Root, layer: LinearLayer) -> WeightedSVD:
     try:
         return weighted_svd(weight.to(decomposing_device()), input_root, output_root)
     except NumericalError as error:
         raise NumericalError(f"Stage 'subspace', module {layer.name!r}: {error}.") from None
 
 
-def _row(layer: LinearLayer, basis: WeightedSVD, input_root: MetricRoot, output_root: MetricRoot) -> dict:
+def _row(layer: LinearLayer, basis: WeightedSVD, input_root: Root, output_root: Root) -> dict:
     return {
         "module": layer.name,
         "sigma": basis.sigma.tolist(),

@@ -20,7 +20,10 @@ SMALL = (
     "kronecker.dependence_draws=2",
     "factorize.refine.passes=1",
     "evaluate.answer_tokens=8",
-    *(f"{block}.threads=1" for block in ("capture", "kronecker", "subspace", "ranks", "factorize.refine", "evaluate")),
+    *(
+        f"{block}.threads=1"
+        for block in ("prepare", "capture", "kronecker", "subspace", "ranks", "factorize.refine", "evaluate")
+    ),
 )
 GENERATE = """
 import sys

@@ -16,6 +16,7 @@ Shapes: W [n, m], A [m, m], B [n, n], r = min(n, m). All in float64.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -46,25 +47,56 @@ class MetricRoot:
     condition: float
     damping: float
 
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """λ_min and λ_max."""
+        if self.scales is None:
+            return 1.0, 1.0
+        return float(self.scales.min()) ** 2, float(self.scales.max()) ** 2
+
     def times(self, matrix: torch.Tensor) -> torch.Tensor:
         """X R of X [q, p]."""
         rotated = matrix if self.vectors is None else matrix @ self.vectors
         return rotated if self.scales is None else rotated * self.scales
 
 
+class Root(Protocol):
+    """A root R of a metric M = R Rᵀ [p, p]."""
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """λ_min and λ_max of M."""
+
+    @property
+    def condition(self) -> float:
+        """λ_max / λ_min."""
+
+    @property
+    def damping(self) -> float:
+        """The δ that went in."""
+
+    def times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """X R of X [q, p]."""
+
+
 @dataclass(frozen=True)
 class BlockRoot:
     """The root of a metric with blocks on its diagonal, from the roots of the blocks, which have the given sizes."""
 
-    roots: tuple[MetricRoot, ...]
+    roots: tuple[Root, ...]
     sizes: tuple[int, ...]
 
     @property
+    def extremes(self) -> tuple[float, float]:
+        """As of a `Root`."""
+        smallest, largest = zip(*(root.extremes for root in self.roots))
+        return min(smallest), max(largest)
+
+    @property
     def condition(self) -> float:
-        """As of a `MetricRoot`."""
-        values = torch.cat([torch.ones(size).double() if root.scales is None else root.scales.cpu().square()
-                            for root, size in zip(self.roots, self.sizes)])  # fmt: skip
-        return (values.max() / values.min()).item()
+        """As of a `Root`."""
+        smallest, largest = self.extremes
+        return largest / smallest if smallest else float("inf")
 
     @property
     def damping(self) -> float:
@@ -128,7 +160,7 @@ class WeightedSVD:
     sigma: torch.Tensor
 
 
-def weighted_svd(weight: torch.Tensor, input_root: MetricRoot, output_root: MetricRoot | BlockRoot) -> WeightedSVD:
+def weighted_svd(weight: torch.Tensor, input_root: Root, output_root: Root) -> WeightedSVD:
     """Components of W in the order of what they cost under the metrics A and B, given by their roots.
 
     Raises:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_capture import LAYERS, TinyCapture
 
+from fisherfold.linalg.triangular_root import weighting_root
 from fisherfold.linalg.weighted_svd import metric_root, weighted_svd
 from fisherfold.network.layers import read_layers
 from fisherfold.run.errors import CorruptArtifact, NotEnoughDisk, NumericalError, ParameterError
@@ -122,9 +123,9 @@ def test_layers_of_a_group_share_one_root(tmp_path: Path, monkeypatch) -> None:
 
     def counted(metric: torch.Tensor, damping: float, name: str):
         names.append(name)
-        return metric_root(metric, damping, name)
+        return weighting_root(metric, damping, name)
 
-    monkeypatch.setattr(subspace, "metric_root", counted)
+    monkeypatch.setattr(subspace, "weighting_root", counted)
     out = run(tiny, metric="kfac")
     assert sum("input" in name for name in names) == 3 and sum("output" in name for name in names) == 4
     x, d = tiny.inputs["block.k"].flatten(0, 1), tiny.gradients["block.k"].flatten(0, 1)
