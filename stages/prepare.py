@@ -147,13 +147,18 @@ def _answer_until(
         batch = next(numbered, None)
         if batch is None:
             return
-        (file,) = _answer(scratch, model, name, [batch], params)
+        (file,) = _answer(scratch, model, name, [batch], params, f", {held} of {tokens} tokens written")
         yield file
         held += sum(len(ids) for _, ids in conversations([read_table(file)]))
 
 
 def _answer(
-    scratch: Scratch, model: Path, name: str, batches: Iterable[tuple[int, tuple[str, ...]]], params: PrepareParams
+    scratch: Scratch,
+    model: Path,
+    name: str,
+    batches: Iterable[tuple[int, tuple[str, ...]]],
+    params: PrepareParams,
+    so_far: str = "",
 ) -> list[Path]:
     """The files of answers to numbered batches of prompts, a unit each."""
     settings = params.answer_tokens, params.dtype
@@ -161,7 +166,7 @@ def _answer(
         f"answers-{name}-{number:04d}": (model, batch, params.seed * 10_007 + number, *settings)
         for number, batch in batches
     }
-    folders = scratch.map(f"answers for {name}", write_answers, units)
+    folders = scratch.map(f"answers for {name}{so_far}", write_answers, units)
     return [folders[unit] / "answers.parquet" for unit in units]
 
 
