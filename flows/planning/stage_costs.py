@@ -30,8 +30,9 @@ PASSES_PER_DRAW = 14  # over tokens × tokens float64 numbers: a permutation of 
 QUESTION_TOKENS = 48  # of a question with all its choices, the context read once
 DECOMPOSITION = {
     "eigen": 9.0,
+    "cholesky": 1.0,
     "svd": 21.0,
-}  # operations / p³ for eigenvectors; / (larger · smaller²) for singular vectors
+}  # operations / p³ for eigenvectors, and at their pace for a Cholesky root with its condition; / (larger · smaller²) for singular vectors
 CONVERSION = 1500  # operations a parameter: dequantising, checking, casting
 LOGIT_BYTES = 12  # held a logit: two models' in float32, and their product
 LOGIT_TRAFFIC = 40  # bytes a logit: probabilities of two models in float32, their losses and divergence
@@ -122,9 +123,9 @@ def subspace_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCos
     for name, some in bundles(members[0] for members in groups.values()).items():
         own = Demand()
         for first in some:
-            own = own + input_group_demand(first, inputs)
+            own = own + input_group_demand(first, inputs and root_work(params.subspace.input_damping))
             for layer in groups[first.name]:
-                own = own + basis_demand(layer, outputs)
+                own = own + basis_demand(layer, outputs and root_work(params.subspace.output_damping))
         units[name] = (own, ())
     bases = [basis_shapes(members) for members in by_group(shapes.layers).values()]
     published = gathered_bytes(bases, joined_bytes)
@@ -137,23 +138,27 @@ def subspace_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCos
 
 
 METRIC_ROOTS = {"svd": (False, False), "fwsvd": (False, False), "asvd": (False, False), "svd_llm": (True, False)}
-"""Metrics whose input or output side needs no eigenvectors; the others need both."""
+"""Metrics whose input or output side needs no root of a full matrix; the others need both."""
 
 
-def input_group_demand(layer: LinearLayer, full: bool) -> Demand:
+def root_work(damping: float | str) -> float:
+    """Operations / p³ of the root of a full metric: by its eigenvectors, or triangular where a given damping makes it definite."""
+    return DECOMPOSITION["eigen" if isinstance(damping, str) or damping == 0 else "cholesky"]
+
+
+def input_group_demand(layer: LinearLayer, root: float) -> Demand:
     """The root of a group's input metric, found once."""
     m = float(layer.inputs)
-    return Demand(eigen=DECOMPOSITION["eigen"] * m**3, read=4 * m * m) if full else Demand(read=4 * m)
+    return Demand(eigen=root * m**3, read=4 * m * m) if root else Demand(read=4 * m)
 
 
-def basis_demand(layer: LinearLayer, full: bool) -> Demand:
+def basis_demand(layer: LinearLayer, root: float) -> Demand:
     """The root of a layer's output metric, two weighted products, the SVD, and the components from it."""
     n, m = float(layer.outputs), float(layer.inputs)
     r, most = min(n, m), max(n, m)
-    root = DECOMPOSITION["eigen"] * n**3 if full else 0.0
     products = 4 * n * m * (n + m) + 4 * n * m * r
     svd = DECOMPOSITION["svd"] * most * r * r
-    return Demand(eigen=root + products / 10, svd=svd, read=4 * (n * m + n * n), written=4 * r * (n + m))
+    return Demand(eigen=root * n**3 + products / 10, svd=svd, read=4 * (n * m + n * n), written=4 * r * (n + m))
 
 
 @STAGE_COSTS.register("ranks")
@@ -188,13 +193,27 @@ def factorize_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
     written = dense - shapes.targeted * params.ranks.ratio * dense / shapes.parameters
     exports = written + (dense if params.factorize.dense_export else 0)
     units |= refinement_units(shapes, params)
+    units |= healing_unit(shapes, params)
+    factors = 4.0 * keep * shapes.targeted
+    both = 8.0 * shapes.parameters + 3 * factors if params.factorize.heal.passes else 0.0
     return StageCost(
         units,
         serial=Demand(read=exports, written=exports),
         peak=dense * (3 if params.factorize.dense_export else 2),
         published=exports,
-        memory=max(8.0 * 6 * layer.outputs * layer.inputs for layer in shapes.layers),
+        memory=max(both, *(8.0 * 6 * layer.outputs * layer.inputs for layer in shapes.layers)),
     )
+
+
+def healing_unit(shapes: ModelShapes, params: Params) -> dict[str, tuple[Demand, tuple[str, ...]]]:
+    """All factors together: a step is a forward pass of the dense model and three forward passes' worth of the other; held-out losses before and after."""
+    own, passes = params.prepare, params.factorize.heal.passes
+    if not passes:
+        return {}
+    text = own.healing_sequences or own.calibration_sequences
+    looks = own.sequence_length * (4 * passes * text + 4 * own.tuning_sequences)
+    before = (f"refined.{shapes.blocks - 1}",) if params.factorize.refine.passes else ()
+    return {"healed": (Demand(model=forward_operations(shapes, looks, own.sequence_length)), before)}
 
 
 def refinement_units(shapes: ModelShapes, params: Params) -> dict[str, tuple[Demand, tuple[str, ...]]]:

@@ -19,6 +19,7 @@ from fisherfold.run.errors import InputError, ParameterError
 from fisherfold.run.params import (
     STAGES,
     CaptureParams,
+    HealParams,
     KroneckerParams,
     Params,
     PrepareParams,
@@ -166,6 +167,10 @@ def test_the_recorded_demo_run_was_foreseen(demo_shapes):
     recorded = {  # what has changed since among the defaults
         "prepare": {"calibration_sequences": 48, "self_written": 0.0, "held_out_prompts": 0},
         "capture": DEMO["capture"],
+        "subspace": {
+            "input_damping": "ledoit_wolf",
+            "output_damping": "ledoit_wolf",
+        },  # roots were made of eigenvectors
         "factorize": {"refine": RefineParams(passes=0)},
     }
     params = params.model_copy(
@@ -189,6 +194,20 @@ def test_the_recorded_demo_run_was_foreseen(demo_shapes):
     assert (
         disk_needed(list(plans.values())) < 0.8 * DEMO["peak_artifacts"]
     )  # half of the sums is stored since, and parts of them never
+
+
+def test_healing_is_planned(demo_shapes):
+    params = load_params(ROOT / "params.yaml")
+    healed = params.model_copy(update={"factorize": params.factorize.model_copy(update={"heal": HealParams(passes=1)})})
+    fresh = healed.model_copy(update={"prepare": healed.prepare.model_copy(update={"healing_sequences": 1024})})
+    plans = [
+        {plan.stage: plan for plan in plan_run(demo_shapes, given, read_hardware(HERE, "cpu"), 1)}
+        for given in (params, healed, fresh)
+    ]
+    refining, once, often = (plan["factorize"].seconds for plan in plans)
+    assert often - refining == pytest.approx((once - refining) * (1024 + 16) / (256 + 16), rel=0.05)
+    assert plans[2]["prepare"].seconds > plans[1]["prepare"].seconds  # the model writes half of it
+    assert plans[1]["factorize"].memory > plans[0]["factorize"].memory
 
 
 def test_more_devices_are_never_much_slower_and_the_limit_is_named(llama):
