@@ -167,7 +167,7 @@ def compress_block(
         if found.bias:
             tensors.setdefault(found.bias, biases[own].data.float())
         block.get_submodule(own).load_state_dict(tensors, strict=False)
-        block.get_submodule(own).to(dense.get_submodule(own).weight.device)
+        block.get_submodule(own).to(cast(torch.Tensor, dense.get_submodule(own).weight).device)
     return block.eval().requires_grad_(False)
 
 
