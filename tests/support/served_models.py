@@ -28,16 +28,6 @@ OTHERS = {
     "olmo2": {},
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},  # capped logits
     "granite": {"logits_scaling": 4.0},
-    "minicpm3": {  # logits divided, keys and values from a small space
-        "q_lora_rank": 32,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-        "dim_model_base": 64,
-    },
-    "gpt_neox": {},  # norms, biases, q, k, v in one layer
-    "opt": {"ffn_dim": 192, "word_embed_proj_dim": 128, "dropout": 0.0},
     "qwen3_moe": {
         "head_dim": 32,
         "moe_intermediate_size": 64,
