@@ -2,10 +2,11 @@
 
     python benchmarks/capture.py                          # random weights in the shapes of SmolLM2-135M; five minutes on two cores
     python benchmarks/capture.py --quick                  # a third of its blocks and vocabulary, under a minute
+    python benchmarks/capture.py --mixture                # random weights of a mixture: 16 experts of which a token goes to 4
     python benchmarks/capture.py --model FOLDER           # a model of yours (--dtype bfloat16)
-    python benchmarks/capture.py --model FOLDER --times   # without the memory; of a mixture, whose bare pass runs experts as transformers does
+    python benchmarks/capture.py --model FOLDER --times   # without the memory
 
-The bare pass runs the same code without hooks: frozen weights, one label shift, the same loss and gradient of the logits.
+The bare pass of a mixture runs experts as transformers does. The bare pass runs the same code without hooks: frozen weights, one label shift, the same loss and gradient of the logits.
 All three run in turn on the same batch in this process; the first round is not counted and ratios are of medians.
 
 Memory is the peak of a process that runs the whole stage with sketches, on a model of a few such blocks.
@@ -59,6 +60,28 @@ def random_model(blocks: int, vocabulary: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
 
 
+def random_mixture(blocks: int, vocabulary: int) -> PreTrainedModel:
+    """Qwen3-MoE's architecture at the same width: 16 experts of 384 in the MLP, of which a token goes to 4."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=vocabulary,
+        hidden_size=576,
+        moe_intermediate_size=384,
+        num_hidden_layers=blocks,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        num_experts=16,
+        num_experts_per_tok=4,
+        tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+
+
+RANDOM = {"dense": random_model, "mixture": random_mixture}
+
+
 def measure_times(model: PreTrainedModel, rounds: int) -> dict[str, float]:
     """Median seconds of the bare pass, with token-wise sums, and with sketches too."""
     measured = copy.deepcopy(model)
@@ -91,20 +114,23 @@ def clock(work: Callable[[torch.Tensor], object], ids: torch.Tensor) -> float:
     return time.perf_counter() - begin
 
 
-def measure_memory(sequences: int, blocks: int, length: int, repeats: int) -> float:
+def measure_memory(kind: str, sequences: int, blocks: int, length: int, repeats: int) -> float:
     """Median of the peak bytes of new processes that capture so many sequences; single ones differ by 5 %."""
-    arguments = [sys.executable, __file__, "--stage", f"{sequences},{blocks},{length}"]
+    arguments = [sys.executable, __file__, "--stage", f"{kind},{sequences},{blocks},{length}"]
     runs = [subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True) for _ in range(repeats)]
     return statistics.median(int(run.stdout.split()[-1]) for run in runs)
 
 
-def run_stage(sequences: int, blocks: int, length: int) -> None:
+def run_stage(kind: str, sequences: int, blocks: int, length: int) -> None:
     """Run the stage in a workspace made for it, and print this process's peak of resident bytes."""
     with tempfile.TemporaryDirectory() as root:
         workspace = Workspace(Path(root))
         with Scratch(workspace, "prepare", PrepareParams(), {}) as scratch, scratch.publish() as out:
-            random_model(blocks, 512).save_pretrained(out / "model")
-            write_layers(out, find_layers(random_model(blocks, 512)))
+            model = RANDOM[kind](blocks, 512)
+            model.save_pretrained(out / "model", save_original_format=False)
+            unfold_experts(model)
+            write_layers(out, find_layers(model))
+            del model
         ids = torch.randint(512, (sequences, length), generator=torch.Generator().manual_seed(0))
         write_sequences(workspace.table("calibration"), ids.numpy(), [[str(s)] for s in range(sequences)], 512)
         capture.run(workspace, CaptureParams(sequences_per_shard=16, gradients="sketch", sketch_rank=RANK))
@@ -126,18 +152,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smaller model, fewer rounds")
     parser.add_argument("--model", type=Path, help="folder of a model; default: random weights")
+    parser.add_argument("--mixture", action="store_true", help="random weights of a mixture of experts")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, help="counted rounds")
     parser.add_argument("--times", action="store_true", help="no memory")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:
-        run_stage(*map(int, arguments.stage.split(",")))
+        kind, *sizes = arguments.stage.split(",")
+        run_stage(kind, *map(int, sizes))
         return
+    kind = "mixture" if arguments.mixture else "dense"
     if arguments.model:
         model = load_model(arguments.model, DTYPES[arguments.dtype])
     else:
-        model = random_model(*((10, 16384) if arguments.quick else (30, 49152))).to(DTYPES[arguments.dtype])
+        sizes = (3 if arguments.mixture else 10, 16384) if arguments.quick else (8 if arguments.mixture else 30, 49152)
+        model = RANDOM[kind](*sizes).to(DTYPES[arguments.dtype])
     times = measure_times(model, arguments.rounds or (3 if arguments.quick else 5))
     print(f"{BATCH} sequences of {LENGTH} tokens, {arguments.dtype}, {torch.get_num_threads()} threads")
     for name, seconds in times.items():
@@ -147,7 +177,9 @@ def main() -> None:
     target = MIXTURE if any(expert_modules(model)) else TOKENWISE
     print(figure("capture time / bare pass, token-wise statistics", times["token-wise"] / times["bare"], target))
     if not arguments.times:
-        few, many = (measure_memory(count, *((1, 16, 1) if arguments.quick else (4, 64, 3))) for count in (FEW, MANY))
+        few, many = (
+            measure_memory(kind, count, *((1, 16, 1) if arguments.quick else (4, 64, 3))) for count in (FEW, MANY)
+        )
         print(f"peak memory of the stage: {few / 2**20:.0f} MiB for {FEW} sequences, {many / 2**20:.0f} MiB for {MANY}")
         print(figure(f"capture peak memory, {MANY} / {FEW} sequences", many / few, GROWTH))
     print(figure(f"capture time / bare pass, with sketches of rank {RANK}", times["sketch"] / times["bare"], SKETCHED))

@@ -1,7 +1,8 @@
 """Factorized experts against dropped ones, on a mixture that is made here.
 
     python benchmarks/experts.py --project FOLDER --made trained                                       # see trained_mixture.py
-    python benchmarks/experts.py --project FOLDER --made copied --model artifacts/prepare/model        # see made_mixture.py
+    python benchmarks/experts.py --project FOLDER --made split --model artifacts/prepare/model         # see made_mixture.py
+    python benchmarks/experts.py --project FOLDER --made copies --model artifacts/prepare/model        # the same
     python benchmarks/experts.py --quick                                   # 40 steps of training: shows that it runs, and no more
 
 Experts alone are compressed, all other layers stay dense. Dropped experts are those of least Fisher mass (`ranks.allocator: drop_experts`), as many
@@ -47,6 +48,15 @@ PARAMS = {
     "ranks": {"threads": 1},
     "evaluate": {"threads": 1, "answer_tokens": 1},
 }
+FEW = {
+    "prepare": {
+        "held_out_prompts": 8,
+        "answer_tokens": 48,
+        "calibration_sequences": 24,
+        "tuning_sequences": 8,
+        "evaluation_sequences": 12,
+    },
+}
 SIZES = {
     "trained": {
         "prepare": {
@@ -58,15 +68,8 @@ SIZES = {
         },
         "capture": {"batch_size": 8, "sequences_per_shard": 32},
     },
-    "copied": {
-        "prepare": {
-            "held_out_prompts": 8,
-            "answer_tokens": 48,
-            "calibration_sequences": 24,
-            "tuning_sequences": 8,
-            "evaluation_sequences": 12,
-        },
-    },
+    "copies": FEW,
+    "split": FEW,
 }
 MODELS = {
     "fisher": {},
@@ -81,21 +84,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--project", type=Path, default=None)
     parser.add_argument("--made", choices=SIZES, default="trained")
-    parser.add_argument(
-        "--model", type=Path, default=None, help="folder of the Llama model that a copied mixture is made of"
-    )
+    parser.add_argument("--model", type=Path, default=None, help="folder of the Llama model that a mixture is made of")
     parser.add_argument("--models", default=",".join(MODELS), help="rows besides dense and dropped")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    if options.made == "copied" and options.model is None:
-        parser.error("--made copied wants --model")
+    if options.made != "trained" and options.model is None:
+        parser.error(f"--made {options.made} wants --model")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.project or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        if options.made == "copied":
-            made_mixture.make(options.model, folder / "mixture")
-        else:
+        if options.made == "trained":
             trained_mixture.make(folder / "mixture", 40 if options.quick else trained_mixture.STEPS)
+        else:
+            made_mixture.make(options.model, folder / "mixture", options.made)
         write_held_out(folder / "held-out.txt")
         report(compare(Workspace(folder), merged(PARAMS, SIZES[options.made]), options.models.split(",")))
 
@@ -150,8 +151,8 @@ def run_row(workspace: Workspace, params: Params, name: str, share: float, with_
             "model": names[which],
             "share": share if which == "compressed" else 0.0,
             "perplexity": found[which]["perplexity"],
-            "own": found["own_answers_kl"] if which == "compressed" else 0.0,
-            "kl": found["kl_to_dense"] if which == "compressed" else 0.0,
+            "own": found["compressed"]["own_answers_kl"] if which == "compressed" else 0.0,
+            "kl": found["compressed"]["kl_to_dense"] if which == "compressed" else 0.0,
             "active": found["size"][f"active_parameters_{which}"],
             "parameters": found["size"][f"model_parameters_{which}"],
         } | (times(workspace) if which == "compressed" else {"prefill": 1.0, "token": 1.0})

@@ -1,21 +1,29 @@
 """A mixture of experts made from a dense Llama model, since no small pretrained one is to be had without a hub.
 
-    python benchmarks/made_mixture.py --model artifacts/prepare/model --to mixture      # some minutes a block; goes on from what is done
+    python benchmarks/made_mixture.py --model artifacts/prepare/model --to mixture                    # two minutes a block; goes on from what is done
+    python benchmarks/made_mixture.py --model artifacts/prepare/model --to mixture --begin split      # half a minute a block
 
-Every seventh block's feed-forward becomes a mixture of five experts (so that a fifth of them is one) of which a token goes to two (architecture ernie4_5_moe, whose attention is
-Llama's with another order of the rows of q and k). Each expert begins as a copy with noise of half the weights' deviation added. Then router and
-experts of each block are trained by themselves to give what the dense feed-forward gave, on text of `wikipedia-leads`, with the usual loss for an
-even load. So the experts are alike where training had no say, more than those of a mixture that was trained for long: the others stand
-in for a dropped one more easily than there.
+Some blocks' feed-forwards become mixtures of five experts (so that a fifth of them is one) of which a token goes to two (architecture
+ernie4_5_moe, whose attention is Llama's with another order of the rows of q and k). Experts begin as
+
+- copies: the whole feed-forward each, with noise of half the weights' deviation added, in every seventh block. They stay alike where training has
+  no say, and the noise has no low rank: others stand in for a dropped expert more easily than in a mixture that was trained for long;
+- split: a fifth each of the feed-forward's neurons, those whose gates are alike (balanced k-means, as MoEfication and LLaMA-MoE), besides the
+  sixteenth of them that writes most, which all have, in every fourth block. No expert holds what another does.
+
+Then router and experts of each block are trained by themselves to give what the dense feed-forward gave, on text of `wikipedia-leads`, with the
+usual loss for an even load.
 """
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Ernie4_5_MoeConfig, PreTrainedModel
 
@@ -24,8 +32,10 @@ from fisherfold.run.workspace import Workspace
 
 HERE = Path(__file__).resolve().parents[1]
 CORPUS = "wikipedia-leads"
-EVERY, EXPERTS, CHOSEN = 7, 5, 2
+EXPERTS, CHOSEN = 5, 2
 NOISE = 0.5  # of the deviation of a matrix
+COMMON = 16  # of so many neurons one is in every expert
+LLOYD = 10  # rounds of k-means
 SEQUENCES, LENGTH = 96, 256  # of text for training
 STEPS, BATCH = 120, 512  # tokens a step
 RATE, BALANCE = 1e-3, 1e-2
@@ -35,16 +45,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a Llama model")
     parser.add_argument("--to", type=Path, required=True, help="folder of the mixture")
+    parser.add_argument("--begin", choices=BEGINNINGS, default="copies")
     options = parser.parse_args()
-    make(options.model, options.to)
+    make(options.model, options.to, options.begin)
 
 
-def make(source: Path, folder: Path, steps: int = STEPS, sequences: int = SEQUENCES) -> None:
+def make(source: Path, folder: Path, begin: str = "copies", steps: int = STEPS, sequences: int = SEQUENCES) -> None:
     """Write the mixture to `folder`; blocks that are trained lie in `folder`.blocks until it is whole."""
     if (folder / "config.json").exists():
         return
     dense = AutoModelForCausalLM.from_pretrained(source).eval().requires_grad_(False)
-    mixture = copied(dense)
+    beginning = BEGINNINGS[begin]
+    mixture = with_mixtures(dense, beginning)
     parts = folder.with_name(f"{folder.name}.blocks")
     parts.mkdir(parents=True, exist_ok=True)
     names = [name for name, module in mixture.named_modules() if hasattr(module, "experts")]
@@ -57,6 +69,7 @@ def make(source: Path, folder: Path, steps: int = STEPS, sequences: int = SEQUEN
             seen.with_suffix(".partial").rename(seen)
         inputs = load_file(seen)
         for name in missing:
+            begin_experts(mixture.get_submodule(name), dense.get_submodule(name), inputs[name], beginning)
             train(mixture.get_submodule(name), dense.get_submodule(name), inputs[name], steps, name)
             save_file(mixture.get_submodule(name).state_dict(), parts / f"{name}.safetensors")
     for name in names:
@@ -65,8 +78,8 @@ def make(source: Path, folder: Path, steps: int = STEPS, sequences: int = SEQUEN
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
-def copied(dense: PreTrainedModel) -> PreTrainedModel:
-    """The mixture before training: the dense model's tensors, each chosen feed-forward once an expert, with noise."""
+def with_mixtures(dense: PreTrainedModel, beginning: "Beginning") -> PreTrainedModel:
+    """The mixture before experts have begun: every other tensor is the dense model's."""
     torch.manual_seed(0)
     config = dense.config
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
@@ -74,38 +87,98 @@ def copied(dense: PreTrainedModel) -> PreTrainedModel:
     mixture = AutoModelForCausalLM.from_config(
         Ernie4_5_MoeConfig(
             **{key: getattr(config, key) for key in kept},
-            moe_intermediate_size=config.intermediate_size,
+            moe_intermediate_size=beginning.width(config.intermediate_size),
             moe_num_experts=EXPERTS,
             moe_k=CHOSEN,
             moe_num_shared_experts=0,
             moe_layer_start_index=0,
-            moe_layer_interval=EVERY,
+            moe_layer_interval=beginning.every,
         )
     ).requires_grad_(False)
     state, own = dense.state_dict(), mixture.state_dict()
     for name in own:
         if name in state:
             own[name] = interleaved(state[name], config) if "q_proj" in name or "k_proj" in name else state[name]
-    for name, module in mixture.named_modules():
-        if hasattr(module, "experts"):
-            gate, up, down = (state[f"{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
-            own[f"{name}.experts.gate_up_proj"] = torch.stack(
-                [torch.cat((noisy(gate), noisy(up))) for _ in range(EXPERTS)]
-            )
-            own[f"{name}.experts.down_proj"] = torch.stack([noisy(down) for _ in range(EXPERTS)])
-            own[f"{name}.gate.weight"] = torch.randn(EXPERTS, gate.shape[1]) / gate.shape[1] ** 0.5
     mixture.load_state_dict(own)
     return mixture.eval()
+
+
+@torch.no_grad()
+def begin_experts(block: nn.Module, dense: nn.Module, x: torch.Tensor, beginning: "Beginning") -> None:
+    """Fill the experts and the router of a block."""
+    torch.manual_seed(0)
+    experts = list(beginning.experts(dense, x))
+    block.experts.gate_up_proj.copy_(torch.stack([torch.cat((gate, up)) for gate, up, _ in experts]))
+    block.experts.down_proj.copy_(torch.stack([down for *_, down in experts]))
+    block.gate.weight.copy_(torch.randn_like(block.gate.weight) / x.shape[1] ** 0.5)
+
+
+Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def copies(dense: nn.Module, x: torch.Tensor) -> Iterator[Matrices]:
+    """Gate, up and down of each expert: those of the dense feed-forward with noise."""
+    gate, up, down = (own.weight for own in (dense.gate_proj, dense.up_proj, dense.down_proj))
+    for _ in range(EXPERTS):
+        yield noisy(gate), noisy(up), noisy(down)
+
+
+def noisy(weight: torch.Tensor) -> torch.Tensor:
+    return weight + NOISE * weight.std() * torch.randn_like(weight)
+
+
+def split(dense: nn.Module, x: torch.Tensor) -> Iterator[Matrices]:
+    """Gate, up and down of each expert: rows and columns of its neurons.
+
+    What all experts have counts once, since the weights of a token's experts sum to one; of the others a token meets CHOSEN / EXPERTS, at
+    about 1 / CHOSEN, so their columns are multiplied by CHOSEN.
+    """
+    gate, up, down = (own.weight for own in (dense.gate_proj, dense.up_proj, dense.down_proj))
+    some = x[:: max(1, len(x) // 4096)]
+    written = (dense.act_fn(some @ gate.T) * (some @ up.T)).square().mean(0) * down.square().sum(0)
+    order = written.argsort(descending=True)
+    common, others = order[: len(order) // COMMON], order[len(order) // COMMON :]
+    for own in balanced(nn.functional.normalize(gate[others], dim=1), EXPERTS):
+        chosen = others[own]
+        rows = torch.cat((common, chosen))
+        yield gate[rows], up[rows], torch.cat((down[:, common], CHOSEN * down[:, chosen]), dim=1)
+
+
+def balanced(points: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Indices of `points` [N, m] in clusters of N / count each: Lloyd's rounds, each of which assigns all at the least cost in all."""
+    centres = points[torch.randperm(len(points))[:count]]
+    for _ in range(LLOYD):
+        cost = torch.cdist(points, centres).square().repeat_interleave(len(points) // count, dim=1)
+        of = torch.from_numpy(linear_sum_assignment(cost.numpy())[1]) // (len(points) // count)
+        centres = torch.stack([points[of == own].mean(0) for own in range(count)])
+    return [torch.nonzero(of == own)[:, 0] for own in range(count)]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """How experts begin.
+
+    Attributes:
+        experts: the matrices of each, of a dense feed-forward and what it reads [N, h].
+        width: neurons of an expert, of those of the dense feed-forward.
+        every: of so many blocks one becomes a mixture.
+    """
+
+    experts: Callable[[nn.Module, torch.Tensor], Iterator[Matrices]]
+    width: Callable[[int], int]
+    every: int
+
+
+BEGINNINGS = {
+    "copies": Beginning(copies, lambda inner: inner, 7),
+    "split": Beginning(split, lambda inner: inner // COMMON + (inner - inner // COMMON) // EXPERTS, 4),
+}
 
 
 def interleaved(weight: torch.Tensor, config) -> torch.Tensor:
     """The rows of q or k as this architecture turns them: what Llama has in two halves of a head alternates."""
     halves = weight.view(-1, 2, config.head_dim // 2, weight.shape[1])
     return halves.transpose(1, 2).reshape(weight.shape)
-
-
-def noisy(weight: torch.Tensor) -> torch.Tensor:
-    return weight + NOISE * weight.std() * torch.randn_like(weight)
 
 
 def text(tokenizer, sequences: int) -> torch.Tensor:

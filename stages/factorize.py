@@ -38,7 +38,7 @@ from fisherfold.export.packed import as_stored, packed_modules, quantization_con
 from fisherfold.export.refined_blocks import refine
 from fisherfold.export.rounded_layers import in_few_bits
 from fisherfold.export.sizes import count_sizes
-from fisherfold.export.stored_layer import StoredLayer, bias_place, low_rank_layers, replaced, stored_site
+from fisherfold.export.stored_layer import StoredLayer, as_trained, bias_place, replaced, stored_site
 from fisherfold.network.layers import LinearLayer
 from fisherfold.network.models import DTYPES, read_weight
 from fisherfold.network.sites import Site, bundles, read_sites
@@ -164,14 +164,11 @@ def _trained(
     refined: dict[str, Path] = {}
     healing = None
     if params.refine.passes:
-        refined = refine(
-            scratch, workspace, low_rank_layers(compressed), find_stacks(layers, compressed), params.refine
-        )
+        refined = refine(scratch, workspace, *as_trained(layers, compressed), params.refine)
         compressed, dense, rows = _apply(refined, compressed, dense, dtype)
     if params.heal.passes and compressed:
         rest = tuple(unit / "rest" for unit in refined.values())
-        found = low_rank_layers(compressed), find_stacks(layers, compressed)
-        unit = (scratch.savepoints("healed"), workspace, *found, rest, params.heal)
+        unit = (scratch.savepoints("healed"), workspace, *as_trained(layers, compressed), rest, params.heal)
         folder = scratch.map("healing", heal_unit, {"healed": unit})["healed"]
         compressed, dense = replaced(compressed, healed(folder, list(compressed)), dense, dtype)
         healing = json.loads((folder / FACTS).read_text(encoding="utf-8"))

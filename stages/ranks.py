@@ -22,6 +22,7 @@ from fisherfold.allocators import (
 from fisherfold.allocators.allocation import ALLOCATORS, Allocation, allocate, pose
 from fisherfold.allocators.budget import BUDGETS
 from fisherfold.allocators.cost import DENSE, Choice, choose_storage
+from fisherfold.allocators.dropped_experts import DROPPED
 from fisherfold.allocators.expert_classes import into_classes
 from fisherfold.allocators.format_price import format_price, price_line
 from fisherfold.allocators.limits import Limits, matches
@@ -82,7 +83,7 @@ def run(workspace: Workspace, params: RanksParams) -> None:
         task = replace(pose(sites, spectra, params, limits, budget), workspace=workspace, scratch=scratch)
         ranks = into_classes(task, allocate(task, allocator), params.expert_classes)
         choices = [choose_storage(site, int(rank), params.storage, budget.unit) for site, rank in zip(sites, ranks)]
-        _describe(sites, choices)
+        _describe(sites, choices, whole_experts=DROPPED in task.tables)
         if (price := format_price(task, limits, budget)) is not None:
             announce("ranks", price_line(params.storage, params.round_to, price))
         with scratch.publish() as out:
@@ -140,12 +141,12 @@ def _checked(site: Site, component: np.ndarray, sigma: np.ndarray, path: Path) -
     return sigma
 
 
-def _describe(sites: Sequence[Site], choices: Sequence[Choice]) -> None:
-    """Say what is unusual: sites left dense and sites dropped whole."""
+def _describe(sites: Sequence[Site], choices: Sequence[Choice], whole_experts: bool) -> None:
+    """Say what is unusual: sites left dense and, unless the allocator has said it of `whole_experts`, sites dropped whole."""
     dense = sum(len(site.layers) for site, choice in zip(sites, choices) if choice.storage == DENSE)
     dropped = [layer.name for site, choice in zip(sites, choices) if choice.rank == 0 for layer in site.layers]
     announce("ranks", f"{sum(len(site.layers) for site in sites)} layers, {dense} of them dense")
-    if dropped:
+    if dropped and not whole_experts:
         announce("ranks", f"rank 0, so the layer's product is dropped: {', '.join(dropped)}")
 
 

@@ -18,6 +18,7 @@ from fisherfold.linalg.knapsack import pick
 from fisherfold.network.experts import experts_a_token
 from fisherfold.network.layers import read_layers
 from fisherfold.run.errors import ParameterError
+from fisherfold.run.progress import announce
 
 DROPPED = "dropped"  # the table of what goes: module, expert
 
@@ -50,6 +51,7 @@ def drop_experts(allocation: Allocation) -> np.ndarray:
         if int(pick(allocation.costs, ranks).sum()) <= allocation.budget:
             table = [{"module": name, "expert": expert} for name, some in gone.items() for expert in some]
             allocation.tables[DROPPED] = pa.Table.from_pylist(table)
+            announce("ranks", "; ".join(f"{name}: experts {sorted(some)} go" for name, some in gone.items()))
             return ranks
     raise ParameterError(
         f"ranks.allocator = 'drop_experts': ranks.ratio = {allocation.params.ratio} is not met when {max(most, 0)} of the {min(experts.values())} "

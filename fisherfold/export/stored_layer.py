@@ -1,7 +1,7 @@
 """A layer as stage `factorize` keeps it on its way into the checkpoint: a folder of tensors and a record."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fisherfold.export.expert_tensors import Stack, find_stacks
 from fisherfold.export.gauges import product, right_factor
 from fisherfold.export.packed import matrices
 from fisherfold.export.refined_blocks import LowRank
@@ -66,9 +67,11 @@ def stored_site(site: Site, folder: Path) -> dict[str, StoredLayer]:
     return found
 
 
-def low_rank_layers(compressed: Mapping[str, StoredLayer]) -> dict[str, LowRank]:
-    """The same for what trains them, but for experts, which are trained as stacks."""
-    return {
+def as_trained(
+    layers: Iterable[LinearLayer], compressed: Mapping[str, StoredLayer]
+) -> tuple[dict[str, LowRank], list[Stack]]:
+    """The same for what trains them: layers that are trained alone, by name, and stacks of experts. Both hold the factors as they are now."""
+    alone = {
         name: LowRank(
             stored.folder,
             stored.entry,
@@ -77,6 +80,7 @@ def low_rank_layers(compressed: Mapping[str, StoredLayer]) -> dict[str, LowRank]
         for name, stored in compressed.items()
         if not stored.layer.stack
     }
+    return alone, find_stacks(layers, compressed)
 
 
 def bias_place(stored: StoredLayer) -> str:

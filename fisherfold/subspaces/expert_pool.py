@@ -24,6 +24,11 @@ from fisherfold.statistics.stored_sums import SUMS, restored
 SOME = 4  # names that are said
 
 
+def needed(params: ExpertsParams) -> int:
+    """Tokens below which an expert has too few: at least one is needed, whatever is asked for."""
+    return max(1, params.fewest)
+
+
 class PooledStatistics(Statistics):
     """The statistics of the experts of one stack, shrunk.
 
@@ -49,8 +54,8 @@ class PooledStatistics(Statistics):
         return max(self.counts[layer.name], self.params.few == "mean")
 
     def too_few(self, layer: LinearLayer) -> bool:
-        """Whether an expert has fewer tokens than asked for, or none."""
-        return self.counts[layer.name] < max(1, self.params.fewest)
+        """See `needed`."""
+        return self.counts[layer.name] < needed(self.params)
 
     def why_dense(self, layer: LinearLayer) -> str | None:
         """Why an expert stays dense for want of tokens; None if it need not."""
@@ -111,15 +116,14 @@ def pool_experts(
 
 def few_tokens(statistics: Statistics, params: ExpertsParams) -> dict[str, int]:
     """N_e of the experts' matrices that have fewer tokens than asked for, or none, by name; says how many and what becomes of them."""
-    fewest = max(1, params.fewest)
     counts = {layer.name: statistics.tokens_seen(layer) for layer in statistics.layers if layer.stack}
-    few = {name: count for name, count in counts.items() if count < fewest}
+    few = {name: count for name, count in counts.items() if count < needed(params)}
     if few:
         fate = "take the mean's metric" if params.few == "mean" or params.shared else "stay dense"
         names = ", ".join(list(few)[:SOME]) + (f" and {len(few) - SOME} more" if len(few) > SOME else "")
         announce(
             "subspace",
-            f"of {len(counts)} matrices of experts, {len(few)} had fewer than {fewest} calibration tokens and {fate}: {names} "
+            f"of {len(counts)} matrices of experts, {len(few)} had fewer than {needed(params)} calibration tokens and {fate}: {names} "
             "(subspace.json has all)",
         )
     return few

@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -54,29 +55,55 @@ print(json.dumps({way: ((values - dense).norm() / dense.norm()).item() for way, 
 """
 
 
-@pytest.fixture(scope="module", params=["gpt_oss", pytest.param("llama4_text", marks=pytest.mark.slow)])
-def mixture(request, tmp_path_factory) -> Workspace:
-    """A transposed, biased, interleaved layout behind the interface, and one without it; all stages but the report have run."""
-    root = tiny_project(tmp_path_factory.mktemp(request.param))
-    save_family(root / "tiny-model", request.param)
-    set_params(root, PARAMS)
-    workspace, params = Workspace(root), load_params(root / "params.yaml")
-    for stage in STAGES:
-        importlib.import_module(f"stages.{stage}").run(workspace, getattr(params, stage))
-    return workspace
+def families(*slow: str) -> list:
+    """One that is tried by default, and others that are asked for."""
+    return ["gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+
+
+@pytest.fixture(scope="module")
+def through_all_stages(tmp_path_factory) -> Callable[[str], Workspace]:
+    """Where the eight stages have run on a tiny mixture of a family, once each."""
+
+    @cache
+    def run(family: str) -> Workspace:
+        root = tiny_project(tmp_path_factory.mktemp(family))
+        save_family(root / "tiny-model", family)
+        set_params(root, PARAMS)
+        workspace, params = Workspace(root), load_params(root / "params.yaml")
+        for stage in STAGES:
+            importlib.import_module(f"stages.{stage}").run(workspace, getattr(params, stage))
+        return workspace
+
+    return run
+
+
+@pytest.fixture(params=families("llama4_text"))
+def mixture(request, through_all_stages) -> Workspace:
+    """A transposed, biased, interleaved layout behind the interface, and one without it."""
+    return through_all_stages(request.param)
+
+
+@pytest.fixture(
+    params=families(
+        "llama4_text", "qwen3_moe", "mixtral", "deepseek_v3", "gemma4_text", "granitemoe", "olmoe", "ernie4_5_moe"
+    )
+)
+def each_mixture(request, through_all_stages) -> Workspace:
+    """Those that docs/experts.md names."""
+    return through_all_stages(request.param)
 
 
 def read_json(workspace: Workspace, stage: str, name: str) -> dict:
     return json.loads((workspace.out(stage) / name).read_text())
 
 
-def test_experts_have_ranks_in_few_classes(mixture):
-    rows = pq.read_table(mixture.out("ranks") / "ranks.parquet").to_pylist()
+def test_experts_have_ranks_in_few_classes(each_mixture):
+    rows = pq.read_table(each_mixture.out("ranks") / "ranks.parquet").to_pylist()
     stacks: dict[str, list[dict]] = {}
-    experts = {layer.name: layer.stack for layer in read_layers(mixture.out("prepare")) if layer.stack}
-    routed = read_json(mixture, "ranks", "budget.json")["routed"]
+    experts = {layer.name: layer.stack for layer in read_layers(each_mixture.out("prepare")) if layer.stack}
+    routed = read_json(each_mixture, "ranks", "budget.json")["routed"]
     assert routed.keys() == experts.keys()
-    dense = read_json(mixture, "subspace", "subspace.json")["dense"]
+    dense = read_json(each_mixture, "subspace", "subspace.json")["dense"]
     for row in rows:
         if stack := experts.get(row["module"]):
             stacks.setdefault(stack, []).append(row)
@@ -88,8 +115,8 @@ def test_experts_have_ranks_in_few_classes(mixture):
     assert low > len(experts) / 2
 
 
-def test_the_checkpoint_is_what_its_factors_multiply_out_to(mixture, tmp_path):
-    command = [sys.executable, "-c", LOAD, str(mixture.out("factorize"))]
+def test_the_checkpoint_is_what_its_factors_multiply_out_to(each_mixture, tmp_path):
+    command = [sys.executable, "-c", LOAD, str(each_mixture.out("factorize"))]
     environment = {
         **os.environ,
         "HF_MODULES_CACHE": str(tmp_path),
@@ -101,17 +128,17 @@ def test_the_checkpoint_is_what_its_factors_multiply_out_to(mixture, tmp_path):
         assert difference < 1e-5
 
 
-def test_sizes_are_counted_and_what_a_token_meets(mixture):
-    size = read_json(mixture, "evaluate", "metrics.json")["size"]
-    rows = pq.read_table(mixture.out("ranks") / "ranks.parquet").to_pylist()
+def test_sizes_are_counted_and_what_a_token_meets(each_mixture):
+    size = read_json(each_mixture, "evaluate", "metrics.json")["size"]
+    rows = pq.read_table(each_mixture.out("ranks") / "ranks.parquet").to_pylist()
     assert size["targeted_parameters_compressed"] == sum(row["stored_parameters"] for row in rows)
     assert 0.58 < size["targeted_parameters_compressed"] / size["targeted_parameters_dense"] <= 0.6
-    routed = read_json(mixture, "ranks", "budget.json")["routed"]
+    routed = read_json(each_mixture, "ranks", "budget.json")["routed"]
     for model, column in (("dense", "dense_parameters"), ("compressed", "stored_parameters")):
         idle = sum((1 - routed.get(row["module"], 1.0)) * row[column] for row in rows)
         assert size[f"active_parameters_{model}"] == round(size[f"model_parameters_{model}"] - idle)
         assert size[f"active_parameters_{model}"] < size[f"model_parameters_{model}"]
-    assert "that a token meets" in (mixture.out("report") / "index.html").read_text()
+    assert "that a token meets" in (each_mixture.out("report") / "index.html").read_text()
 
 
 @pytest.fixture
