@@ -108,7 +108,7 @@ class Decode:
 
     def __call__(self) -> None:
         self.model(input_ids=self.next, past_key_values=self.cache)
-        self.cache.crop(PROMPT)
+        self.cache.crop(-1)
 
 
 def measure(works: dict, rounds: int) -> dict[str, float]:

@@ -169,7 +169,7 @@ def times(workspace: Workspace) -> dict[str, float]:
 
     def token(which: int) -> None:
         models[which](input_ids=text[:, 64:65], past_key_values=caches[which])
-        caches[which].crop(64)
+        caches[which].crop(-1)
 
     prefill = [partial(model, input_ids=text, use_cache=False) for model in models]
     return {"prefill": slower(*prefill, times=7), "token": slower(partial(token, 0), partial(token, 1), times=41)}
