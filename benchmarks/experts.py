@@ -160,11 +160,11 @@ def run_row(workspace: Workspace, params: Params, name: str, share: float, with_
 
 @torch.no_grad()
 def times(workspace: Workspace) -> dict[str, float]:
-    """Of a prefill of 512 tokens and of a token after 64: the compressed model's time over the dense one's, which run in turn."""
+    """Of a prefill of 256 tokens and of a token after 64: the compressed model's time over the dense one's, which run in turn."""
     folders = workspace.model, workspace.out("factorize") / "model"
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders]
     text = read_sequences(workspace.table("evaluation"), len(models[0].get_input_embeddings().weight))
-    text = text.flatten()[None, :512]
+    text = text.flatten()[None, :256]
     caches = [model(input_ids=text[:, :64]).past_key_values for model in models]
 
     def token(which: int) -> None:
@@ -172,7 +172,7 @@ def times(workspace: Workspace) -> dict[str, float]:
         caches[which].crop(-1)
 
     prefill = [partial(model, input_ids=text, use_cache=False) for model in models]
-    return {"prefill": slower(*prefill, times=7), "token": slower(partial(token, 0), partial(token, 1), times=41)}
+    return {"prefill": slower(*prefill, times=5), "token": slower(partial(token, 0), partial(token, 1), times=41)}
 
 
 def slower(dense: Callable[[], object], compressed: Callable[[], object], times: int) -> float:
