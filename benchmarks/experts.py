@@ -46,6 +46,7 @@ PARAMS = {
     "kronecker": {"threads": 1, "diagnostics": "none", "dependence_draws": 0},
     "subspace": {"threads": 1},
     "ranks": {"threads": 1},
+    "factorize": {"refine": {"passes": 0}},
     "evaluate": {"threads": 1, "answer_tokens": 1},
 }
 FEW = {
