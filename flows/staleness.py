@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -13,6 +14,9 @@ from fisherfold.run.workspace import Workspace
 from flows.repository import recorded, repository
 from flows.verbosity import is_verbose
 from flows.watch import Watcher, run_watched
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
 
 NEVER = "never run"
 
@@ -30,8 +34,7 @@ def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, l
     try:
         with repository(workspace) as repo:
             release_dead_locks(workspace)
-            target = f"{workspace.root / 'dvc.yaml'}:{stage}"  # DVC looks a bare name up in the current folder
-            status = repo.status(targets=[target] if stage else None)
+            status = _status(repo, str(workspace.root / "dvc.yaml"), stage) if stage else repo.status()
     except DvcException as error:
         raise FisherfoldError(f"DVC cannot read the state of {workspace.root}: {error}") from None
     known = recorded(workspace)
@@ -40,6 +43,15 @@ def stale_reasons(workspace: Workspace, stage: str | None = None) -> dict[str, l
         name: [text for change in changes for text in _describe(change)] if name in known else [NEVER]
         for name, changes in reasons.items()
     }
+
+
+def _status(repo: "Repo", pipeline: str, stage: str) -> dict[str, list[Any]]:
+    """DVC's status of one stage. Its own command looks a bare name up in the current folder, and a path it cuts at the end of a line."""
+    from dvc.repo import lock_repo
+
+    with lock_repo(repo):
+        status: dict[str, list[Any]] = repo.stage.load_one(path=pipeline, name=stage).status(check_updates=True)
+        return status
 
 
 def release_dead_locks(workspace: Workspace) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fisherfold.network.gradient_pass import gradient_pass
@@ -26,6 +26,7 @@ from fisherfold.run.errors import InputError
 
 WRITTEN = 3  # tokens: the first without a cache, the others with one
 ROUNDINGS = 1024  # of the dtype, in the norm: another order of the sums moves y by a few, another function by far more
+DECODER_SETTINGS = ("is_decoder", "causal")  # the second of XLM
 LEAST_MOVE = 1e-5  # of the deviation of the logits, in the mean; rounding moves causal models by less than 1e-6
 CHOICES = {
     getattr(owner, name)
@@ -171,8 +172,14 @@ def _require_causal(model: PreTrainedModel, ids: torch.Tensor) -> None:
     if moved > allowed * scale:
         raise InputError(
             f"{type(model).__name__} reads what comes after a token: its logits for {half} tokens move by {moved / scale:.2g} of their "
-            "deviation when others follow, so it predicts nothing. Choose a causal model (an encoder needs is_decoder in its config.json)."
+            f"deviation when others follow, so it predicts nothing. Choose a causal model{_switches(model.config)}."
         )
+
+
+def _switches(config: PreTrainedConfig) -> str:
+    """What makes a decoder of an encoder, in words, if its family has such a setting."""
+    off = [f"`{name}: true`" for name in DECODER_SETTINGS if getattr(config, name, None) is False]
+    return f", or set {' and '.join(off)} in its config.json if it was trained as one" if off else ""
 
 
 @contextmanager

@@ -111,6 +111,11 @@ def test_a_folder_whose_name_is_no_text_in_the_locale_s_encoding_is_refused_in_a
     assert "Traceback" not in result.stderr and "LC_ALL=C.UTF-8" in result.stderr.splitlines()[-1]
 
 
+def test_a_folder_s_name_may_have_a_new_line(tmp_path):
+    folder = clone(tmp_path / "a b\nc")
+    assert set(stale_reasons(Workspace(folder), "prepare")) == {"prepare"}
+
+
 def test_stages_run_for_the_account_of_a_service_whose_shell_runs_nothing(monkeypatch):
     monkeypatch.setenv("SHELL", "/sbin/nologin")
     monkeypatch.setenv("PATH", "/nowhere")

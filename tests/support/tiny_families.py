@@ -92,6 +92,7 @@ RELATED: dict[str, dict] = {
         "attn_layers": ("local", "lsh"),
         "num_buckets": 2,
     },
+    "xlm": {"causal": True},  # its own name for is_decoder
     "xmod": {"default_language": "en_XX"},
     "gemma3n_text": {"num_kv_shared_layers": 2},
     "gemma4": {"text_config": {"global_head_dim": 16, "num_kv_shared_layers": 2}},

@@ -123,20 +123,24 @@ def test_trying_leaves_the_model_as_it_was():
 def test_a_model_that_reads_ahead_is_refused():
     model = tiny_model("llama")
     model.model.layers[0].register_forward_hook(lambda module, arguments, y: y + 3 * y.mean(1, keepdim=True))
-    with pytest.raises(InputError, match="reads what comes after a token"):
+    with pytest.raises(InputError, match=r"reads what comes after a token.*Choose a causal model\.$"):
         dense_reasons(model)
 
 
-def test_an_untrained_encoder_is_refused_too():
+@pytest.mark.parametrize(("family", "switch"), [("bert", "is_decoder"), ("xlm", "causal")])
+def test_an_untrained_encoder_is_refused_too(family, switch):
     encoder, decoder = (
         AutoModelForCausalLM.from_config(
-            AutoConfig.for_model("bert", is_decoder=reads_back, vocab_size=VOCABULARY, **COMMON)
+            AutoConfig.for_model(family, **{switch: reads_back}, vocab_size=VOCABULARY, **COMMON)
         ).eval()
         for reads_back in (False, True)
     )
-    with pytest.raises(InputError, match=r"reads what comes after a token.*is_decoder"):
+    with pytest.raises(InputError, match=f"reads what comes after a token.*set `{switch}: true`"):
         dense_reasons(encoder)
-    assert not dense_reasons(decoder).keys() & {"bert.encoder.layer.0.intermediate.dense"}
+    assert not dense_reasons(decoder).keys() & {
+        "bert.encoder.layer.0.intermediate.dense",
+        "transformer.ffns.0.lin1",
+    }
 
 
 @pytest.mark.parametrize(
