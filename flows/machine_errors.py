@@ -4,7 +4,14 @@ import errno
 import os
 import sys
 
+IN_THE_WAY = "something else lies where a file or a folder belongs ({error}). Move it away and run again."
 CURES = {
+    errno.ENOTDIR: IN_THE_WAY,
+    errno.EISDIR: IN_THE_WAY,
+    errno.EEXIST: IN_THE_WAY,
+    errno.ELOOP: "links lead in a circle ({error}). Make the name lead to a file.",
+    errno.ENAMETOOLONG: "a path is too long for this file system ({error}). Put the project where its path is shorter.",
+    errno.ENOLCK: "the file system keeps no locks ({error}). Mount it with locks, or put the project elsewhere: `fisherfold doctor` tries them.",
     errno.ENOSPC: "the disk is full ({error}). Finished units are kept: make room and run again.",
     errno.EDQUOT: "the quota of this user is used up ({error}). Finished units are kept: make room and run again.",
     errno.EACCES: "user {user} may not do that: {error}. Give this user the file or the folder that it lies in, or run as its owner.",

@@ -71,6 +71,11 @@ def test_shells_complete_commands(shell):
         (OSError(28, "No space left on device"), 1, "error: the disk is full"),
         (PermissionError(13, "Permission denied", "artifacts/.lock"), 1, f"error: user {os.getuid()} may not do that"),
         (OSError(30, "Read-only file system", "artifacts"), 1, "error: the file system cannot be written"),
+        (
+            FileExistsError(17, "File exists", "artifacts"),
+            1,
+            "error: something else lies where a file or a folder belongs",
+        ),
         (OSError(24, "Too many open files"), 1, "error: a process may not open more files"),
         (
             UnicodeEncodeError("ascii", "/data/ü", 6, 7, "ordinal not in range(128)"),
