@@ -21,8 +21,8 @@ from flows.tables import print_table
 
 AXES: dict[str, dict[str, tuple[str, ...]]] = {
     "draw": {
-        "24 sequences": ("prepare.calibration_sequences=24",),
-        "384 sequences": ("prepare.calibration_sequences=384",),
+        "64 sequences": ("prepare.calibration_sequences=64",),
+        "1024 sequences": ("prepare.calibration_sequences=1024",),
     },
     "mix": {
         "no self-written text": ("prepare.self_written=0",),
@@ -38,8 +38,11 @@ AXES: dict[str, dict[str, tuple[str, ...]]] = {
     "allocation": {"uniform": ("ranks.allocator=uniform",), "fermigrad": ("ranks.allocator=fermigrad",)},
     "gauge": {"plain factors": ("ranks.storage=factors",)},
     "inputs": {"shared": ("subspace.share_inputs=true",)},
-    "refinement": {"none": ("factorize.refine.passes=0",), "three passes": ("factorize.refine.passes=3",)},
-    "heal": {"one pass": ("factorize.heal.passes=1",)},
+    "refinement": {"none": ("factorize.refine.passes=0",), "two passes": ("factorize.refine.passes=2",)},
+    "heal": {
+        "one pass": ("factorize.heal.passes=1",),
+        "over 2048 others": ("factorize.heal.passes=1", "prepare.healing_sequences=2048"),
+    },
 }
 """By axis, by what is another than shipped: its parameters."""
 SHIPPED = "as shipped"
