@@ -22,6 +22,7 @@ from fisherfold.run.params import RefineParams
 
 WARM = 0.05  # share of the steps in which the rate rises
 FLOOR = 0.05  # of the rate, at the end
+CALMER = 4  # the rate divided by this where a block is not better for its training
 BETAS = (0.9, 0.95)
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -56,7 +57,8 @@ def refine_block(
     held_out: tuple[Sequences, int],
     params: RefineParams,
 ) -> Refinement:
-    """Train `block` in place; where the held-out loss does not fall it is left as it was.
+    """Train `block` in place; where the held-out loss does not fall, once more from the beginning at a calmer rate, and where it does not fall
+    then, it is left as it was.
 
     Args:
         block: f̂; every floating-point parameter of it is trained.
@@ -65,12 +67,14 @@ def refine_block(
     """
     before = _mean_loss(block, run, held_out, params)
     kept = copy.deepcopy(block.state_dict())
-    steps = _train(block, run, training, params)
-    after = _mean_loss(block, run, held_out, params)
-    accepted = after < before
-    if not accepted:
+    steps = 0
+    for rate in (params.rate, params.rate / CALMER):
+        steps += _train(block, run, training, params, rate)
+        after = _mean_loss(block, run, held_out, params)
+        if after < before:
+            return Refinement(before, after, True, steps)
         block.load_state_dict(kept)
-    return Refinement(before, after, accepted, steps)
+    return Refinement(before, after, False, steps)
 
 
 @torch.no_grad()
@@ -83,7 +87,7 @@ def _mean_loss(block: nn.Module, run: Run, sequences: tuple[Sequences, int], par
     return total / count
 
 
-def _train(block: nn.Module, run: Run, sequences: tuple[Sequences, int], params: RefineParams) -> int:
+def _train(block: nn.Module, run: Run, sequences: tuple[Sequences, int], params: RefineParams, rate: float) -> int:
     read, count = sequences
     trained = [p for p in block.parameters() if p.is_floating_point() and p.numel()]
     batches = list(batches_of(count, params.passes, params.batch_size))
@@ -92,7 +96,7 @@ def _train(block: nn.Module, run: Run, sequences: tuple[Sequences, int], params:
         x, y = read(numbers)
         return relative_error(run(block, x), y)
 
-    descend(adamw(trained, params.rate), loss, batches, params.rate, range(len(batches)))
+    descend(adamw(trained, rate), loss, batches, rate, range(len(batches)))
     return len(batches)
 
 

@@ -90,6 +90,8 @@ def find_config(workspace: Workspace, name: str) -> PreTrainedConfig:
     if recipe.stem == name and recipe.exists():
         return AutoConfig.for_model(**YAML(typ="safe").load(recipe))
     folder = workspace.model if _prepared(workspace) == name else workspace.root / Path(name).expanduser()
+    if not folder.is_dir():
+        folder = Path(name).expanduser().absolute()  # outside a project there is none that paths could be relative to
     if not folder.is_dir() and "/" not in name:
         raise ValueError("a hub name is OWNER/NAME")
     return AutoConfig.from_pretrained(folder if folder.is_dir() else name)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from fisherfold.export.refinement import refine_block, relative_error
+from fisherfold.export.refinement import CALMER, refine_block, relative_error
 from fisherfold.run.params import RefineParams
 from fisherfold.runtime.modeling_fisherfold import PivotedOutputLinear
+
+HARMFUL = 8.0  # a rate
 
 
 def run(block, x):
@@ -78,6 +80,18 @@ def test_it_is_not_kept_where_the_held_out_loss_rises():
     found = refine_block(dense, run, reader(x[:16], -y[:16]), reader(x[16:], y[16:]), params)
     assert not found.accepted and found.held_out_after > found.held_out_before
     assert torch.equal(dense.weight, before)
+
+
+def test_a_rate_that_harms_is_followed_by_a_calmer_one():
+    found, states = {}, {}
+    for rate in (HARMFUL, HARMFUL / CALMER):
+        dense, low, x = problem()
+        y = wanted(dense, x)
+        params = RefineParams(passes=5, rate=rate, batch_size=4)
+        found[rate] = refine_block(low, run, reader(x[:16], y[:16]), reader(x[16:], y[16:]), params)
+        states[rate] = low.state_dict()
+    assert [each.steps for each in found.values()] == [40, 20] and all(each.accepted for each in found.values())
+    assert all(torch.equal(states[HARMFUL][name], value) for name, value in states[HARMFUL / CALMER].items())
 
 
 def test_same_bits_again():
