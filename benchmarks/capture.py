@@ -44,42 +44,31 @@ MIXTURE = 2.2  # instead of TOKENWISE, for a mixture of experts
 FEW, MANY = 32, 256  # sequences
 
 
-def random_model(blocks: int, vocabulary: int) -> PreTrainedModel:
-    """Llama architecture, SmolLM2-135M's widths: 576, 1536 in the MLP, 9 query heads on 3 of keys and values."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=vocabulary,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=blocks,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-
-
-def random_mixture(blocks: int, vocabulary: int) -> PreTrainedModel:
-    """Qwen3-MoE's architecture at the same width: 16 experts of 384 in the MLP, of which a token goes to 4."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
+SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+    "dense": ("llama", {"intermediate_size": 1536}),
+    "mixture": (
         "qwen3_moe",
+        {"moe_intermediate_size": 384, "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4},
+    ),
+}
+"""By kind the architecture, and what is its own: SmolLM2-135M's MLP of 1536, or 16 experts of 384, of which a token goes to 4."""
+
+
+def random_model(kind: str, blocks: int, vocabulary: int) -> PreTrainedModel:
+    """Of one of `SHAPES`, SmolLM2-135M's widths otherwise: 576, 9 query heads on 3 of keys and values."""
+    torch.manual_seed(0)
+    architecture, own = SHAPES[kind]
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=vocabulary,
         hidden_size=576,
-        moe_intermediate_size=384,
         num_hidden_layers=blocks,
         num_attention_heads=9,
         num_key_value_heads=3,
-        head_dim=64,
-        num_experts=16,
-        num_experts_per_tok=4,
         tie_word_embeddings=True,
+        **own,
     )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-
-
-RANDOM = {"dense": random_model, "mixture": random_mixture}
 
 
 def measure_times(model: PreTrainedModel, rounds: int) -> dict[str, float]:
@@ -126,7 +115,7 @@ def run_stage(kind: str, sequences: int, blocks: int, length: int) -> None:
     with tempfile.TemporaryDirectory() as root:
         workspace = Workspace(Path(root))
         with Scratch(workspace, "prepare", PrepareParams(), {}) as scratch, scratch.publish() as out:
-            model = RANDOM[kind](blocks, 512)
+            model = random_model(kind, blocks, 512)
             model.save_pretrained(out / "model", save_original_format=False)
             unfold_experts(model)
             write_layers(out, find_layers(model))
@@ -167,7 +156,7 @@ def main() -> None:
         model = load_model(arguments.model, DTYPES[arguments.dtype])
     else:
         sizes = (3 if arguments.mixture else 10, 16384) if arguments.quick else (8 if arguments.mixture else 30, 49152)
-        model = RANDOM[kind](*sizes).to(DTYPES[arguments.dtype])
+        model = random_model(kind, *sizes).to(DTYPES[arguments.dtype])
     times = measure_times(model, arguments.rounds or (3 if arguments.quick else 5))
     print(f"{BATCH} sequences of {LENGTH} tokens, {arguments.dtype}, {torch.get_num_threads()} threads")
     for name, seconds in times.items():

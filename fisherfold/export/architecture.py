@@ -139,7 +139,7 @@ def write_config(
         | ({"experts": expert_records(model, stacks)} if stacks else {}),
         "quantization_config": dict(quantization or {"quant_method": runtime.METHOD}),
     }
-    if (scale := logit_scale(architecture.empty_model())) not in (None, 1.0):
+    if (scale := logit_scale(model)) not in (None, 1.0):
         own["logit_scale"] = scale
     text = json.dumps(architecture.config | own, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

@@ -24,9 +24,8 @@ from fisherfold.runtime.modeling_fisherfold import LowRankLinear, PivotedInputLi
 
 Pivoted = PivotedOutputLinear | PivotedInputLinear
 
-SMALLEST = (
-    1e-6  # singular value, as a share of the largest, that is balanced: what a product has no rank for stays finite
-)
+SMALLEST = 1e-6
+"""Singular value, as a share of the largest, that is balanced: what a product has no rank for stays finite."""
 
 
 @torch.no_grad()
