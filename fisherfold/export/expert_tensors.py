@@ -37,8 +37,11 @@ NAMES = {
 class Factors(Protocol):
     """A factorized layer as stage `factorize` keeps it: its record (kind, rank) and tensors; see there."""
 
-    layer: LinearLayer
-    record: dict[str, Any]
+    @property
+    def layer(self) -> LinearLayer: ...
+
+    @property
+    def record(self) -> dict[str, Any]: ...
 
     @property
     def factors(self) -> dict[str, StoredTensor]: ...

@@ -2,13 +2,13 @@
 
 <unit>/layers/<layer>/model.safetensors   the block's low-rank layers
 <unit>/rest/model.safetensors             its other tensors (norms, biases, layers that stay dense), if it has any
-<unit>/hidden                             (until the next block is done) x [S, T, h] of the dense and of the compressed network after the block, a sequence an array
+<unit>/dense, <unit>/compressed           (until the next block is done) x [S, T, h] of either network after the block, a sequence an array
 <unit>/refinement.json                    the block, and what `refine_block` says of it
 """
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from torch import nn
 
 from fisherfold.export.expert_tensors import Stack
 from fisherfold.export.free_factors import free_factors, pivot_again
-from fisherfold.export.refinement import refine_block
+from fisherfold.export.refinement import Batch, Sequences, refine_block
 from fisherfold.export.trained_experts import put_experts, take_experts
 from fisherfold.network.blocks import BlockCall, find_blocks
 from fisherfold.network.layers import input_embedding
@@ -33,7 +33,7 @@ from fisherfold.run.params import RefineParams
 from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.store import read_array
-from fisherfold.run.tables import read_sequences
+from fisherfold.run.tables import in_batches, read_sequences
 from fisherfold.run.workspace import Workspace
 from fisherfold.runtime.modeling_fisherfold import replace_layers
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PARTS = ("calibration", "tuning")
-HIDDEN = group_file(Path("hidden")).name
+NETWORKS = (DENSE, COMPRESSED) = ("dense", "compressed")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def _refined(
     done: list[str] = []
     for unit in scratch.run("refining blocks", units):
         for earlier in done[-1:]:
-            scratch.drop(earlier, HIDDEN)  # the next block alone has read it
+            for network in NETWORKS:  # the next block alone has read it
+                scratch.drop(earlier, group_file(Path(network)).name)
         done.append(unit)
     return {name: scratch.units / f"refined.{name}" for name in names}
 
@@ -117,20 +118,14 @@ def refine_unit(
         compressed = compress_block(model, name, layers, stacks)
         embedding = input_embedding(model)
         ids = {part: read_sequences(workspace.table(part), len(embedding)).to(embedding.device) for part in PARTS}
-        hidden = Hidden(model, dense, ids, before)
         call = BlockCall(model, dense, ids["calibration"][:1])
-        reading = {
-            part: (lambda numbers, part=part: hidden.pair(part, numbers, call), len(ids[part])) for part in PARTS
-        }
+        entered = Entered(model, dense, ids, before)
+        write_left(folder, DENSE, lambda x: call(dense, x), entered, params.batch_size)
         pivoted = free_factors(compressed)
-        found = refine_block(compressed, call, reading["calibration"], reading["tuning"], params)
+        training, held_out = ((pairs(folder, part, entered), len(ids[part])) for part in PARTS)
+        found = refine_block(compressed, call, training, held_out, params)
         pivot_again(compressed, pivoted, trained=found.accepted)
-        with torch.no_grad(), GroupWriter(folder / "hidden") as writer:
-            for part in PARTS:
-                for number in range(len(ids[part])):
-                    x, own = hidden.read(part, [number])
-                    writer.write(f"{part}.{number}/dense", call(dense, x)[0])
-                    writer.write(f"{part}.{number}/compressed", call(compressed, own)[0])
+        write_left(folder, COMPRESSED, lambda x: call(compressed, x), entered, params.batch_size)
         write_block(folder, compressed, name, layers, dense, stacks)
         (folder / "refinement.json").write_text(
             json.dumps({"block": name, **asdict(found)}, sort_keys=True) + "\n", encoding="utf-8"
@@ -171,33 +166,44 @@ def compress_block(
     return block.eval().requires_grad_(False)
 
 
-class Hidden:
-    """Hidden states before a block, of both networks: those of the unit before, or the embedding's."""
+class Entered:
+    """Hidden states before a block: those that the unit before wrote, or the embedding's, which both networks share."""
 
     def __init__(
         self, model: "PreTrainedModel", block: nn.Module, ids: Mapping[str, torch.Tensor], before: Path | None
     ) -> None:
         self.model, self.block, self.ids, self.before = model, block, ids, before
 
-    def read(self, part: str, numbers: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """x of the dense and of the compressed network, [B, T, h]."""
+    def read(self, network: str, part: str, numbers: list[int]) -> torch.Tensor:
+        """x [B, T, h] of the sequences of these numbers."""
         if self.before is None:
-            x = BlockCall(self.model, self.block, self.ids[part][list(numbers)]).entered
-            return x, x
-        device = next(self.block.parameters()).device
-        dense, own = (
-            torch.stack([read_array(self.before / "hidden", f"{part}.{number}/{which}") for number in numbers]).to(
-                device
-            )
-            for which in ("dense", "compressed")
-        )
-        return dense, own
+            return BlockCall(self.model, self.block, self.ids[part][numbers]).entered
+        return _read_left(self.before, network, part, numbers).to(self.ids[part].device)
 
-    def pair(self, part: str, numbers: list[int], call: BlockCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """x of the compressed network, y of the dense one."""
-        x, own = self.read(part, numbers)
-        with torch.no_grad():
-            return own, call(self.block, x)
+
+def write_left(
+    folder: Path, network: str, run: Callable[[torch.Tensor], torch.Tensor], entered: Entered, size: int
+) -> None:
+    """Write what a network's block makes of all that enters it, `size` sequences at a time."""
+    with torch.no_grad(), GroupWriter(folder / network) as writer:
+        for part, ids in entered.ids.items():
+            for numbers in in_batches(list(range(len(ids))), size):
+                for number, left in zip(numbers, run(entered.read(network, part, numbers)), strict=True):
+                    writer.write(f"{part}.{number}", left)
+
+
+def _read_left(folder: Path, network: str, part: str, numbers: list[int]) -> torch.Tensor:
+    return torch.stack([read_array(folder / network, f"{part}.{number}") for number in numbers])
+
+
+def pairs(folder: Path, part: str, entered: Entered) -> Sequences:
+    """x of the compressed network before the block, and y of the dense one after it."""
+
+    def read(numbers: list[int]) -> Batch:
+        x = entered.read(COMPRESSED, part, numbers)
+        return x, _read_left(folder, DENSE, part, numbers).to(x.device)
+
+    return read
 
 
 def write_block(

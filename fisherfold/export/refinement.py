@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from fisherfold.run.params import RefineParams
+from fisherfold.run.tables import in_batches
 
 WARM = 0.05  # share of the steps in which the rate rises
 FLOOR = 0.05  # of the rate, at the end
@@ -81,7 +82,7 @@ def refine_block(
 def _mean_loss(block: nn.Module, run: Run, sequences: tuple[Sequences, int], params: RefineParams) -> float:
     read, count = sequences
     total = 0.0
-    for numbers in _batches(list(range(count)), params.batch_size):
+    for numbers in in_batches(list(range(count)), params.batch_size):
         x, y = read(numbers)
         total += len(numbers) * float(relative_error(run(block, x), y))
     return total / count
@@ -139,9 +140,4 @@ def batches_of(count: int, passes: int, size: int) -> Iterator[list[int]]:
     """Numbers of sequences in batches, each pass in another seeded order."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(passes):
-        yield from _batches(torch.randperm(count, generator=generator).tolist(), size)
-
-
-def _batches(numbers: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(numbers), size):
-        yield numbers[start : start + size]
+        yield from in_batches(torch.randperm(count, generator=generator).tolist(), size)

@@ -65,6 +65,11 @@ def read_table(path: Path) -> pa.Table:
         ) from None
 
 
+def in_batches(numbers: list[int], size: int) -> list[list[int]]:
+    """Numbers of sequences, `size` at a time, fewer at the end."""
+    return [numbers[low : low + size] for low in range(0, len(numbers), size)]
+
+
 def read_sequences(path: Path, vocabulary: int) -> torch.Tensor:
     """Token ids [S, T], int64, checked against the model's vocabulary size; [0, 0] of an empty table.
 

@@ -20,7 +20,7 @@ from fisherfold.network.weight_check import check_weights
 from fisherfold.run.errors import InputError, NumericalError
 from fisherfold.run.params import CaptureParams
 from fisherfold.run.progress import track_lines
-from fisherfold.run.tables import read_table
+from fisherfold.run.tables import in_batches, read_table
 from fisherfold.statistics.gradient_forms import Shapes
 from fisherfold.statistics.kept import GradientWriter, kept_dtypes
 from fisherfold.statistics.layer_sums import ModelSums
@@ -137,11 +137,6 @@ def add_shard(
     if writer:
         writer.close(sums)
     return losses
-
-
-def in_batches(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
-    """Numbers of sequences, `size` at a time."""
-    return [numbers[low : low + size] for low in range(0, len(numbers), size)]
 
 
 def _named(culprits: dict[int, str]) -> dict[int, str]:

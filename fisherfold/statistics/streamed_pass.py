@@ -35,11 +35,11 @@ from fisherfold.run.group_writer import GroupWriter, write_arrays
 from fisherfold.run.params import CaptureParams
 from fisherfold.run.progress import track_lines
 from fisherfold.run.store import close_groups, offload_group, read_array
-from fisherfold.run.tables import read_sequences
+from fisherfold.run.tables import in_batches, read_sequences
 from fisherfold.statistics.kept import kept_shapes
 from fisherfold.statistics.layer_sums import ModelSums
 from fisherfold.statistics.leaf import FACTS_FILE, shard_group, shard_sequences, zero_sums
-from fisherfold.statistics.shard import NonFiniteBatch, add_shard, explain, in_batches
+from fisherfold.statistics.shard import NonFiniteBatch, add_shard, explain
 from fisherfold.statistics.stored_sums import SUMS
 from fisherfold.statistics.tree_sum import Leaf
 

@@ -23,7 +23,8 @@ def project(tmp_path_factory) -> Workspace:
     return Workspace(folder)
 
 
-def test_a_sound_project_passes_every_check(project, capsys):
+def test_a_sound_project_passes_every_check(project, capsys, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("U", (), {"free": doctor.MOST_FREE}))
     findings = doctor.examine(project, Settings(engine="inline", ray_address=None, num_gpus=0))
     assert [finding.level for finding in findings] == ["ok"] * len([*MACHINE_CHECKS, *WORKSPACE_CHECKS]), findings
     require(findings)
