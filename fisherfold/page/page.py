@@ -35,7 +35,7 @@ PAGE = TEMPLATES.from_string("""\
 </html>
 """)
 TABLE = TEMPLATES.from_string("""\
-<div class="scroll" tabindex="0" role="region" aria-label="{{ caption }}"><table><caption>{{ caption }}</caption>
+<div class="scroll" tabindex="0" role="region" aria-label="{{ caption }}"><table{% if numbers_from >= header | length %} class="texts"{% endif %}><caption>{{ caption }}</caption>
 <thead><tr>
 {% for cell in header %}
 {% if cell %}
@@ -49,7 +49,7 @@ TABLE = TEMPLATES.from_string("""\
 {% for row in rows %}
 <tr><th scope="row">{{ row[0] }}</th>
 {% for cell in row[1:] %}
-<td{% if loop.index >= numbers_from %} class="number"{% endif %}>{{ cell }}</td>
+<td{% if loop.index >= numbers_from %} class="number"{% else %} data-column="{{ header[loop.index] }}"{% endif %}>{{ cell }}</td>
 {% endfor %}
 </tr>
 {% endfor %}
@@ -79,7 +79,8 @@ def join(parts: Iterable[object]) -> Markup:
 
 
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]], numbers_from: int = 1) -> Markup:
-    """A table whose first column names the row; columns from `numbers_from` on are aligned as numbers."""
+    """A table whose first column names the row; columns from `numbers_from` on are aligned as numbers. Without such, the cells of a row
+    stand below each other on a narrow screen, each under its column's name."""
     rows = [tuple(row) for row in rows]
     return Markup(TABLE.render(caption=caption, header=header, rows=rows, numbers_from=numbers_from))
 

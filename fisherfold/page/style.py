@@ -93,6 +93,12 @@ footer { margin-top: 4rem; color: var(--soft); font-size: .85rem; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .7rem .8rem; }
   .next { padding-left: 1.1rem; }
   table { font-size: .86rem; }
+  .texts, .texts caption, .texts tbody, .texts tr, .texts tbody th, .texts tbody td { display: block; padding-right: 0; }
+  .texts thead { position: absolute; left: -99rem; }
+  .texts tr { border-bottom: 1px solid var(--soft); padding: .5rem 0; }
+  .texts tbody th, .texts tbody td { border: 0; }
+  .texts tbody th { font-weight: 620; }
+  .texts td::before { content: attr(data-column); display: block; color: var(--soft); font-size: .92em; }
   caption { white-space: normal; }
 }
 @media print { .chart.drawn > svg { display: block; } .live, .contents, #theme { display: none; } body { background: #fff; } details { display: block; } .scroll { overflow: visible; } }

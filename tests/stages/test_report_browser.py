@@ -77,6 +77,8 @@ def test_a_narrow_screen_cuts_no_picture(page) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     beyond = "[...document.querySelectorAll('.live')].filter(e => e.getBoundingClientRect().right > 400 || e.scrollWidth > e.clientWidth + 1).length"
     assert page.evaluate(beyond) == 0
+    narrowest = "Math.min(...[...document.querySelectorAll('.texts tbody td')].map(e => e.clientWidth).filter(w => w))"
+    assert page.evaluate(narrowest) > 300  # sentences stand below each other
 
 
 def test_the_keyboard_reaches_contents_and_theme(page) -> None:
