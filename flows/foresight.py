@@ -63,8 +63,8 @@ def refuse(params: Params, model: Path, found: Path) -> None:
         from fisherfold.export.gguf_export import check_gguf
 
         check_gguf(json.loads((model / "config.json").read_text(encoding="utf-8")), model)
-    if params.factorize.bits:
-        check_groups(params.factorize.bits, layers)
+    if params.factorize.bits or params.ranks.widths:
+        check_groups(layers)
     check_budget(params, model, layers, read_dense_layers(found))
     check_placement(params, model, layers)
 
@@ -80,7 +80,7 @@ def check_placement(params: Params, model: Path, layers: Sequence["LinearLayer"]
     PLACEMENTS.lookup(params.capture.placement).require(model, layers, params.capture.dtype)
 
 
-def check_groups(bits: int, layers: Sequence["LinearLayer"]) -> None:
+def check_groups(layers: Sequence["LinearLayer"]) -> None:
     """Refuse layers whose numbers do not come in whole groups, or that the format of few bits has no place for.
 
     Raises:
@@ -96,7 +96,7 @@ def check_groups(bits: int, layers: Sequence["LinearLayer"]) -> None:
             or ("is stored transposed (Conv1D)" if layer.transposed else None)
         ):
             raise ParameterError(
-                f"factorize.bits = {bits}: {layer.name!r} {reason}. Set factorize.bits = null, or leave such layers out of what is "
+                f"Numbers of few bits: {layer.name!r} {reason}. Set factorize.bits = null and ranks.widths = [], or leave such layers out of what is "
                 "compressed (prepare.experts = 'dense')."
             )
 

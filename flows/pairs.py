@@ -111,10 +111,16 @@ def further_passes(params: Params) -> str | None:
 @PAIRS.append
 def few_bits(params: Params) -> str | None:
     """Numbers of few bits come in groups, are rounded under a metric on weights, and are read by a package of its own."""
-    if params.factorize.bits is None:
+    widths = params.ranks.widths
+    if params.factorize.bits is None and not widths:
         return None
     group = importlib.import_module("fisherfold.linalg.group_grid").GROUP
-    asked = f"factorize.bits = {params.factorize.bits}"
+    asked = f"ranks.widths = {list(widths)}" if widths else f"factorize.bits = {params.factorize.bits}"
+    if widths and (params.factorize.bits or params.ranks.budget != "model_bytes" or params.ranks.allocator != "fisher"):
+        return (
+            f"{asked} chooses the bits of every layer by what they cost in bytes: set ranks.budget = 'model_bytes', ranks.allocator = "
+            "'fisher' and factorize.bits = null."
+        )
     if params.ranks.round_to % group:
         return f"{asked} rounds numbers in groups of {group}, which ranks have to be multiples of: set ranks.round_to = {group}."
     if importlib.import_module("stages.subspace").shares_inputs(params.subspace):

@@ -89,13 +89,12 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         params = as_they_are(params) if dropped else params
         compressed, dense, rows, healing = _trained(scratch, workspace, layers, compressed, dense, params, dtype)
         packed: dict[str, Path] = {}
-        if params.bits:
-            compressed, packed = in_few_bits(scratch, workspace, layers, compressed, dense, params.bits)
+        if bits := {name: width for name, row in plan.items() if (width := row.get("bits") or params.bits)}:
+            compressed, packed = in_few_bits(scratch, workspace, layers, compressed, dense, bits)
         stacks = find_stacks(layers, compressed)
         with scratch.publish() as out:
             pq.write_table(pa.Table.from_pylist(rows, REFINEMENT), out / "refinement.parquet")
-            few = params.bits, packed
-            write_model(out / "model", workspace, architecture, dense, compressed, dtype, stacks=stacks, few=few)
+            write_model(out / "model", workspace, architecture, dense, compressed, dtype, stacks=stacks, packed=packed)
             check_buffers(out / "model", dense, architecture)
             facts = count_sizes(out / "model", stored, plan, layers, stacks, gone)
             facts["healing"] = healing
@@ -178,7 +177,8 @@ def _trained(
 def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
     tables = ("calibration", "tuning") if params.refine.passes or params.heal.passes else ()
     tables += ("healing",) if params.heal.passes else ()
-    metrics = ("capture", "kronecker") if params.bits else ()
+    rounded = params.bits or any(pq.read_table(workspace.out("ranks") / "ranks.parquet")["bits"].to_pylist())
+    metrics = ("capture", "kronecker") if rounded else ()
     of_metrics = {stage: verify_output(workspace.out(stage)) for stage in metrics}
     return (
         of_metrics
@@ -267,16 +267,14 @@ def write_model(
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
     stacks: Sequence[Stack] = (),
-    few: tuple[int | None, Mapping[str, Path]] = (None, {}),
+    packed: Mapping[str, Path] = {},
 ) -> None:
-    """The checkpoint with low-rank layers, `few` being the bits of all layers and where dense ones lie in them: weights, configuration, its own code, and the dense model's other files."""
+    """The checkpoint with low-rank layers, `packed` being where dense ones in few bits lie: weights, configuration, its own code, and the dense model's other files."""
     folder.mkdir(parents=True)
-    bits, packed = few
     tensors = with_packed(compressed_tensors(dense, compressed, dtype, stacks), packed)
     write_tensors(folder, tensors, shard_bytes)
     layers = {name: stored.entry for name, stored in compressed.items() if not stored.layer.stack}
-    quantization = quantization_config({bits: packed_modules(tensors)}) if bits else None
-    write_config(folder, architecture, dtype, layers, stacks, quantization)
+    write_config(folder, architecture, dtype, layers, stacks, quantization_config(packed_modules(tensors)))
     write_code(folder, architecture, mixture=bool(stacks))
     copy_companions(workspace.model, folder)
 

@@ -5,6 +5,7 @@ Reads the spectra of stage `subspace`; writes ranks.parquet (one row a layer, mo
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,10 @@ from fisherfold.allocators.dropped_experts import DROPPED
 from fisherfold.allocators.expert_classes import into_classes
 from fisherfold.allocators.format_price import format_price, price_line
 from fisherfold.allocators.limits import Limits, matches
+from fisherfold.allocators.widths import SIXTEENTHS, as_choice, cheapest_loss, options_of
+from fisherfold.linalg.rounding_losses import RoundingUnits, rounding_units
 from fisherfold.network.layers import DENSE_FILE, LinearLayer, read_dense_layers, read_layers
+from fisherfold.network.models import read_weight
 from fisherfold.network.sites import Site, read_facts, read_sites
 from fisherfold.run.errors import CorruptArtifact, NumericalError
 from fisherfold.run.files import digest_file, verify_output
@@ -36,6 +40,7 @@ from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
 from fisherfold.statistics.layer_statistics import Statistics
+from fisherfold.subspaces.damped_metrics import DampedMetrics
 
 CURE = "Write it again with `dvc repro --force --single-item subspace`."
 RANKS = pa.schema(
@@ -49,6 +54,7 @@ RANKS = pa.schema(
         ("method", pa.string()),
         ("allocator", pa.string()),
         ("storage", pa.string()),
+        ("bits", pa.int64()),  # of its numbers, where ranks.widths chose them
         ("site", pa.string()),  # the first of the layers that share this layer's right factor: itself if none does
     ]
 )
@@ -70,7 +76,7 @@ def run(workspace: Workspace, params: RanksParams) -> None:
         "tuning": digest_file(workspace.table("tuning")),
         "capture": verify_output(workspace.out("capture")),
         "subspace": verify_output(subspace),
-    }
+    } | ({"kronecker": verify_output(workspace.out("kronecker"))} if params.widths else {})
     with Scratch(workspace, "ranks", params, inputs) as scratch:
         if scratch.republish():
             return
@@ -81,10 +87,16 @@ def run(workspace: Workspace, params: RanksParams) -> None:
         spectra = read_spectra(subspace / "spectra.parquet", sites, blind)
         budget = BUDGETS.lookup(params.budget)(sites, workspace.model)
         task = replace(pose(sites, spectra, params, limits, budget), workspace=workspace, scratch=scratch)
-        ranks = into_classes(task, allocate(task, allocator), params.expert_classes)
-        choices = [choose_storage(site, int(rank), params.storage, budget.unit) for site, rank in zip(sites, ranks)]
+        price = None
+        if params.widths:
+            choices, loss = choose_widths(scratch, workspace, task, budget.unit.weight, blind)
+        else:
+            ranks = into_classes(task, allocate(task, allocator), params.expert_classes)
+            choices = [choose_storage(site, int(rank), params.storage, budget.unit) for site, rank in zip(sites, ranks)]
+            loss = task.predicted_loss([choice.rank for choice in choices])
+            price = format_price(task, limits, budget)
         _describe(sites, choices, whole_experts=DROPPED in task.tables)
-        if (price := format_price(task, limits, budget)) is not None:
+        if price is not None:
             announce("ranks", price_line(params.storage, params.round_to, price))
         with scratch.publish() as out:
             pq.write_table(
@@ -94,7 +106,7 @@ def run(workspace: Workspace, params: RanksParams) -> None:
                 pq.write_table(extra, out / f"{name}.parquet")
             (out / "budget.json").write_text(
                 json.dumps(
-                    _budget(task, choices, price) | _routing(workspace, read_layers(subspace)),
+                    _budget(task, choices, loss, price) | _routing(workspace, read_layers(subspace)),
                     indent=1,
                     sort_keys=True,
                 )
@@ -102,6 +114,53 @@ def run(workspace: Workspace, params: RanksParams) -> None:
                 encoding="utf-8",
             )
             shutil.copyfile(subspace / "layers.json", out / "layers.json")
+
+
+def choose_widths(
+    scratch: Scratch, workspace: Workspace, task: Allocation, weight_bytes: int, blind: Collection[str]
+) -> tuple[list[Choice], float]:
+    """Rank and bits of every site in one knapsack, and half the loss that they predict; see ``fisherfold.allocators.widths``.
+
+    A site in `blind`, about which the metric says nothing, keeps its numbers as they are.
+    """
+    params, outs = task.params, [workspace.out(stage) for stage in ("capture", "kronecker", "subspace")]
+    seen = {site.name: (site, sigma) for site, sigma in zip(task.sites, task.spectra) if site.name not in blind}
+    units = {name: (workspace.model, outs, site, sigma.tolist()) for name, (site, sigma) in seen.items()}
+    folders = scratch.map("predicting losses of rounding", predict_rounding, units)
+    unrounded = 8 * weight_bytes
+    options = []
+    for site, sigma, allowed in zip(task.sites, task.spectra, task.allowed):
+        folder = folders.get(site.name)
+        losses = RoundingUnits(0.0, np.zeros(site.full_rank)) if folder is None else read_units(folder)
+        widths = (unrounded, *params.widths) if folder else (unrounded,)
+        options.append(options_of(site, sigma, losses, widths, np.flatnonzero(allowed), params.storage))
+    chosen = cheapest_loss(options, task.budget * SIXTEENTHS)
+    return [as_choice(site, option, unrounded) for site, option in zip(task.sites, chosen)], 0.5 * sum(
+        option.loss for option in chosen
+    )
+
+
+def predict_rounding(folder: Path, model: Path, outs: Sequence[Path], site: Site, sigma: Sequence[float]) -> None:
+    """Unit of work: what rounding a site's factors, or its weight, will cost."""
+    (layer,) = site.layers
+    lefts, right = site.read_basis(outs[-1] / "bases")
+    metric = DampedMetrics(*outs).of(layer)
+    found = rounding_units(
+        read_weight(model, layer).double().numpy(),
+        lefts[0].double().numpy(),
+        right.double().numpy(),
+        np.array(sigma),
+        metric.inputs,
+        metric.outputs,
+    )
+    text = json.dumps({"dense": found.dense, "components": found.components.tolist()})
+    (folder / "units.json").write_text(text, encoding="utf-8")
+
+
+def read_units(folder: Path) -> RoundingUnits:
+    """What `predict_rounding` wrote."""
+    found = json.loads((folder / "units.json").read_text(encoding="utf-8"))
+    return RoundingUnits(found["dense"], np.array(found["components"]))
 
 
 def read_spectra(path: Path, sites: Sequence[Site], blind: Collection[str] = ()) -> list[np.ndarray]:
@@ -145,9 +204,15 @@ def _describe(sites: Sequence[Site], choices: Sequence[Choice], whole_experts: b
     """Say what is unusual: sites left dense and, unless the allocator has said it of `whole_experts`, sites dropped whole."""
     dense = sum(len(site.layers) for site, choice in zip(sites, choices) if choice.storage == DENSE)
     dropped = [layer.name for site, choice in zip(sites, choices) if choice.rank == 0 for layer in site.layers]
-    announce("ranks", f"{sum(len(site.layers) for site in sites)} layers, {dense} of them dense")
+    announce("ranks", f"{sum(len(site.layers) for site in sites)} layers, {dense} of them dense{_widths_of(choices)}")
     if dropped and not whole_experts:
         announce("ranks", f"rank 0, so the layer's product is dropped: {', '.join(dropped)}")
+
+
+def _widths_of(choices: Sequence[Choice]) -> str:
+    """How many sites have numbers of how few bits."""
+    counts = Counter(choice.bits for choice in choices if choice.bits)
+    return "".join(f", {count} in {bits} bits" for bits, count in sorted(counts.items()))
 
 
 def ranks_table(
@@ -165,6 +230,7 @@ def ranks_table(
             "method": facts.get("methods", {}).get(site.name, facts["metric"]),
             "allocator": allocator,
             "storage": choice.storage,
+            "bits": choice.bits,
             "site": site.name,
         }
         for site, choice in zip(sites, choices)
@@ -182,7 +248,7 @@ def _routing(workspace: Workspace, layers: Sequence[LinearLayer]) -> dict:
     return {"routed": {layer.name: statistics.tokens_seen(layer) / statistics.tokens for layer in experts}}
 
 
-def _budget(task: Allocation, choices: Sequence[Choice], price: float | None) -> dict:
+def _budget(task: Allocation, choices: Sequence[Choice], loss: float, price: float | None) -> dict:
     """The contract of budget.json. `budget` and `spent` are of the targeted layers, in the unit of ranks.budget."""
     priced = {"storage": task.params.storage, "round_to": task.params.round_to, "price": price}
     return ({} if price is None else {"format": priced}) | {
@@ -192,5 +258,5 @@ def _budget(task: Allocation, choices: Sequence[Choice], price: float | None) ->
         "budget": task.budget,
         "spent": sum(choice.cost for choice in choices),
         "stored_parameters": sum(sum(choice.numbers) for choice in choices),
-        "predicted_loss_increase": task.predicted_loss([choice.rank for choice in choices]),
+        "predicted_loss_increase": loss,
     }

@@ -71,12 +71,14 @@ class Choice:
         storage: "dense" or a name of FORMATS.
         numbers: what each of its layers stores, the shared factor and its order with the first.
         cost: of the whole site, in the unit of the budget.
+        bits: of its numbers, where ranks.widths has rounded them; None: those of factorize.dtype or factorize.bits.
     """
 
     rank: int
     storage: str
     numbers: tuple[int, ...]
     cost: int
+    bits: int | None = None
 
 
 def choose_storage(site: Site, rank: int, storage: str, unit: Unit = Unit()) -> Choice:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fisherfold.allocators.cost import ALLOWED_FORMATS, DENSE, FORMATS, Unit
+from fisherfold.allocators.cost import ALLOWED_FORMATS, DENSE, FORMATS, Choice, Unit
 from fisherfold.linalg import knapsack
 from fisherfold.linalg.group_grid import GROUP, SCALE_BYTES
 from fisherfold.linalg.knapsack import Knapsack
@@ -20,7 +20,11 @@ from fisherfold.linalg.rounding_losses import PIVOTED, RoundingUnits
 from fisherfold.network.sites import Site
 
 UNROUNDED = 16
-"""The width of numbers that are not rounded to whole ones."""
+"""The width of numbers that are not rounded to whole ones; 32 is another."""
+MOST_BITS = 8
+"""Of a number that is rounded to a whole one."""
+SHAPE_BYTES = 16
+"""Of what a matrix of few bits stores besides its numbers: its shape."""
 SIXTEENTHS = 16
 """Costs are counted in sixteenths of a byte: a number of b bits and its share of a scale take 2 b + 1 of them."""
 
@@ -38,7 +42,7 @@ class Option:
 
 def unit_of(bits: int, index_bytes: int = 8) -> Unit:
     """The price of a number of so many bits, with its share of a scale, and of an index."""
-    scale = 0 if bits == UNROUNDED else SCALE_BYTES * SIXTEENTHS // GROUP
+    scale = 0 if bits > MOST_BITS else SCALE_BYTES * SIXTEENTHS // GROUP
     return Unit(bits * SIXTEENTHS // 8 + scale, index_bytes * SIXTEENTHS)
 
 
@@ -54,13 +58,23 @@ def _option(site: Site, rank: int, bits: int, truncation: np.ndarray, units: Rou
     """The cheapest format of a rank and width; one that outgrows the matrix in as many bits is dense."""
     unit = unit_of(bits)
     stored = {name: FORMATS.lookup(name)(site, np.array(rank)).priced(unit) for name in ALLOWED_FORMATS[storage]}
-    cost, name = min((int(price), name) for name, price in stored.items())
-    dense = site.dense_numbers * unit.weight
+    shape = SHAPE_BYTES * SIXTEENTHS if bits <= MOST_BITS else 0
+    cost, name = min((int(price) + (2 * shape if rank else 0), name) for name, price in stored.items())
+    dense = site.dense_numbers * unit.weight + shape
     if rank == site.full_rank or cost >= dense:
-        return Option(site.full_rank, DENSE, bits, dense, 0.0 if bits == UNROUNDED else units.of_dense(bits))
+        return Option(site.full_rank, DENSE, bits, dense, 0.0 if bits > MOST_BITS else units.of_dense(bits))
     factor = PIVOTED if name != "factors" else 1.0
-    rounding = 0.0 if bits == UNROUNDED else factor * float(units.of_ranks(bits)[rank])
+    rounding = 0.0 if bits > MOST_BITS else factor * float(units.of_ranks(bits)[rank])
     return Option(rank, name, bits, cost, float(truncation[rank]) + rounding)
+
+
+def as_choice(site: Site, option: Option, unrounded: int) -> Choice:
+    """An option as stage `ranks` writes it, its cost in whole bytes; `unrounded` is the width of the model's dtype."""
+    numbers = site.dense_numbers
+    if option.storage != DENSE:
+        numbers = int(FORMATS.lookup(option.storage)(site, np.array(option.rank)).priced(Unit()))
+    bits = option.bits if option.bits < unrounded else None
+    return Choice(option.rank, option.storage, (numbers,), option.cost // SIXTEENTHS, bits)
 
 
 def cheapest_loss(options: Sequence[Sequence[Option]], budget: int) -> list[Option]:

@@ -66,8 +66,10 @@ def _matrix_of(name: str) -> str | None:
     return f"{prefix}weight" if part in (PACKED, SCALE, SHAPE) else None
 
 
-def quantization_config(modules: Mapping[int, Iterable[str]]) -> dict[str, Any]:
-    """What config.json says of modules that are stored in few bits, by their width."""
+def quantization_config(modules: Mapping[int, Iterable[str]]) -> dict[str, Any] | None:
+    """What config.json says of modules that are stored in few bits, by their width; None if there are none."""
+    if not modules:
+        return None
     groups = {
         f"bits_{bits}": {
             "targets": sorted(names),
@@ -111,9 +113,15 @@ def with_packed(tensors: Mapping[str, StoredTensor], packed: Mapping[str, Path])
     return dict(sorted(found.items()))
 
 
-def packed_modules(tensors: Iterable[str]) -> list[str]:
-    """The modules whose weight is packed, by the tensors' names."""
-    return [name.removesuffix(f".{PACKED}") for name in tensors if name.endswith(f".{PACKED}")]
+def packed_modules(tensors: Mapping[str, StoredTensor]) -> dict[int, list[str]]:
+    """The modules whose weight is packed, by its bits."""
+    found: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(f".{PACKED}"):
+            module = name.removesuffix(f".{PACKED}")
+            columns = tensors[f"{module}.{SCALE}"].shape[1] * GROUP
+            found.setdefault(WORD * tensor.shape[1] // columns, []).append(module)
+    return found
 
 
 def unpacked_weights(packed: Mapping[str, Path], dense: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -50,19 +50,19 @@ def in_few_bits(
     layers: Sequence[LinearLayer],
     compressed: dict[str, StoredLayer],
     dense: Mapping[str, StoredTensor],
-    bits: int,
+    bits: Mapping[str, int],
 ) -> tuple[dict[str, StoredLayer], dict[str, Path]]:
-    """Low-rank layers with rounded factors, and the folders of the rounded weights of layers that stay dense, by name."""
+    """Low-rank layers with factors rounded to their `bits`, by name, and the folders of the rounded weights of layers that stay dense, by name."""
     outs = workspace.out("capture"), workspace.out("kronecker"), workspace.out("subspace")
     low_rank = {
-        f"rounded.{name}": (stored.layer, stored.record["kind"], stored.tensors, bits, outs)
+        f"rounded.{name}": (stored.layer, stored.record["kind"], stored.tensors, bits[name], outs)
         for name, stored in compressed.items()
-        if stored.record["rank"]
+        if stored.record["rank"] and name in bits
     }
     whole = {
-        f"rounded.{layer.name}": (layer, dense[layer.tensor], bits, outs)
+        f"rounded.{layer.name}": (layer, dense[layer.tensor], bits[layer.name], outs)
         for layer in layers
-        if layer.name not in compressed
+        if layer.name not in compressed and layer.name in bits
     }
     factors = scratch.map("rounding factors", round_low_rank, low_rank)
     weights = scratch.map("rounding weights", round_dense, whole)

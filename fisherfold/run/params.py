@@ -201,6 +201,7 @@ class RanksParams(ComputeBlock):
     ceiling: Ceiling | dict[str, Ceiling] = 1.0
     fixed: dict[str, Annotated[int, Field(ge=0)]] = {}
     exclude: list[str] = []
+    widths: tuple[Literal[8, 4], ...] = ()
     expert_classes: Count = 4
     fermigrad: FermigradParams = FermigradParams()
     measured: MeasuredParams = MeasuredParams()

@@ -52,6 +52,7 @@ FISHER = {"capture": SKETCH, "kronecker": {"estimator": "sequence"}}
         ({"capture": STREAMED | {"knowledge_questions": 32}}, "Set capture.knowledge_questions: 0"),
         ({"capture": STREAMED, "kronecker": {"estimator": "every_token"}}, "passes of its own with the whole model"),
         ({"factorize": {"bits": 4}}, "set ranks.round_to = 32"),
+        ({"ranks": {"widths": [8, 4], "round_to": 32}}, "set ranks.budget = 'model_bytes'"),
         ({"factorize": {"bits": 4}, "ranks": {"round_to": 32}, "subspace": {"share_inputs": True}}, "its own metric"),
         ({"factorize": {"bits": 8, "gguf_export": True}, "ranks": {"round_to": 64}}, "factorize.gguf_export = false"),
     ],

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,10 +16,11 @@ from fisherfold.export.packed import matrices, pack, packed_tensors, unpacked
 from fisherfold.linalg.group_grid import round_nearest
 from fisherfold.network.layers import find_layers, write_dense_layers, write_layers
 from fisherfold.network.models import load_model
-from fisherfold.run.params import KroneckerParams, PrepareParams
+from fisherfold.run.params import KroneckerParams, PrepareParams, RanksParams
 from fisherfold.run.scratch import Scratch
+from fisherfold.run.tables import write_sequences
 from fisherfold.run.workspace import Workspace
-from stages import factorize
+from stages import factorize, ranks
 
 SIZES = {
     "hidden_size": 64,
@@ -41,6 +43,7 @@ def workspace_of(root) -> Workspace:
         (out / "prepare.json").write_text(
             json.dumps({"model": {"name": "tiny", "origin": "local", "licence": None, "digest": "0"}})
         )
+    write_sequences(workspace.table("tuning"), random_ids(2, 12).numpy(), [["a"], ["b"]], VOCABULARY)
     layers = find_layers(load_model(workspace.model, torch.float32))
     write_layers(workspace.out("prepare"), layers)
     publish_subspace(workspace, layers, {}, False, "svd")
@@ -64,8 +67,12 @@ def test_a_packed_matrix_is_what_was_packed_and_what_compressed_tensors_reads(bi
 def test_the_checkpoint_loads_in_both_ways_as_what_was_rounded(tmp_path):
     pytest.importorskip("compressed_tensors")
     workspace = workspace_of(tmp_path)
-    ranks = {"model.layers.0.mlp.up_proj": 32, "model.layers.0.mlp.down_proj": 32, "model.layers.0.self_attn.q_proj": 0}
-    publish_ranks(workspace, ranks, "factors")
+    chosen = {
+        "model.layers.0.mlp.up_proj": 32,
+        "model.layers.0.mlp.down_proj": 32,
+        "model.layers.0.self_attn.q_proj": 0,
+    }
+    publish_ranks(workspace, chosen, "factors")
     factorize.run(workspace, as_truncated(bits=8, dense_export=True))
     out = workspace.out("factorize")
     facts = json.loads((out / "factorize.json").read_text())
@@ -82,3 +89,24 @@ def test_the_checkpoint_loads_in_both_ways_as_what_was_rounded(tmp_path):
     for options in ({"trust_remote_code": True}, {}):
         model = AutoModelForCausalLM.from_pretrained(out / "model", **options).eval()
         torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=2e-4, rtol=1e-3)
+
+
+def test_ranks_and_bits_are_chosen_together_and_kept_to_the_byte(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    workspace = workspace_of(tmp_path)
+    params = {"budget": "model_bytes", "widths": (8, 4), "round_to": 32, "storage": "factors"}
+    losses, kept = [], set()
+    for ratio in (0.45, 0.68):
+        ranks.run(workspace, RanksParams(ratio=ratio, **params))
+        budget = json.loads((workspace.out("ranks") / "budget.json").read_text())
+        assert budget["spent"] <= budget["budget"]
+        losses.append(budget["predicted_loss_increase"])
+        kept |= {row["bits"] for row in pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()}
+        factorize.run(workspace, as_truncated())
+        facts = json.loads((workspace.out("factorize") / "factorize.json").read_text())
+        most = (1 - ratio) * facts["model_bytes_dense"]
+        assert 0.9 * most < facts["model_bytes_compressed"] <= most
+        model = AutoModelForCausalLM.from_pretrained(workspace.out("factorize") / "model", trust_remote_code=True)
+        assert model(random_ids(2, 9)).logits.isfinite().all()
+    assert losses[0] < losses[1]
+    assert len(kept) > 1
