@@ -113,7 +113,9 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
                 whole = original_tensors(architecture.empty_model(), whole)
             if params.dense_export:
                 write_dense(out / "dense", workspace, architecture, whole, dtype)
-                (out / "dense" / "README.md").write_text(dense_card(workspace, architecture, facts), encoding="utf-8")
+                (out / "dense" / "README.md").write_text(
+                    dense_card(workspace, architecture, facts, params), encoding="utf-8"
+                )
                 write_lineage(out / "dense", workspace, inputs)
             if params.gguf_export:
                 write_gguf(out / "model.gguf", architecture.config, workspace.model, whole, dtype)
@@ -177,6 +179,7 @@ def _trained(
 def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
     tables = ("calibration", "tuning") if params.refine.passes or params.heal.passes else ()
     tables += ("healing",) if params.heal.passes else ()
+    ranks = verify_output(workspace.out("ranks"))
     rounded = params.bits or any(pq.read_table(workspace.out("ranks") / "ranks.parquet")["bits"].to_pylist())
     metrics = ("capture", "kronecker") if rounded else ()
     of_metrics = {stage: verify_output(workspace.out(stage)) for stage in metrics}
@@ -188,7 +191,7 @@ def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
             "facts": verify_output(workspace.out("prepare"), "prepare.json"),
             "bases": verify_output(workspace.out("subspace"), "bases"),
             "metric": verify_output(workspace.out("subspace"), "subspace.json"),
-            "ranks": verify_output(workspace.out("ranks")),
+            "ranks": ranks,
         }
     )
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from fisherfold.allocators.cost import DENSE
 from fisherfold.allocators.format_price import price_line
 from fisherfold.export.architecture import DenseArchitecture
 from fisherfold.export.card_templates import LOW_RANK, MULTIPLIED_OUT
 from fisherfold.page.references import REFERENCES
-from fisherfold.run.params import FactorizeParams
+from fisherfold.run.params import FactorizeParams, HealParams, RefineParams
 from fisherfold.run.targets import TARGETS
 from fisherfold.run.workspace import Workspace
 
@@ -59,7 +60,7 @@ def compressed_card(
         if f"{key}_dense" in counts
     ]
     return LOW_RANK.render(
-        **_shared_parts(workspace, facts, counts),
+        **_shared_parts(workspace, facts, counts, params),
         beside=[hint for name, hint in HINTS.items() if getattr(params, name)],
         chat=_has_chat_template(workspace.model),
         serve=_serving_command(params),
@@ -85,9 +86,11 @@ def _target_costs(workspace: Workspace, params: FactorizeParams) -> Iterator[str
         yield TARGETS[params.target].costs
 
 
-def dense_card(workspace: Workspace, architecture: DenseArchitecture, counts: dict[str, Any]) -> str:
+def dense_card(
+    workspace: Workspace, architecture: DenseArchitecture, counts: dict[str, Any], params: FactorizeParams
+) -> str:
     """The card of the dense export."""
-    parts = _shared_parts(workspace, _facts(workspace), counts)
+    parts = _shared_parts(workspace, _facts(workspace), counts, params)
     return MULTIPLIED_OUT.render(**parts, architecture=architecture.model_class)
 
 
@@ -96,10 +99,12 @@ def _facts(workspace: Workspace) -> dict[str, Any]:
     return facts
 
 
-def _shared_parts(workspace: Workspace, facts: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
+def _shared_parts(
+    workspace: Workspace, facts: dict[str, Any], counts: dict[str, Any], params: FactorizeParams
+) -> dict[str, Any]:
     """What both cards say."""
     ranks = pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()
-    settings = _settings(workspace, ranks, counts)
+    settings = _settings(workspace, ranks, counts) | _training(params) | {"layers": _kinds(ranks, counts)}
     used = [settings["subspace.metric"], settings["ranks.allocator"], *sorted({row["storage"] for row in ranks})]
     papers = dict.fromkeys(paper for method in used for paper in REFERENCES.get(method, ()))
     return {"model": _model(facts["model"]), "settings": settings, "data": list(_data(facts)), "papers": list(papers)}
@@ -175,9 +180,6 @@ def _settings(workspace: Workspace, ranks: list[dict[str, Any]], counts: dict[st
     budget = json.loads((workspace.out("ranks") / "budget.json").read_text(encoding="utf-8"))
     keys = SETTINGS.get(subspace["metric"], tuple(key for key in sorted(subspace) if key not in NOT_SETTINGS))
     shared = {"subspace.share_inputs": True} if subspace.get("shared") else {}
-    kinds = Counter(record["kind"] for record in counts["layers"].values()) | Counter(
-        dense=len(ranks) - len(counts["layers"])
-    )
     return {
         "subspace.metric": subspace["metric"],
         **{f"subspace.{key}": subspace[key] for key in keys if key in subspace},
@@ -186,5 +188,26 @@ def _settings(workspace: Workspace, ranks: list[dict[str, Any]], counts: dict[st
         "ranks.budget": budget.get("unit", "parameters"),
         "ranks.allocator": ranks[0]["allocator"],
         "factorize.dtype": counts["dtype"],
-        "layers": ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()) if number),
     }
+
+
+def _training(params: FactorizeParams) -> dict[str, Any]:
+    """What was done to the factors after the cut."""
+    trained: dict[str, RefineParams | HealParams] = {"refine": params.refine, "heal": params.heal}
+    found = {
+        f"factorize.{name}.{key}": getattr(block, key)
+        for name, block in trained.items()
+        for key in ("passes", "rate")
+        if block.passes
+    }
+    return found | ({"factorize.bits": params.bits} if params.bits else {})
+
+
+def _kinds(ranks: list[dict[str, Any]], counts: dict[str, Any]) -> str:
+    """How many layers there are of each kind, and of how many bits where these were chosen layer by layer."""
+    kinds = Counter(
+        counts["layers"].get(row["module"], {"kind": DENSE})["kind"]
+        + (f" in {bits} bits" if (bits := row.get("bits")) else "")
+        for row in ranks
+    )
+    return ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))

@@ -101,12 +101,15 @@ def test_ranks_and_bits_are_chosen_together_and_kept_to_the_byte(tmp_path):
         budget = json.loads((workspace.out("ranks") / "budget.json").read_text())
         assert budget["spent"] <= budget["budget"]
         losses.append(budget["predicted_loss_increase"])
-        kept |= {row["bits"] for row in pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()}
+        widths = {row["bits"] for row in pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()}
+        kept |= widths
         factorize.run(workspace, as_truncated())
         facts = json.loads((workspace.out("factorize") / "factorize.json").read_text())
         most = (1 - ratio) * facts["model_bytes_dense"]
         assert 0.9 * most < facts["model_bytes_compressed"] <= most
         model = AutoModelForCausalLM.from_pretrained(workspace.out("factorize") / "model", trust_remote_code=True)
+        card = (workspace.out("factorize") / "model" / "README.md").read_text(encoding="utf-8")
+        assert all(f" in {bits} bits" in card for bits in widths - {None})
         assert model(random_ids(2, 9)).logits.isfinite().all()
     assert losses[0] < losses[1]
     assert len(kept) > 1
