@@ -4,8 +4,13 @@ import os
 import warnings
 
 VERBOSE = "FISHERFOLD_VERBOSE"
-SILENT = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error"}
-"""What the libraries read; they warn of much that a stage has checked itself, in words that no user can act on."""
+SILENT = {
+    "PYTHONWARNINGS": "ignore",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+}
+"""What the libraries read; their bars would tear our lines, and they warn of much that a stage has checked itself, in words that no user can act on."""
 
 
 def be_verbose(verbose: bool) -> None:
