@@ -1,15 +1,18 @@
 """Prefill and decode of a mixture whose experts are factorized, against the dense one, in one process.
 
-    python benchmarks/expert_times.py            # two blocks of 32 experts of which a token goes to 4, widths 1024 and 512: a minute
+    python benchmarks/expert_times.py                # two blocks of 32 experts of which a token goes to 4, widths 1024 and 512: three minutes
+    python benchmarks/expert_times.py --round-to 8   # as ranks.round_to
 
 Weights are random; every expert's matrices have the largest ranks that store 0.8 or 0.6 of their numbers, in one class a stack or, with the
-ranks of half the experts a little lower, in two. All models run in turn, the figures are medians of times over the dense model's.
+ranks of half the experts a little lower, in two. All models run in turn, each right after the dense one; the figures are medians of its time over that
+of this dense run, which other work on the machine moves less than either.
 """
 
+import argparse
 import copy
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -23,16 +26,19 @@ from fisherfold.runtime.modeling_fisherfold_experts import replace_experts
 
 EXPERTS, CHOSEN, HIDDEN, INNER, BLOCKS, VOCABULARY = 32, 4, 1024, 512, 2, 1024
 KINDS = {"factors": "factors", "pivoted": "pivoted_outputs", "pivoted_inputs": "pivoted_inputs"}
-PROMPT, PREFILL, ROUNDS, TOKENS = 32, 256, 7, 15
+PROMPT, PREFILL, ROUNDS, TOKENS = 32, 256, 11, 41
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--round-to", type=int, default=1, help="ranks are multiples of this")
+    multiple = parser.parse_args().round_to
     torch.manual_seed(0)
     with torch.no_grad():
         dense = dense_model()
         models = {"dense": dense} | {
             f"{storage}, {ratio:.0%} removed, {classes} class{'es'[: 2 * classes - 2]}": factorized(
-                dense, storage, ratio, classes
+                dense, storage, ratio, classes, multiple
             )
             for storage in KINDS
             for ratio in (0.2, 0.4)
@@ -58,13 +64,14 @@ def dense_model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def factorized(dense: PreTrainedModel, storage: str, ratio: float, classes: int) -> PreTrainedModel:
+def factorized(dense: PreTrainedModel, storage: str, ratio: float, classes: int, multiple: int) -> PreTrainedModel:
     """The dense model with random factors in the place of its experts."""
     model = copy.deepcopy(dense)
     stacks = {
         name: {
             "classes": [
-                {"kind": KINDS[storage], "rank": best_rank(*shape, storage, ratio) - 8 * c} for c in range(classes)
+                {"kind": KINDS[storage], "rank": best_rank(*shape, storage, ratio) // multiple * multiple - 8 * c}
+                for c in range(classes)
             ],
             "of": [expert % classes for expert in range(EXPERTS)],
         }
@@ -85,7 +92,7 @@ def best_rank(n: int, m: int, storage: str, ratio: float) -> int:
 
 
 def table(models: dict[str, PreTrainedModel]) -> Iterator[tuple[str, list[float]]]:
-    """Times over the dense model's, by model: of a prefill, of a token after PROMPT tokens, of one for each of 8 sequences."""
+    """Times over the dense model's, by model (the dense one's own over the run before, to see the noise): of a prefill, of a token after PROMPT tokens, of one for each of 8 sequences."""
     ids = torch.randint(VOCABULARY, (8, PREFILL))
     works = {
         name: [partial(model, input_ids=ids[:1], use_cache=False), Decode(model, ids[:1]), Decode(model, ids)]
@@ -96,7 +103,7 @@ def table(models: dict[str, PreTrainedModel]) -> Iterator[tuple[str, list[float]
         for column, rounds in enumerate((ROUNDS, TOKENS, TOKENS))
     ]
     for name in models:
-        yield name, [column[name] / column["dense"] for column in columns]
+        yield name, [column[name] for column in columns]
 
 
 class Decode:
@@ -111,15 +118,20 @@ class Decode:
         self.cache.crop(-1)
 
 
-def measure(works: dict, rounds: int) -> dict[str, float]:
-    """Median seconds by name; all run in turn, the first round is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in works}
+def measure(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median of the time over that of the dense model just before, by name; the first round is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds + 1):
         for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+            before = clock(works["dense"])
+            found[name].append(clock(work) / before)
+    return {name: statistics.median(ratios[1:]) for name, ratios in found.items()}
+
+
+def clock(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """A tiny random model of any causal model type that transformers knows, made from its own configuration class.
 
     model = tiny_family("qwen3_moe")
+    python tests/support/tiny_families.py qwen3_moe FOLDER
 
 Sizes come from names: `SIZES` says how large an integer of the default configuration becomes by what it is called, in nested
 configurations too; of layers of several kinds one of each kind is kept. `RELATED` has what names do not tell: sizes that must fit others.
 """
 
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -213,3 +215,7 @@ def save_family(folder: Path, model_type: str, seed: int = 0) -> Path:
         save_file({}, folder / "model.safetensors")
     tiny_bytes_tokenizer().save_pretrained(folder)
     return folder
+
+
+if __name__ == "__main__":
+    save_family(Path(sys.argv[2]), sys.argv[1])
