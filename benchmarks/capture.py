@@ -6,7 +6,8 @@
     python benchmarks/capture.py --model FOLDER           # a model of yours (--dtype bfloat16)
     python benchmarks/capture.py --model FOLDER --times   # without the memory
 
-The bare pass of a mixture runs experts as transformers does. The bare pass runs the same code without hooks: frozen weights, one label shift, the same loss and gradient of the logits.
+The layers are those that stage prepare would take. The bare pass runs the same code without hooks: frozen weights, one label shift, the same loss and gradient
+of the logits; that of a mixture runs experts as transformers does.
 All three run in turn on the same batch in this process; the first round is not counted and ratios are of medians.
 
 Memory is the peak of a process that runs the whole stage with sketches, on a model of a few such blocks.
@@ -30,6 +31,7 @@ from fisherfold.network.experts import expert_modules, unfold_experts
 from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.layers import find_layers, write_layers
 from fisherfold.network.models import DTYPES, load_model
+from fisherfold.network.targets import find_targets
 from fisherfold.run.params import CaptureParams, PrepareParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.tables import write_sequences
@@ -75,7 +77,7 @@ def measure_times(model: PreTrainedModel, rounds: int) -> dict[str, float]:
     """Median seconds of the bare pass, with token-wise sums, and with sketches too."""
     measured = copy.deepcopy(model)
     unfold_experts(measured)
-    layers = find_layers(measured)
+    layers = find_targets(measured, torch.randint(model.config.vocab_size, (1, 32))).layers
     tokenwise, sketched = (
         ModelSums(measured, layers, GRADIENT_FORMS.lookup(form), RANK, 0) for form in ("none", "sketch")
     )
