@@ -100,6 +100,15 @@ def test_what_cannot_be_split_is_refused(tmp_path):
     assert "initialization failed" in answers([folder], processes=2)[str(folder)]  # the reason is in the worker's log
 
 
+def test_factors_of_few_bits(tmp_path):
+    """vLLM reads the packed factors; of its kernels for CPUs none has 8 bits."""
+    made = {storage: served_model(tmp_path / storage, "llama", storage, bits=4) for storage in ("plain", "pivoted")}
+    wider = served_model(tmp_path / "wider", "llama", "plain", bits=8)
+    found = answers([*made.values(), wider])
+    assert [storage for storage, folder in made.items() if not same(found[str(folder)], greedy(folder))] == []
+    assert "Failed to find a kernel that can implement the WNA16 linear layer" in found[str(wider)]
+
+
 def test_the_server(tmp_path):
     """`vllm serve`: two requests at once and a talk get the tokens of transformers, and it stops when it is told to."""
     folder = served_model(tmp_path, "llama", "pivoted")

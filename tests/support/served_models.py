@@ -11,8 +11,11 @@ from tiny import VOCABULARY, as_truncated
 from tiny_subspace import publish_ranks, subspace_workspace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from fisherfold.linalg.group_grid import GROUP
 from fisherfold.network.layers import read_layers
 from fisherfold.network.sites import read_sites
+from fisherfold.run.params import KroneckerParams
+from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
 from stages import factorize
 
@@ -52,13 +55,24 @@ def small_model(family: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def served_model(root: Path, family: str, storage: str) -> Path:
+def served_model(root: Path, family: str, storage: str, bits: int | None = None) -> Path:
     """Folder of a checkpoint with layers of several kinds: dense, dropped, of small and of large rank."""
     kind, shared = STORAGES[storage]
     workspace = subspace_workspace(root, family, shared=shared, model=small_model(family), experts=False)
-    publish_ranks(workspace, some_ranks(workspace), kind)
-    factorize.run(workspace, as_truncated(dense_export=True))
+    ranks = some_ranks(workspace)
+    if bits:
+        ranks = {name: -(-rank // GROUP) * GROUP for name, rank in ranks.items()}
+        publish_statistics(workspace)
+    publish_ranks(workspace, ranks, kind)
+    factorize.run(workspace, as_truncated(bits=bits, dense_export=True))
     return workspace.out("factorize") / "model"
+
+
+def publish_statistics(workspace: Workspace) -> None:
+    """What is asked of stages capture and kronecker where the metric is the identity."""
+    (workspace.out("capture") / "capture.json").write_text("{}")
+    with Scratch(workspace, "kronecker", KroneckerParams(), {}) as scratch, scratch.publish():
+        pass
 
 
 def some_ranks(workspace: Workspace) -> dict[str, int]:

@@ -3,6 +3,9 @@
 Usage: python -I vllm_tokens.py REQUESTS TOKENS PARTS FOLDER…, REQUESTS being JSON: lists of token ids, each answered with so many tokens; PARTS is
 the number of processes that compute a layer together. The environment is `vllm_server.SETTINGS`. Prints one line of JSON: by folder the tokens of each
 request and the sum of their log-probabilities, or the error.
+
+Of vLLM's kernels for CPUs those that know AVX2 alone have no product of matrices of 4 bits; there one in torch takes its place, from the layout that vLLM has
+brought the checkpoint's tensors into.
 """
 
 import gc
@@ -10,6 +13,7 @@ import json
 import sys
 from typing import Any
 
+import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -27,6 +31,34 @@ def tokens(folder: str, requests: list[list[int]], count: int, parts: int) -> li
     return found
 
 
+BLOCK, WORD = 16, 8  # outputs that lie together, of so many a word of 32 bits
+PRODUCT = "cpu_gemm_wna16(Tensor x, Tensor words, Tensor(a!) y, Tensor scales, Tensor? zeros, Tensor? bias, int word, str kind) -> ()"
+
+
+def product_of_four_bits(
+    x: torch.Tensor, words: torch.Tensor, y: torch.Tensor, scales: torch.Tensor, zeros: None, bias: Any, *_: Any
+) -> None:
+    """y = x W + b into y [T, n]; words [n / 16, m · 2] have the codes, scales [groups, n]."""
+    m, n = x.shape[1], scales.shape[1]
+    codes = (words.view(n // BLOCK, m, BLOCK // WORD, 1) >> torch.arange(0, 32, 4)) & 15
+    codes = codes.reshape(n // BLOCK, m, BLOCK).transpose(0, 1).reshape(m, n) - 8
+    W = codes * scales.repeat_interleave(m // len(scales), 0)
+    y.copy_(x @ W.to(x.dtype) + (0 if bias is None else bias))
+
+
+def fill_in() -> None:
+    """Give vLLM the product if it has none."""
+    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        own = torch.library.Library("_C", "FRAGMENT")
+        own.define(PRODUCT)
+        own.impl("cpu_gemm_wna16", product_of_four_bits, "CPU")
+        KEPT.append(own)
+
+
+KEPT: list[Any] = []
+"""What has to live as long as the process."""
+
+
 def tried(folder: str, *request: Any) -> list[tuple[list[int], float]] | str:
     """What `tokens` gives, or the error's name and text."""
     try:
@@ -36,5 +68,6 @@ def tried(folder: str, *request: Any) -> list[tuple[list[int], float]] | str:
 
 
 if __name__ == "__main__":
+    fill_in()
     requests, count, parts = map(json.loads, sys.argv[1:4])
     print(json.dumps({folder: tried(folder, requests, count, parts) for folder in sys.argv[4:]}))
