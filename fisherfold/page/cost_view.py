@@ -1,6 +1,6 @@
 """What the run itself cost, stage by stage, and how fast its model is: figures that stand beside the outputs, where they are known."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -11,37 +11,36 @@ from fisherfold.page.record import Record
 from fisherfold.run.times import gain
 from fisherfold.run.workspace import MODELS
 
+HIGHEST = "Memory at most"
+PICTURED = ("Time", HIGHEST, "Disk")
+
 USES = {"reading": "reading a text", "answering": "writing an answer"}
 
 
 def cost_view(record: Record) -> Markup:
     """Time, memory and disk of every stage, as bars and as a table; disk alone where nothing else is known."""
-    measures = {
-        "Time": {stage: (taken["seconds"], duration(taken["seconds"])) for stage, taken in record.times.items()},
-        "Memory at most": {
-            stage: (taken["peak_bytes"], megabytes(int(taken["peak_bytes"]))) for stage, taken in record.times.items()
-        },
-        "Disk": {stage: (float(held), megabytes(held)) for stage, held in record.bytes.items()},
+    taken = {name: {stage: found.get(key) for stage, found in record.times.items()} for name, key in TAKEN.items()}
+    measures = taken | {"Disk": {stage: float(held) for stage, held in record.bytes.items()}}
+    shown = {name: {stage: value for stage, value in own.items() if value} for name, own in measures.items()}
+    said = {
+        name: {stage: (value, SAID[name](value)) for stage, value in own.items()} for name, own in shown.items() if own
     }
-    shown = {name: bars for name, bars in measures.items() if bars}
-    pictures = [bar_chart(f"{name} by stage", bars, name, 300) for name, bars in shown.items()]
-    stages = list(record.bytes | record.times)
-    rows = [(stage, *(bars.get(stage, (0, "–"))[1] for bars in shown.values())) for stage in stages]
+    pictures = [bar_chart(f"{name} by stage", said[name], name, 300) for name in PICTURED if name in said]
+    rows = [(stage, *(bars.get(stage, (0, "–"))[1] for bars in said.values())) for stage in record.bytes | record.times]
     if record.times:
-        whole = sum(taken["seconds"] for taken in record.times.values())
-        rows.append(("all", duration(whole), *["–"] * (len(shown) - 2), megabytes(sum(record.bytes.values()))))
+        rows.append(("all", *("–" if name == HIGHEST else SAID[name](sum(shown[name].values())) for name in said)))
     return section(
         "What the run took",
         figure(element("div", *pictures, class_="panels"), " ".join(_caption(record)), wide=False),
-        table("The same as a table", ("stage", *map(str.lower, shown)), rows),
+        table("The same as a table", ("stage", *map(str.lower, said)), rows),
     )
 
 
 def _caption(record: Record) -> Iterator[str]:
     if record.times:
         yield (
-            "Of each stage the time from the start of its process to its end, and the largest memory of that process "
-            "(work that Ray gave to others is not in it)."
+            "Of each stage the time from the start of its process to its end, that of all its threads together, the largest memory of that "
+            "process, and what it wrote, temporary files too (work that Ray gave to others is not in it)."
         )
     yield "Disk is what the stage's output holds, which is what DVC caches."
 
@@ -51,6 +50,21 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{number(seconds, 2)} s"
     return f"{number(seconds / 60)} min" if seconds < 7200 else f"{number(seconds / 3600)} h"
+
+
+def _bytes(count: float) -> str:
+    return megabytes(int(count))
+
+
+TAKEN = {"Time": "seconds", "Processor time": "cpu_seconds", HIGHEST: "peak_bytes", "Written": "written_bytes"}
+"""What ``fisherfold.run.times`` knows of a stage, by its name there."""
+SAID: dict[str, Callable[[float], str]] = {
+    "Time": duration,
+    "Processor time": duration,
+    HIGHEST: _bytes,
+    "Written": _bytes,
+    "Disk": _bytes,
+}
 
 
 def speed_view(record: Record) -> Markup | None:

@@ -1,9 +1,11 @@
 """How long the stages took, and how fast the models are: figures that no two runs share, kept beside the outputs and never in one.
 
-    artifacts/times.json    {"stages": {STAGE: {OUTPUT: {"seconds", "peak_bytes"}}}, "unfinished": {STAGE: …}, "speed": {OUTPUT: …}}
+    artifacts/times.json    {"stages": {STAGE: {OUTPUT: TAKEN}}, "unfinished": {STAGE: TAKEN}, "speed": {OUTPUT: …}}
+    TAKEN                   {"seconds", "cpu_seconds", "peak_bytes", "written_bytes"}
 
-OUTPUT is the digest of what was computed, so an output that DVC restores has the figures of the run that made it. `seconds` counts
-the processes that ended by themselves or were interrupted, from their start; `peak_bytes` is the largest memory of one of them.
+OUTPUT is the digest of what was computed, so an output that DVC restores has the figures of the run that made it. TAKEN counts the
+processes that ended by themselves or were interrupted, from their start: seconds by the clock and of all their threads, the largest
+memory of one of them, and bytes that they wrote to files (0 where the system does not count them).
 """
 
 import json
@@ -55,11 +57,11 @@ def timed(workspace: Workspace, stage: str) -> Iterator[None]:
 
 def _note_stage(workspace: Workspace, stage: str, ended: bool) -> None:
     times = read_times(workspace)
-    before = times["unfinished"].pop(stage, {"seconds": 0.0, "peak_bytes": 0})
-    taken = {
-        "seconds": round(before["seconds"] + _seconds_of_this_process(), 1),
-        "peak_bytes": max(before["peak_bytes"], RSS_UNIT * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss),
-    }
+    before, now = times["unfinished"].pop(stage, {}), _of_this_process()
+    taken = {name: round(before.get(name, 0) + value, 1) for name, value in now.items()}
+    taken["peak_bytes"] = max(
+        before.get("peak_bytes", 0), RSS_UNIT * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
     if not ended:
         times["unfinished"][stage] = taken
     elif digest := output_digest(workspace, stage):
@@ -69,8 +71,14 @@ def _note_stage(workspace: Workspace, stage: str, ended: bool) -> None:
     _write(workspace, times)
 
 
-def _seconds_of_this_process() -> float:
-    return time.time() - psutil.Process().create_time()
+def _of_this_process() -> dict[str, float]:
+    process, spent = psutil.Process(), os.times()
+    counters = process.io_counters() if hasattr(process, "io_counters") else None
+    return {
+        "seconds": time.time() - process.create_time(),
+        "cpu_seconds": spent.user + spent.system + spent.children_user + spent.children_system,
+        "written_bytes": getattr(counters, "write_chars", 0),
+    }
 
 
 def note_speed(workspace: Workspace, figures: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ def publish(workspace: Workspace, stage: str, text: str) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that each process of a stage takes, in turn."""
     taken: list[float] = []
-    monkeypatch.setattr(times, "_seconds_of_this_process", lambda: taken.pop(0))
+    monkeypatch.setattr(times, "_of_this_process", lambda: {"seconds": taken.pop(0), "written_bytes": 7})
     return taken
 
 
@@ -35,7 +35,21 @@ def test_what_an_interrupted_stage_took_counts_for_the_output_that_it_leads_to(t
     with timed(workspace, "ranks"):  # the same output, published again
         pass
     found = stage_times(workspace)["ranks"]
-    assert found["seconds"] == 120.0 and found["peak_bytes"] > 1e6
+    assert (found["seconds"], found["written_bytes"]) == (120.0, 14) and found["peak_bytes"] > 1e6
+
+
+def test_a_stage_s_process_is_measured_by_what_it_did(tmp_path):
+    workspace = Workspace(tmp_path)
+    before = times._of_this_process()
+    (tmp_path / "file").write_bytes(bytes(10**6))
+    sum(number**2 for number in range(10**5))
+    now = times._of_this_process()
+    assert now["cpu_seconds"] > before["cpu_seconds"] and now["seconds"] > before["seconds"]
+    if now["written_bytes"]:  # where the system counts
+        assert 10**6 <= now["written_bytes"] - before["written_bytes"] < 2 * 10**6
+    with timed(workspace, "ranks"):
+        publish(workspace, "ranks", "first")
+    assert {"seconds", "cpu_seconds", "peak_bytes", "written_bytes"} == set(stage_times(workspace)["ranks"])
 
 
 def test_an_output_that_comes_back_has_its_own_figures(tmp_path, clock):
