@@ -32,10 +32,11 @@ pytestmark = [
 ]
 
 
-def answers(folders: list[Path], processes: int = 1) -> dict[str, Answers | str]:
+def answers(folders: list[Path], processes: int = 1, compiled: bool = False) -> dict[str, Answers | str]:
     """What vLLM adds to the requests and how probable that was, by folder, each layer split over so many processes."""
     script = ROOT / "tests" / "support" / "vllm_tokens.py"
-    command = [os.environ[INTERPRETER], "-I", script, json.dumps(REQUESTS), str(TOKENS), str(processes), *folders]
+    asked = map(json.dumps, (REQUESTS, TOKENS, processes, compiled))
+    command = [os.environ[INTERPRETER], "-I", script, *asked, *folders]
     process = subprocess.run(
         command, env=environment() | IN_PROCESS, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
@@ -87,6 +88,11 @@ def test_other_families(tmp_path):
     made = {family: served_model(tmp_path / family, family, "pivoted") for family in OTHERS}
     found = answers(list(made.values()))
     assert [family for family, folder in made.items() if not same(found[str(folder)], greedy(folder))] == []
+
+
+def test_compiled_by_vllm(tmp_path):
+    folder = served_model(tmp_path, "llama", "pivoted")
+    assert same(answers([folder], compiled=True)[str(folder)], greedy(folder))
 
 
 def test_two_processes_that_share_each_layer_get_the_same_tokens(tmp_path):

@@ -1,7 +1,7 @@
 """Run in an interpreter that has vLLM (see test_vllm.py): greedy tokens of checkpoints, two requests at once.
 
-Usage: python -I vllm_tokens.py REQUESTS TOKENS PARTS FOLDER…, REQUESTS being JSON: lists of token ids, each answered with so many tokens; PARTS is
-the number of processes that compute a layer together. The environment is `vllm_server.SETTINGS`. Prints one line of JSON: by folder the tokens of each
+Usage: python -I vllm_tokens.py REQUESTS TOKENS PARTS COMPILED FOLDER…, REQUESTS being JSON: lists of token ids, each answered with so many tokens; PARTS is
+the number of processes that compute a layer together, COMPILED true or false. The environment is `vllm_server.SETTINGS`. Prints one line of JSON: by folder the tokens of each
 request and the sum of their log-probabilities, or the error.
 
 Of vLLM's kernels for CPUs those that know AVX2 alone have no product of matrices of 4 bits; there one in torch takes its place, from the layout that vLLM has
@@ -18,9 +18,11 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 
-def tokens(folder: str, requests: list[list[int]], count: int, parts: int) -> list[tuple[list[int], float]]:
+def tokens(
+    folder: str, requests: list[list[int]], count: int, parts: int, compiled: bool
+) -> list[tuple[list[int], float]]:
     """What the engine adds to each request, each layer split over so many processes."""
-    options = {"dtype": "float32", "max_model_len": 64, "enforce_eager": True, "tensor_parallel_size": parts}
+    options = {"dtype": "float32", "max_model_len": 64, "enforce_eager": not compiled, "tensor_parallel_size": parts}
     engine = LLM(folder, trust_remote_code=True, **options)
     greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, logprobs=0)
     answers = engine.generate([{"prompt_token_ids": ids} for ids in requests], greedy, use_tqdm=False)
@@ -69,5 +71,5 @@ def tried(folder: str, *request: Any) -> list[tuple[list[int], float]] | str:
 
 if __name__ == "__main__":
     fill_in()
-    requests, count, parts = map(json.loads, sys.argv[1:4])
-    print(json.dumps({folder: tried(folder, requests, count, parts) for folder in sys.argv[4:]}))
+    asked = list(map(json.loads, sys.argv[1:5]))
+    print(json.dumps({folder: tried(folder, *asked) for folder in sys.argv[5:]}))
