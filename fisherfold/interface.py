@@ -31,6 +31,7 @@ import torch
 from fisherfold.cli import own_code
 from fisherfold.fisher.estimators import ESTIMATORS, CapturedLayer, Estimate
 from fisherfold.network.layers import LinearLayer, by_group, read_layers
+from fisherfold.run.determinism import placed
 from fisherfold.run.disk import empty_folder
 from fisherfold.run.errors import InputError, NumericalError, ParameterError
 from fisherfold.run.params import Params, check_params
@@ -231,7 +232,8 @@ class Compression:
                 block = getattr(self.params, stage)
                 asked += f"{stage}: {block.model_dump_json()}\n"
                 if self._finished.get(stage) != asked:
-                    _stage(stage).run(self.workspace, block)
+                    with placed(self.params.capture.placement):
+                        _stage(stage).run(self.workspace, block)
                     self._finished[stage] = asked
         finally:
             be_quiet(before)

@@ -97,14 +97,13 @@ def placement_of_capture(params: Params) -> str | None:
 
 
 @PAIRS.append
-def further_passes(params: Params) -> str | None:
-    """An estimator's own passes hold the whole model."""
-    name, estimator = params.kronecker.estimator, _estimator(params)
-    if _placement(params).holds_model or not estimator.passes:
+def unpacked_bits(params: Params) -> str | None:
+    """What reads numbers of few bits unpacks them at a layer's first call, and keeps them."""
+    if params.factorize.bits is None or _placement(params).holds_model:
         return None
     return (
-        f"kronecker.estimator = {name!r} takes passes of its own with the whole model in memory, which capture.placement = "
-        f"{params.capture.placement!r} avoids. Set kronecker.estimator = 'kfac', 'token' or 'sequence', or capture.placement = 'whole'."
+        f"factorize.bits = {params.factorize.bits}: compressed-tensors keeps a model's unpacked weights in memory when it is evaluated, which "
+        f"capture.placement = {params.capture.placement!r} avoids. Set factorize.bits = null, or capture.placement = 'whole'."
     )
 
 

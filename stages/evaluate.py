@@ -35,9 +35,11 @@ from fisherfold.evaluation.scores import mean_by_position, summarise_answers, su
 from fisherfold.evaluation.speed import FILE, measure_speed
 from fisherfold.evaluation.stored_weights import find_zero_layers, read_zero_layers
 from fisherfold.evaluation.text import loss_units, measure_losses, read_losses, sources, summarise_sources
+from fisherfold.run.determinism import STREAMED, chosen_placement
 from fisherfold.run.errors import CorruptArtifact, ParameterError
 from fisherfold.run.files import describe_files, digest_file, digest_json, verify_output
 from fisherfold.run.params import EvaluateParams
+from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.tables import ANSWERS, QUESTIONS, read_table
 from fisherfold.run.times import note_speed
@@ -181,6 +183,9 @@ def _run_tasks(
 
 
 def _measure_speed(scratch: Scratch, models: dict[str, ModelRun], workspace: Workspace) -> None:
+    if chosen_placement() == STREAMED:
+        announce("evaluate", "no speed is measured: with one decoder block in memory it would be the disk's")
+        return
     folders = scratch.map("speed", measure_speed, {"speed": (models, workspace.table("evaluation"))})
     note_speed(workspace, json.loads((folders["speed"] / FILE).read_text(encoding="utf-8")))
 

@@ -39,6 +39,10 @@ class ExpertLinear(nn.Linear):
         self.transposed = transposed
         self.rows: torch.Tensor | None = None
 
+    def of_stack(self, expert: int, matrices: torch.Tensor) -> torch.Tensor:
+        """The weight of an expert in a stack like its own."""
+        return matrices[expert].T if self.transposed else matrices[expert]
+
 
 def _read(expert: Any, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """What an expert's matrix, or what has been put in its place, makes of x, the tokens `rows`."""

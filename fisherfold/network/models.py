@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from fisherfold.network.layers import LinearLayer
-from fisherfold.run.determinism import chosen_device
+from fisherfold.run.determinism import STREAMED, chosen_device, chosen_placement
 from fisherfold.run.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +33,14 @@ def decomposing_device() -> str:
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    """Load a causal language model for measuring: evaluation mode, frozen parameters, on the chosen device."""
+    """Load a causal language model for measuring: evaluation mode, frozen parameters, on the chosen device.
+
+    Under placement `streamed` its weights stay on the disk, see `fisherfold.network.weights_on_call`.
+    """
+    if chosen_placement() == STREAMED:
+        from fisherfold.network.weights_on_call import read_on_call
+
+        return read_on_call(folder, dtype)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -57,7 +64,7 @@ class StaysLoaded(Generic[Arguments, Loaded]):
         update_wrapper(self, load)
 
     def __call__(self, *arguments: Arguments.args, **named: Arguments.kwargs) -> Loaded:
-        place = (self.load, arguments, *sorted(named.items()))
+        place = (self.load, chosen_placement(), arguments, *sorted(named.items()))
         with self._lock:
             while place not in self._places and len(self._places) >= PLACES:
                 self._places.popitem(last=False)

@@ -10,7 +10,7 @@ Shapes: B sequences of T tokens, h hidden dimensions, V vocabulary.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fisherfold.network.blocks import BlockCall, list_blocks
-from fisherfold.network.experts import unfold_experts
+from fisherfold.network.experts import ExpertLinear, unfold_experts
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES
 from fisherfold.run.checkpoint import read_tensors
@@ -39,26 +39,20 @@ class StreamedModel:
     Attributes:
         model: frozen, in evaluation mode; its buffers are there, its weights are on the meta device until they are asked for.
         names: of the decoder blocks.
+        blocks: these, by name.
         device: of whatever is read.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self._tensors, self.dtype = read_tensors(folder), dtype
+        self._resident: dict[int, Callable[[], torch.Tensor]] = {}
         self.device = torch.device("cuda" if chosen_device() == "auto" else chosen_device())
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(folder, local_files_only=True), dtype=dtype
-            )
-        model.tie_weights()
-        self.model: PreTrainedModel = model.eval().requires_grad_(False)
+        self.model = _skeleton(folder, dtype).eval().requires_grad_(False)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = buffer if buffer is None else buffer.to(self.device)
-        self._blocks = list_blocks(self.model)
-        self.names = list(self._blocks)
+        self.blocks = list_blocks(self.model)
+        self.names = list(self.blocks)
         self._aliases = _tied_names(self.model)
 
     @property
@@ -76,10 +70,10 @@ class StreamedModel:
         """Inside, one decoder block has its weights, with experts unfolded, and stands in the model."""
         name = self.names[number]
         parent, _, key = name.rpartition(".")
-        empty, siblings = self._blocks[name], cast(nn.ModuleList, self.model.get_submodule(parent))
+        empty, siblings = self.blocks[name], cast(nn.ModuleList, self.model.get_submodule(parent))
         loaded = copy.deepcopy(empty)
         loaded.__dict__.pop("forward", None)  # of whoever runs the model through its blocks
-        self._fill(loaded, name, lambda module: True)
+        self.fill(loaded, name)
         unfold_experts(loaded)
         siblings[int(key)] = loaded.requires_grad_(False)
         try:
@@ -98,7 +92,7 @@ class StreamedModel:
         absent |= {id(outputs)} if not head else set()
         blocks = self.model.get_submodule(self.names[0].rpartition(".")[0])
         absent |= {id(module) for module in blocks.modules()}
-        restore = self._fill(self.model, "", lambda module: id(module) not in absent)
+        restore = self.fill(self.model, "", lambda module: id(module) not in absent)
         if not embedding:
             inputs.forward = lambda ids, *_: torch.zeros(*ids.shape, self.width, dtype=self.dtype, device=self.device)
         try:
@@ -126,45 +120,99 @@ class StreamedModel:
     @contextmanager
     def replaced(self, forward: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
         """Inside, the model runs ``forward(number, arguments, keywords)`` in the place of its blocks."""
-        for number, block in enumerate(self._blocks.values()):
+        for number, block in enumerate(self.blocks.values()):
             block.forward = lambda *args, number=number, **kwargs: forward(number, args, kwargs)
         try:
             yield
         finally:
-            for block in self._blocks.values():
+            for block in self.blocks.values():
                 del block.forward
 
-    def _fill(self, root: nn.Module, prefix: str, chosen: Callable[[nn.Module], bool]) -> Callable[[], None]:
+    def fill(
+        self, root: nn.Module, prefix: str, chosen: Callable[[nn.Module], bool] = lambda module: True
+    ) -> Callable[[], None]:
         """Read what is stored of the chosen modules below `root`, tied weights once; return what takes it out again."""
-        read: dict[str, Any] = {}
+        read: dict[str, torch.Tensor] = {}
         undo: list[tuple[dict[str, Any], str, Any]] = []
         for path, module in root.named_modules(prefix=prefix):
             for kind in (module._parameters, module._buffers) if chosen(module) else ():
                 for own, value in list(kind.items()):
-                    name = self._stored_name(f"{path}.{own}" if path else own, value)
-                    if name is not None:
-                        read.setdefault(name, self._read(name, value))
+                    name, part = self.stored(path, own, module)
+                    if name is not None and value is not None:
+                        read[name] = read[name] if name in read else self._load(name, value.dtype)
                         undo.append((cast(dict[str, Any], kind), own, value))
-                        kind[own] = read[name]
+                        kind[own] = _like(value, part(read[name]))
+        for name, values in read.items():
+            self._resident[_address(values)] = partial(self._load, name, values.dtype)
 
         def restore() -> None:
             for kind, own, value in undo:
                 kind[own] = value
+            for values in read.values():
+                self._resident.pop(_address(values), None)
 
         return restore
 
-    def _stored_name(self, name: str, value: torch.Tensor | None) -> str | None:
-        """The name under which a parameter or buffer is on disk, its own or that of one it is tied to; None of what need not be."""
-        stored = next((each for each in self._aliases.get(name, [name]) if each in self._tensors), None)
-        if stored is None and value is not None and value.is_meta:
+    def stored(
+        self, path: str, own: str, module: nn.Module
+    ) -> tuple[str | None, Callable[[torch.Tensor], torch.Tensor]]:
+        """Under which name a parameter or buffer of the module at `path` is on disk, its own or one that it is tied to, and which part of that it is.
+
+        Raises:
+            CorruptArtifact: it is not there, and the skeleton has no numbers of its own.
+        """
+        if isinstance(module, ExpertLinear):
+            stack, _, expert = path.rpartition(".")
+            return (
+                (f"{stack}_bias", lambda v: v[int(expert)])
+                if own == "bias"
+                else (stack, partial(module.of_stack, int(expert)))
+            )
+        name = f"{path}.{own}" if path else own
+        found = next((each for each in self._aliases.get(name, [name]) if each in self._tensors), None)
+        value = getattr(module, own)
+        if found is None and value is not None and value.is_meta:
             raise CorruptArtifact(
                 f"The prepared model holds no weight {name!r}. Write it again with `dvc repro --force --single-item prepare`."
             )
-        return stored if value is not None else None
+        return found, lambda values: values
 
-    def _read(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        values = self._tensors[name].read().to(self.device, like.dtype)
-        return nn.Parameter(values, requires_grad=False) if isinstance(like, nn.Parameter) else values
+    def read_again(self, weight: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+        """What reads a weight that is in memory once more, or None if the tensor is none; a view of a weight gives a view."""
+        source = self._resident.get(_address(weight))
+        if source is None or not weight.numel():
+            return None
+        where = weight.size(), weight.stride(), weight.storage_offset()
+        return lambda: source().as_strided(*where)
+
+    def _load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        return self._tensors[name].read().to(self.device, dtype)
+
+
+def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """The model with its weights on the meta device, its own buffers, and layers replaced as its configuration says."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers.auto import get_hf_quantizer
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if quantizer is not None:
+            quantizer.preprocess_model(model=model, dtype=dtype, checkpoint_files=[])
+    if quantizer is not None:
+        quantizer.postprocess_model(model)
+    model.tie_weights()
+    return model
+
+
+def _like(value: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(read, requires_grad=False) if isinstance(value, nn.Parameter) else read
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _tied_names(model: nn.Module) -> dict[str, list[str]]:

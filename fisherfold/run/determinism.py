@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 DEVICE_VARIABLE = (
     "FISHERFOLD_DEVICE"  # cpu, cuda, cuda:1, mps, auto (spread over the node's GPUs); unset: the best there is
 )
+PLACEMENTS = (WHOLE, STREAMED) = ("whole", "streamed")
+"""Of models: all weights in memory, or those of one decoder block and one embedding at a time. The bits are the same."""
 LIBRARIES = ("torch", "numpy", "scipy", "transformers")
 """Packages whose version can change a bit of what a unit computes."""
 
@@ -33,6 +36,24 @@ def chosen_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+_placement: ContextVar[str] = ContextVar("placement", default=WHOLE)
+
+
+def chosen_placement() -> str:
+    """Of the models that this process loads."""
+    return _placement.get()
+
+
+@contextmanager
+def placed(placement: str) -> Iterator[None]:
+    """Inside, models are loaded so."""
+    before = _placement.set(placement)
+    try:
+        yield
+    finally:
+        _placement.reset(before)
 
 
 def describe_machine() -> dict[str, str]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fisherfold.run.determinism import computing_threads
+from fisherfold.run.determinism import chosen_placement, computing_threads
 from fisherfold.run.disk import append_line, empty_folder, replace_folder, require_disk, sync_folder, sync_tree
 from fisherfold.run.engine import Files, Unit, current_engine
 from fisherfold.run.errors import WorkspaceBusy
@@ -152,7 +152,8 @@ class Scratch:
         if len(pending) < len(units):
             announce(self.stage, f"{doing}: {len(units) - len(pending)} of {len(units)} units are finished already")
         yield from [name for name in units if name in self._finished]
-        work = StageWork(self.stage, code_digest(self.stage), self._machine, self.units, self.threads)
+        code = code_digest(self.stage)
+        work = StageWork(self.stage, code, self._machine, self.units, self.threads, chosen_placement())
         write = partial(write_unit, work)
         for name, files in track(self.stage, doing, current_engine().run(write, pending), len(pending)):
             self._list(name, files)

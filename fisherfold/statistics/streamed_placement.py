@@ -88,8 +88,6 @@ class Streamed(Placement):
                 "a sequence whose gradient breaks in an early block has been added to the sums of the later ones by then, so "
                 "capture.placement = 'streamed' cannot leave it out. Set capture.skip_nonfinite: false."
             )
-        if params.knowledge_questions:
-            return "capture.placement = 'streamed' asks no knowledge questions. Set capture.knowledge_questions: 0."
         return None
 
     @staticmethod

@@ -148,7 +148,7 @@ def check() -> int:
 
 def stage(name: Annotated[StageName, Argument(help="Which.", show_choices=True)]) -> int:
     """Run one stage in this process (what dvc.yaml calls)."""
-    from fisherfold.run.determinism import compute_deterministically
+    from fisherfold.run.determinism import compute_deterministically, placed
     from fisherfold.run.params import load_params
     from fisherfold.run.progress import begin
     from fisherfold.run.scratch import clear_scratch, forget_output
@@ -172,7 +172,7 @@ def stage(name: Annotated[StageName, Argument(help="Which.", show_choices=True)]
     begin(name)
     module = importlib.import_module(f"stages.{name}")
     further = {"look_ahead": partial(foresee, every)} if name == "prepare" else {}
-    with timed(workspace, name):
+    with timed(workspace, name), placed(every.capture.placement):  # changes no bit of any stage's output
         run_on_engine(
             name, partial(module.run, workspace, params, **further), settings, getattr(params, "threads", None)
         )

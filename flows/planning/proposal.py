@@ -10,7 +10,7 @@ from flows.planning.plan import USABLE, Hardware, StagePlan, plan_stage
 from flows.planning.shapes import ModelShapes
 
 Change = dict[str, Any]
-STREAMED: Change = {"placement": "streamed", "knowledge_questions": 0}  # which asks none
+STREAMED: Change = {"placement": "streamed"}
 
 
 def propose(

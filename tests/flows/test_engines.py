@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from shuffled import Shuffled
 
 from fisherfold.run import unit_work
-from fisherfold.run.determinism import computing_threads, describe_machine
+from fisherfold.run.determinism import STREAMED, WHOLE, chosen_placement, computing_threads, describe_machine
 from fisherfold.run.engine import Files, Unit, use_engine
 from fisherfold.run.errors import EngineError, ParameterError
 from fisherfold.run.scratch import Scratch
@@ -63,7 +63,15 @@ def test_of_two_attempts_at_a_unit_the_first_stays(tmp_path):
 
 
 def stage_work(folder: Path, **changes: object) -> StageWork:
-    return replace(StageWork("report", code_digest("report"), describe_machine(), folder, None), **changes)
+    return replace(StageWork("report", code_digest("report"), describe_machine(), folder, None, WHOLE), **changes)
+
+
+def test_a_worker_places_models_as_the_stage_does(tmp_path):
+    def work(folder: Path) -> None:
+        (folder / "found").write_text(chosen_placement())
+
+    write_unit(stage_work(tmp_path, placement=STREAMED), "unit", Unit(work, ()))
+    assert (tmp_path / "unit" / "found").read_text() == STREAMED and chosen_placement() == WHOLE
 
 
 def test_a_failed_attempt_leaves_nothing(tmp_path):

@@ -18,7 +18,7 @@ from flows.preflight import check_inputs, check_prepared, check_tasks, restrict
 from flows.staleness import stale_reasons
 
 SKETCH = {"gradients": "sketch"}
-STREAMED = {"placement": "streamed", "knowledge_questions": 0}
+STREAMED = {"placement": "streamed"}
 FISHER = {"capture": SKETCH, "kronecker": {"estimator": "sequence"}}
 
 
@@ -49,8 +49,10 @@ FISHER = {"capture": SKETCH, "kronecker": {"estimator": "sequence"}}
         ),
         ({"kronecker": {"trim_tokens": 256}}, "leaves nothing of sequences of 256"),
         ({"capture": STREAMED | {"skip_nonfinite": True}}, "Set capture.skip_nonfinite: false"),
-        ({"capture": STREAMED | {"knowledge_questions": 32}}, "Set capture.knowledge_questions: 0"),
-        ({"capture": STREAMED, "kronecker": {"estimator": "every_token"}}, "passes of its own with the whole model"),
+        (
+            {"capture": STREAMED, "factorize": {"bits": 4}, "ranks": {"round_to": 32}},
+            "keeps a model's unpacked weights",
+        ),
         ({"factorize": {"bits": 4}}, "set ranks.round_to = 32"),
         ({"ranks": {"widths": [8, 4], "round_to": 32}}, "set ranks.budget = 'model_bytes'"),
         ({"factorize": {"bits": 4}, "ranks": {"round_to": 32}, "subspace": {"share_inputs": True}}, "its own metric"),
@@ -70,7 +72,7 @@ def test_parameters_that_do_not_go_together(changed, says):
         {"subspace": {"metric": "fwsvd"}, "capture": SKETCH},
         {"subspace": {"metric": "fasc"}, "capture": SKETCH},
         {"subspace": {"metric": "svd_llm", "input_damping": "oas"}},
-        {"capture": STREAMED},
+        {"capture": STREAMED, "kronecker": {"estimator": "every_token"}},
     ],
 )
 def test_parameters_that_go_together(changed):

@@ -154,7 +154,7 @@ def test_no_more_than_one_block_has_weights(prepared, tmp_path, monkeypatch):
     """In every forward and backward pass: one block, or what lies around the blocks."""
     resident: list[set[str]] = []
     opened: list[StreamedModel] = []
-    fill = StreamedModel._fill
+    fill = StreamedModel.fill
 
     def watched(self, *arguments):
         opened.append(self)
@@ -162,7 +162,7 @@ def test_no_more_than_one_block_has_weights(prepared, tmp_path, monkeypatch):
         resident.append({n.split(".")[2] for n, p in self.model.named_parameters() if "layers" in n and not p.is_meta})
         return restore
 
-    monkeypatch.setattr(StreamedModel, "_fill", watched)
+    monkeypatch.setattr(StreamedModel, "fill", watched)
     captured(prepared, tmp_path / "w", STREAMED)
     assert {frozenset(names) for names in resident} == {frozenset(), frozenset("0"), frozenset("1")}
     assert all(parameter.is_meta for parameter in opened[0].model.parameters())
@@ -194,16 +194,9 @@ def test_a_layer_outside_the_blocks_is_refused(prepared):
         )
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"skip_nonfinite": True}, "capture.skip_nonfinite: false"),
-        ({"knowledge_questions": 2}, "knowledge_questions: 0"),
-    ],
-)
-def test_what_it_cannot_do_is_refused(prepared, tmp_path, changes, reason):
-    with pytest.raises(InputError, match=reason):
-        captured(prepared, tmp_path / "w", STREAMED.model_copy(update=changes))
+def test_what_it_cannot_do_is_refused(prepared, tmp_path):
+    with pytest.raises(InputError, match=r"capture\.skip_nonfinite: false"):
+        captured(prepared, tmp_path / "w", STREAMED.model_copy(update={"skip_nonfinite": True}))
 
 
 def test_a_sequence_that_is_not_finite_is_named(prepared, tmp_path, monkeypatch):

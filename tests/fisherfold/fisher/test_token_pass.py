@@ -14,6 +14,7 @@ from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.layers import forward_hooks, linear_modules
 from fisherfold.network.models import load_model
 from fisherfold.run import scratch
+from fisherfold.run.determinism import STREAMED, placed
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.files import read_manifest
 from fisherfold.run.params import CaptureParams, KroneckerParams, SubspaceParams
@@ -95,6 +96,13 @@ def test_slices_of_layers_and_sizes_of_batches_change_nothing_but_rounding(works
     assert torch.equal(whole, sliced)
     alone = estimated(workspace, LAYERS[1], batch_size=1)
     torch.testing.assert_close(whole, alone, rtol=1e-3, atol=1e-6 * whole.norm().item())
+
+
+def test_with_one_decoder_block_in_memory_the_bits_are_the_same(workspace):
+    whole = estimated(workspace, LAYERS[1])
+    shutil.rmtree(workspace.artifacts / "kronecker.partial")
+    with placed(STREAMED):
+        assert torch.equal(estimated(workspace, LAYERS[1]), whole)
 
 
 def test_a_killed_pass_resumes_with_the_same_bytes(workspace, monkeypatch):

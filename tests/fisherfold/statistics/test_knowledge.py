@@ -11,10 +11,11 @@ from fisherfold.network.gradient_pass import loss_gradient
 from fisherfold.network.layers import find_layers
 from fisherfold.network.models import load_model
 from fisherfold.page.knowledge_view import knowledge_view, mass_shares, mean_rho
+from fisherfold.run.determinism import PLACEMENTS, placed
 from fisherfold.run.errors import InputError
 from fisherfold.run.params import CaptureParams
 from fisherfold.run.tables import read_table
-from fisherfold.statistics.knowledge import TABLE, encode_answer
+from fisherfold.statistics.knowledge import TABLE, encode_answer, measure_questions
 from fisherfold.statistics.layer_statistics import Statistics
 from stages import capture
 
@@ -42,6 +43,17 @@ def test_mass_is_that_of_the_answers_weight_gradients(tmp_path):
     for row, layer in zip(rows, statistics.layers, strict=True):
         assert row["text_mass"] == pytest.approx(statistics.gradient_norms(layer).mean().item(), rel=1e-4)
         assert (row["rho_kfac"] is None) == (layer.group != layer.name) and row["questions"] == 4
+
+
+def test_with_one_decoder_block_in_memory_the_figures_are_the_same(tmp_path):
+    workspace = tiny_workspace(tmp_path / "w", sequences=2)
+    tables = []
+    for placement in PLACEMENTS:
+        (tmp_path / placement).mkdir()
+        with placed(placement):
+            measure_questions(tmp_path / placement, workspace.model, workspace.table("questions"), PARAMS)
+        tables.append(pq.read_table(tmp_path / placement / TABLE))
+    assert tables[0].num_rows == 14 and tables[0].equals(tables[1])
 
 
 def test_loss_of_the_last_tokens_alone():
