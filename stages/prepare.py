@@ -22,7 +22,6 @@ from fisherfold.inputs.pretrained import (
     count_parameters,
     find_model,
     positions_of,
-    vocabulary_size,
     write_model,
 )
 from fisherfold.inputs.prompts import PromptList, find_prompts
@@ -44,6 +43,7 @@ from fisherfold.inputs.self_written import (
 )
 from fisherfold.inputs.splits import Split, as_split, draw_splits, interleave, portions, start_token
 from fisherfold.inputs.targeting import write_targets
+from fisherfold.inputs.tokenizer_files import vocabulary_size
 from fisherfold.network.coverage import describe_coverage
 from fisherfold.network.layers import DENSE_FILE, LAYERS_FILE
 from fisherfold.network.models import DTYPES

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,10 +35,11 @@ from fisherfold.inputs.hub import HubUnknown, cached_folder, resolve_model
 from fisherfold.inputs.model_folders import not_a_model, refuse_other_folders
 from fisherfold.inputs.packages import fetch_file
 from fisherfold.inputs.recipes import ModelRecipe, Source, find_path, find_recipe, recipe_names, unknown_input
-from fisherfold.inputs.weight_files import DEQUANTISED, quantisation, require_floats, require_whole
+from fisherfold.inputs.tokenizer_files import require_same_tokens, save_tokenizer, vocabulary_size
+from fisherfold.inputs.weight_files import DEQUANTISED, quantisation, require_floats, require_sound, require_whole
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES
-from fisherfold.network.weight_check import check_weights
+from fisherfold.run.determinism import STREAMED, chosen_placement
 from fisherfold.run.errors import FisherfoldError, InputError
 from fisherfold.run.params import PrepareParams
 from fisherfold.run.progress import announce
@@ -50,7 +52,10 @@ CALLS = {
     "output_attentions": False,
     "output_hidden_states": False,
 }  # how somebody called a model, not what it computes
-LOCAL_TOKENIZER_KEYS = ("is_local", "local_files_only", "name_or_path")  # of this machine, not of the tokenizer
+SHARD_BYTES, MOST_SHARDS = (
+    2**28,
+    64,
+)  # what of a model that is streamed is in memory at a time, unless that gives too many files
 
 
 OWN_CODE = (
@@ -229,30 +234,27 @@ def count_parameters(model: ModelSource) -> int:
 def write_model(folder: Path, model: ModelSource, dtype: str) -> None:
     """Load the model in `dtype` and write ``folder/model`` (safetensors, tokenizer) and ``folder/facts.json``.
 
+    Under placement `streamed` its weights go from file to file, a shard at a time; those of a GGUF file are dequantised in memory.
+
     Raises:
         InputError: model or tokenizer cannot be loaded, weights are missing or not finite, or the tokenizer knows more
             tokens than the model embeds.
     """
     transformers_logging.disable_progress_bar()
     tokenizer = load_tokenizer(model)
-    loaded = _load_weights(model, DTYPES[dtype])
-    embeddings = len(input_embedding(loaded))
-    added = set(
-        tokenizer.get_added_vocab().values()
-    )  # an image's place, padding: they do no harm until a text holds one
-    beyond = [index for index in tokenizer.get_vocab().values() if index >= embeddings and index not in added]
-    if beyond:
-        raise InputError(
-            f"The tokenizer of model {model.source.name!r} has {vocabulary_size(tokenizer)} tokens, but the model embeds {embeddings}: "
-            "they do not belong together. Use the tokenizer that the model was trained with."
-        )
-    parameters = sum(parameter.numel() for parameter in loaded.parameters())
-    announce("prepare", f"writing {parameters / 1e6:.1f} M parameters in {dtype}")
-    with _explained(model, "its form for the stages, which is written from what"):
-        loaded.save_pretrained(
-            folder / "model", save_original_format=False
-        )  # named as its modules, as stages name layers
-        _save_tokenizer(tokenizer, folder / "model")
+    with TemporaryDirectory(dir=folder) as converted:
+        loaded = _load_weights(model, DTYPES[dtype], converted)
+        embeddings = len(input_embedding(loaded))
+        require_same_tokens(model.source.name, tokenizer, embeddings)
+        parameters = sum(parameter.numel() for parameter in loaded.parameters())
+        announce("prepare", f"writing {parameters / 1e6:.1f} M parameters in {dtype}")
+        with _explained(model, "its form for the stages, which is written from what"):
+            shards = _shards(parameters * DTYPES[dtype].itemsize) if _streams(model) else {}
+            loaded.save_pretrained(
+                folder / "model", save_original_format=False, **shards
+            )  # named as stages name layers
+            save_tokenizer(tokenizer, folder / "model")
+    require_sound(model.source.name, folder / "model")
     facts = {
         "architecture": type(loaded).__name__,
         "dtype": dtype,
@@ -260,6 +262,16 @@ def write_model(folder: Path, model: ModelSource, dtype: str) -> None:
         "parameters": parameters,
     }
     (folder / "facts.json").write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
+
+
+def _streams(model: ModelSource) -> bool:
+    """Whether its weights may not be in memory together."""
+    return chosen_placement() == STREAMED and not model.gguf_file
+
+
+def _shards(size: int) -> dict[str, int]:
+    """Of a model of so many bytes."""
+    return {"max_shard_size": max(SHARD_BYTES, size // MOST_SHARDS)}
 
 
 def load_tokenizer(model: ModelSource) -> PreTrainedTokenizerBase:
@@ -278,20 +290,8 @@ def load_tokenizer(model: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest token id; ids may have gaps."""
-    return max(tokenizer.get_vocab().values(), default=-1) + 1
-
-
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in settings.items() if key not in LOCAL_TOKENIZER_KEYS}
-    path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _load_weights(model: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+def _load_weights(model: ModelSource, dtype: torch.dtype, converted: str) -> PreTrainedModel:
+    """The model; streamed, its weights stay where they are, those that lie there in another form than in its modules in the folder `converted`."""
     method = "GGUF" if model.gguf_file else quantisation(read_config(model))
     announce("prepare", f"loading {model.source.name}" + (f", dequantising its weights ({method})" if method else ""))
     load: Callable[..., Any] = partial(AutoModelForCausalLM.from_pretrained, model.location, **model.options)
@@ -300,7 +300,8 @@ def _load_weights(model: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     elif method:
         load = partial(load, quantization_config=DEQUANTISED[method](dequantize=True))
     with _explained(model, "its weights"), _without_foreign_bars():
-        options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # we tell of them
+        options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # we tell of them
+        options |= {"device_map": {"": "disk"}, "offload_folder": converted} if _streams(model) else {}
         loaded, found = load(config=deepcopy(read_config(model)), dtype=dtype, **options)
     if (folder := model.folder) and not method:  # a hub's files are here by now
         require_floats(model.source.name, folder)
@@ -311,13 +312,6 @@ def _load_weights(model: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
             "prepare",
             f"{len(others)} tensors of the checkpoint are no part of this model and are left out, the first {others[0]}",
         )
-    for name, parameter in loaded.named_parameters():
-        if dtype == torch.float16 and not torch.isfinite(parameter).all():
-            raise InputError(
-                f"Weight {name!r} of model {model.source.name!r} is not finite in {dtype}. Choose another "
-                "prepare.dtype."
-            )
-    check_weights(loaded)
     return loaded
 
 

@@ -8,11 +8,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from fisherfold.network.layers import linear_modules
+from fisherfold.network.weight_check import check_weight
+from fisherfold.run.checkpoint import read_tensors
 from fisherfold.run.errors import InputError
 
 PACKED = (
@@ -92,6 +95,22 @@ def require_whole(name: str, loaded: PreTrainedModel, found: Mapping[str, Collec
             f"Model {name!r} holds {more!r}, for which the layer that its config.json describes has no place, so another function would be "
             "compressed. Mend config.json (a bias?), or undo what was added (an adapter: merge it; scales: take the original model)."
         )
+
+
+def require_sound(name: str, folder: Path) -> None:
+    """Look at every number of a model that was written, one tensor in memory at a time.
+
+    Raises:
+        InputError: a weight is not finite in float16.
+        NumericalError: see `check_weight`.
+    """
+    for key, tensor in read_tensors(folder).items():
+        weight = tensor.read()
+        if weight.dtype == torch.float16 and not torch.isfinite(weight).all():
+            raise InputError(
+                f"Weight {key!r} of model {name!r} is not finite in {weight.dtype}. Choose another prepare.dtype."
+            )
+        check_weight(key, weight)
 
 
 def _of_linear_layers(loaded: PreTrainedModel, names: Sequence[str]) -> Iterator[str]:

@@ -170,7 +170,7 @@ class StreamedModel:
             )
         name = f"{path}.{own}" if path else own
         found = next((each for each in self._aliases.get(name, [name]) if each in self._tensors), None)
-        value = getattr(module, own)
+        value = module._parameters.get(own, module._buffers.get(own))
         if found is None and value is not None and value.is_meta:
             raise CorruptArtifact(
                 f"The prepared model holds no weight {name!r}. Write it again with `dvc repro --force --single-item prepare`."

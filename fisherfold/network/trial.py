@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -102,27 +102,32 @@ def try_layers(model: PreTrainedModel, modules: dict[str, nn.Module], ids: torch
 
 @dataclass(frozen=True)
 class LinearMap:
-    """What a layer should compute: y = W x + b with W [n, m]. Layers whose code is torch's or transformers' own are `believed`."""
+    """What a layer should compute: y = W x + b with W [n, m]. Layers whose code is torch's or transformers' own are `believed`.
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    The weight is looked up when it is needed, for it may be in memory only then, and past the module's class, which notes who asks for it.
+    """
+
+    parameters: dict[str, torch.Tensor | None]
+    transposed: bool
     believed: bool
 
     @classmethod
-    def of(cls, module: Any) -> "LinearMap":
+    def of(cls, module: nn.Module) -> "LinearMap":
         """What a module with the weight of a linear layer should compute."""
-        weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
-        return cls(weight, module.bias, type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module))
+        believed = type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
+        return cls(module._parameters, not isinstance(module, nn.Linear), believed)
 
     @torch.no_grad()
     def gives(self, x: object, y: object) -> bool:
         """Whether y is the map of x."""
-        n, m = self.weight.shape
+        weight = cast(torch.Tensor, self.parameters["weight"])
+        weight = weight.T if self.transposed else weight
+        n, m = weight.shape
         if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
             return False
         if self.believed or x.shape[-1:] != (m,) or y.shape != (*x.shape[:-1], n):
             return self.believed
-        expected = nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).double()
+        expected = nn.functional.linear(x.to(weight.dtype), weight, self.parameters["bias"]).double()
         return bool((y - expected).norm() <= ROUNDINGS * torch.finfo(y.dtype).eps * expected.norm())
 
 

@@ -14,6 +14,7 @@ from wheels import make_wheel
 from fisherfold.inputs import packages
 from fisherfold.inputs.prompts import find_prompts
 from fisherfold.inputs.self_written import write_answers
+from fisherfold.run.determinism import STREAMED, placed
 from fisherfold.run.errors import InputError, NotEnoughDisk
 from fisherfold.run.files import describe_files, verify_output
 from fisherfold.run.params import PrepareParams
@@ -285,6 +286,17 @@ def test_a_chat_model_writes_half_of_its_calibration_itself(chatting):
     held_out = {row["prompt"] for row in tables["answers"]}
     assert len(held_out) == 6 and own["calibration"] and own["tuning"]
     assert not own["calibration"] & own["tuning"] and not (own["calibration"] | own["tuning"]) & held_out
+
+
+def test_streamed_it_writes_the_same(chatting, tmp_path):
+    """But for how the model's files are cut."""
+    prepare.run(chatting, CHAT)
+    shutil.copytree(chatting.root, tmp_path / "other", ignore=shutil.ignore_patterns("artifacts"))
+    with placed(STREAMED):
+        prepare.run(Workspace(tmp_path / "other"), CHAT)
+    whole, streamed = (published(workspace) for workspace in (chatting, Workspace(tmp_path / "other")))
+    files = {name for name in whole if not name.startswith(("model/model", "manifest"))}
+    assert len(files) > 12 and {name: whole[name] for name in files} == {name: streamed[name] for name in files}
 
 
 def test_text_for_healing_is_other_text_and_moves_nothing(chatting):

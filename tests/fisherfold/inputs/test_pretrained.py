@@ -9,6 +9,7 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
+from tiny_families import tiny_family
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +24,8 @@ from fisherfold.export.architecture import copy_companions
 from fisherfold.inputs import hub, pretrained
 from fisherfold.inputs.hub import HubEntry, HubUnknown
 from fisherfold.inputs.pretrained import check_model, count_parameters, find_model, write_model
+from fisherfold.run.checkpoint import read_tensors
+from fisherfold.run.determinism import STREAMED, placed
 from fisherfold.run.errors import FisherfoldError, InputError
 from fisherfold.run.params import PrepareParams
 from fisherfold.run.workspace import Workspace
@@ -56,6 +59,29 @@ def test_families_survive_unchanged(tmp_path, family):
         == count_parameters(find_model(Workspace(tmp_path), PrepareParams(model="model")))
     )
     assert not list((out / "model").glob("*.bin")) and (out / "model" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "gpt_oss"])
+def test_streamed_it_goes_from_file_to_file(tmp_path, monkeypatch, family):
+    """Also what lies in another form on the disk: names, parts, dtype. No weight is in memory with another one's shard."""
+    monkeypatch.setattr(pretrained, "SHARD_BYTES", 1000)
+    model = tiny_model(family) if family in FAMILIES else tiny_family(family)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    loaded, load = [], pretrained._load_weights
+    monkeypatch.setattr(pretrained, "_load_weights", lambda *a: (loaded.append(load(*a)), loaded[-1])[1])
+    whole = prepare(tmp_path).rename(tmp_path / "whole")
+    with placed(STREAMED):
+        streamed = prepare(tmp_path)
+    one, other = (
+        {name: tensor.read() for name, tensor in read_tensors(out / "model").items()} for out in (whole, streamed)
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert len(list((streamed / "model").glob("*.safetensors"))) > 2
+    assert all(parameter.is_meta for parameter in loaded[1].parameters())
+    assert {path.name for path in streamed.iterdir()} == {"model", "facts.json"}
+    for name in ("facts.json", "model/config.json", "model/tokenizer.json", "model/generation_config.json"):
+        assert (whole / name).read_bytes() == (streamed / name).read_bytes()
 
 
 def test_nothing_of_this_machine_is_written(tmp_path):

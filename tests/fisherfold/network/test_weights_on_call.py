@@ -8,6 +8,8 @@ from tiny_families import tiny_family
 from tiny_subspace import mixed_ranks, publish_ranks, subspace_workspace
 
 import fisherfold.runtime  # noqa: F401  loads compressed checkpoints
+from fisherfold.inputs.targeting import open_experts
+from fisherfold.network.coverage import measure_coverage
 from fisherfold.network.experts import unfold_experts
 from fisherfold.network.generation import GreedyDecoder
 from fisherfold.network.gradient_pass import gradient_pass
@@ -15,6 +17,7 @@ from fisherfold.network.layers import forward_hooks, linear_modules
 from fisherfold.network.models import load_model
 from fisherfold.network.sites import read_sites
 from fisherfold.network.streamed_model import StreamedModel
+from fisherfold.network.targets import find_targets
 from fisherfold.network.weights_on_call import is_stand_in
 from fisherfold.run.determinism import STREAMED, placed
 from fisherfold.run.errors import CorruptArtifact
@@ -93,6 +96,17 @@ def test_gradients(tmp_path, family):
     one, other = map(gradients, models)
     assert one.keys() == other.keys() and len(one) > 7
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", *MIXTURES])
+def test_targets(tmp_path, family):
+    models = both(saved(tmp_path / "m", family))
+    found = []
+    for model in models:
+        open_experts(model, "layers")
+        targets = find_targets(model, IDS[:1])
+        found.append((targets, measure_coverage(model, targets)))
+    assert found[0] == found[1] and len(found[0][0].layers) > 7
 
 
 def test_one_block_or_one_embedding_has_weights_at_a_time(tmp_path, monkeypatch):
