@@ -108,6 +108,17 @@ def unpacked_bits(params: Params) -> str | None:
 
 
 @PAIRS.append
+def healing_of_whole_models(params: Params) -> str | None:
+    """All factors are trained at once."""
+    if not params.factorize.heal.passes or _placement(params).holds_model:
+        return None
+    return (
+        f"factorize.heal.passes = {params.factorize.heal.passes} trains a whole model beside the dense one, which capture.placement = "
+        f"{params.capture.placement!r} keeps out of memory. Set factorize.heal.passes = 0, or capture.placement = 'whole'."
+    )
+
+
+@PAIRS.append
 def few_bits(params: Params) -> str | None:
     """Numbers of few bits come in groups, are rounded under a metric on weights, and are read by a package of its own."""
     widths = params.ranks.widths

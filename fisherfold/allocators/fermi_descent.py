@@ -33,6 +33,7 @@ from fisherfold.network.experts import unfold_experts
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES, StaysLoaded, load_model
 from fisherfold.network.sites import read_sites
+from fisherfold.network.weights_on_call import compute_again
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.params import FermigradParams
 from fisherfold.run.scratch import Scratch
@@ -188,6 +189,7 @@ def softened_model(softened: Softened) -> SoftModel:
     """The model that `softened` describes, loaded once a process."""
     workspace = softened.workspace
     model = load_model(workspace.model, DTYPES[softened.dtype])
+    compute_again(model)
     bases, sites = (
         workspace.out("subspace") / "bases",
         {site.name: site for site in read_sites(workspace.out("subspace"))},

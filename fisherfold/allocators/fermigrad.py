@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from fisherfold.network.divergence import divergence, precise
 from fisherfold.network.sites import Site
+from fisherfold.network.weights_on_call import left_on_disk
 
 BISECTIONS = 60  # halvings of the interval of a scalar: more than float64 resolves
 
@@ -69,7 +70,7 @@ class SoftTruncatedLinear(nn.Module):
 
     Args:
         dense: the layer that is replaced.
-        left, right: [n, r] and [r, m]; `right` and `rank` may be those of other layers too.
+        left, right: [r, n], see `by_components`, and [r, m]; `right` and `rank` may be those of other layers too.
     """
 
     left: torch.Tensor
@@ -78,7 +79,7 @@ class SoftTruncatedLinear(nn.Module):
     def __init__(self, dense: nn.Module, left: torch.Tensor, right: torch.Tensor, rank: SoftRank) -> None:
         super().__init__()
         self.dense, self.rank = dense, rank
-        self.register_buffer("left", left.T.contiguous(), persistent=False)  # [r, n]: its first rows lie together
+        self.register_buffer("left", left, persistent=False)
         self.register_buffer("right", right, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -211,16 +212,32 @@ Basis = Callable[[Site], tuple[Sequence[torch.Tensor], torch.Tensor]]
 
 def soften(model: nn.Module, bases: Basis, sites: Sequence[Site]) -> list[SoftRank]:
     """Replace the layers of `sites` in `model`, in place, by soft-truncated ones; return the sites' ranks in this order."""
-    return [_soften_site(model, site, *bases(site)) for site in sites]
+    return [_soften_site(model, site, bases) for site in sites]
 
 
-def _soften_site(model: nn.Module, site: Site, lefts: Sequence[torch.Tensor], right: torch.Tensor) -> SoftRank:
+def _soften_site(model: nn.Module, site: Site, bases: Basis) -> SoftRank:
+    """Replace the layers of a site; factors of a model that reads its weights on call are read with them."""
     weight = cast(torch.Tensor, model.get_submodule(site.name).weight)
-    right, rank = right.to(weight.device, weight.dtype), SoftRank(len(right), weight.device)
-    for layer, left in zip(site.layers, lefts, strict=True):
+    lefts, right = bases(site)
+
+    def read_right() -> torch.Tensor:
+        return bases(site)[1].to(weight)
+
+    rank, right = SoftRank(len(right), weight.device), left_on_disk(model, right.to(weight), read_right)
+    for number, (layer, left) in enumerate(zip(site.layers, lefts, strict=True)):
+
+        def read_left(number: int = number) -> torch.Tensor:
+            return by_components(bases(site)[0][number].to(weight))
+
         dense = model.get_submodule(layer.name)
-        model.set_submodule(layer.name, SoftTruncatedLinear(dense, left.to(right), right, rank))
+        own = left_on_disk(model, by_components(left.to(weight)), read_left)
+        model.set_submodule(layer.name, SoftTruncatedLinear(dense, own, right, rank))
     return rank
+
+
+def by_components(left: torch.Tensor) -> torch.Tensor:
+    """left [n, r] as [r, n]: what its first components hold lies together."""
+    return left.T.contiguous()
 
 
 @contextmanager

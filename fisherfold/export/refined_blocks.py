@@ -24,6 +24,7 @@ from fisherfold.export.trained_experts import put_experts, take_experts
 from fisherfold.network.blocks import BlockCall, find_blocks
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import StaysLoaded, load_model
+from fisherfold.network.weights_on_call import held
 from fisherfold.run.checkpoint import StoredTensor, read_tensors, write_tensors
 from fisherfold.run.determinism import computing_threads
 from fisherfold.run.engine import Unit
@@ -112,9 +113,9 @@ def refine_unit(
     params: RefineParams,
 ) -> None:
     """Unit of work: one block, its low-rank layers and its stacks of experts."""
-    with computing_threads(params.threads):
-        model = _dense(workspace.model)
-        dense = model.get_submodule(name)
+    model = _dense(workspace.model)
+    dense = model.get_submodule(name)
+    with computing_threads(params.threads), held(dense):
         compressed = compress_block(model, name, layers, stacks)
         embedding = input_embedding(model)
         ids = {part: read_sequences(workspace.table(part), len(embedding)).to(embedding.device) for part in PARTS}

@@ -26,22 +26,23 @@ class ExpertLinear(nn.Linear):
     """One expert's matrix: y = W x + b, W [n, m] a view of its place in the stack.
 
     Attributes:
+        number: its place in the stack.
         transposed: whether the stack holds it as [m, n].
         rows: which tokens of the batch, numbered through its sequences, the last call read.
     """
 
-    def __init__(self, matrix: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> None:
+    def __init__(self, number: int, matrix: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> None:
         nn.Module.__init__(self)
         weight = matrix.T if transposed else matrix
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self.transposed = transposed
+        self.number, self.transposed = number, transposed
         self.rows: torch.Tensor | None = None
 
-    def of_stack(self, expert: int, matrices: torch.Tensor) -> torch.Tensor:
-        """The weight of an expert in a stack like its own."""
-        return matrices[expert].T if self.transposed else matrices[expert]
+    def of_stack(self, own: str, stack: torch.Tensor) -> torch.Tensor:
+        """Its part of the stack of weights or of biases."""
+        return stack[self.number].T if own == "weight" and self.transposed else stack[self.number]
 
 
 def _read(expert: Any, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -55,7 +56,8 @@ class ExpertStack(nn.ModuleList):
 
     def __init__(self, matrices: torch.Tensor, biases: torch.Tensor | None, transposed: bool) -> None:
         parts = [None] * len(matrices) if biases is None else biases.data
-        super().__init__(ExpertLinear(own, bias, transposed) for own, bias in zip(matrices.data, parts, strict=True))
+        pairs = zip(matrices.data, parts, strict=True)
+        super().__init__(ExpertLinear(number, *pair, transposed) for number, pair in enumerate(pairs))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ Shapes: B sequences of T tokens, h hidden dimensions, V vocabulary.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,12 +22,28 @@ from fisherfold.network.blocks import BlockCall, list_blocks
 from fisherfold.network.experts import ExpertLinear, unfold_experts
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES
-from fisherfold.run.checkpoint import read_tensors
+from fisherfold.run.checkpoint import StoredTensor, read_tensors
 from fisherfold.run.determinism import chosen_device
 from fisherfold.run.errors import CorruptArtifact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+Source = Callable[[], torch.Tensor]
+"""Reads a tensor."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A source: the tensor of a checkpoint, in the dtype and on the device that the model computes with."""
+
+    tensor: StoredTensor
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self) -> torch.Tensor:
+        return self.tensor.read().to(self.device, self.dtype)
 
 
 class StreamedModel:
@@ -45,7 +62,8 @@ class StreamedModel:
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self._tensors, self.dtype = read_tensors(folder), dtype
-        self._resident: dict[int, Callable[[], torch.Tensor]] = {}
+        self._resident: dict[int, Source] = {}
+        self._standing_in: dict[int, tuple[torch.Tensor, Source | None]] = {}
         self.device = torch.device("cuda" if chosen_device() == "auto" else chosen_device())
         self.model = _skeleton(folder, dtype).eval().requires_grad_(False)
         for module in self.model.modules():
@@ -129,21 +147,24 @@ class StreamedModel:
                 del block.forward
 
     def fill(
-        self, root: nn.Module, prefix: str, chosen: Callable[[nn.Module], bool] = lambda module: True
+        self, root: nn.Module, prefix: str = "", chosen: Callable[[nn.Module], bool] = lambda module: True
     ) -> Callable[[], None]:
-        """Read what is stored of the chosen modules below `root`, tied weights once; return what takes it out again."""
-        read: dict[str, torch.Tensor] = {}
+        """Read what the chosen modules below `root` lack, tied weights once; return what takes it out again.
+
+        Args:
+            prefix: the name of `root`.
+        """
+        read: dict[Source, torch.Tensor] = {}
         undo: list[tuple[dict[str, Any], str, Any]] = []
         for path, module in root.named_modules(prefix=prefix):
             for kind in (module._parameters, module._buffers) if chosen(module) else ():
                 for own, value in list(kind.items()):
-                    name, part = self.stored(path, own, module)
-                    if name is not None and value is not None:
-                        read[name] = read[name] if name in read else self._load(name, value.dtype)
+                    source = None if value is None else self._source(f"{path}.{own}" if path else own, value)
+                    if source is not None:
+                        read[source] = read[source] if source in read else source()
                         undo.append((cast(dict[str, Any], kind), own, value))
-                        kind[own] = _like(value, part(read[name]))
-        for name, values in read.items():
-            self._resident[_address(values)] = partial(self._load, name, values.dtype)
+                        kind[own] = _like(value, module, own, read[source])
+        self._resident |= {_address(values): source for source, values in read.items()}
 
         def restore() -> None:
             for kind, own, value in undo:
@@ -153,40 +174,39 @@ class StreamedModel:
 
         return restore
 
-    def stored(
-        self, path: str, own: str, module: nn.Module
-    ) -> tuple[str | None, Callable[[torch.Tensor], torch.Tensor]]:
-        """Under which name a parameter or buffer of the module at `path` is on disk, its own or one that it is tied to, and which part of that it is.
+    def _source(self, name: str, value: torch.Tensor) -> Source | None:
+        """What reads a parameter or buffer, by what stands in for it, or by its name where nothing does; None if it is not read."""
+        if self._standing_in:
+            return self._standing_in.get(_address(value), (value, None))[1]
+        return self.on_disk(name, value)
+
+    def on_disk(self, name: str, value: torch.Tensor) -> Source | None:
+        """What reads the tensor of a name, or of one that it is tied to; None of what is not stored.
 
         Raises:
-            CorruptArtifact: it is not there, and the skeleton has no numbers of its own.
+            CorruptArtifact: the skeleton has no numbers of its own for it.
         """
-        if isinstance(module, ExpertLinear):
-            stack, _, expert = path.rpartition(".")
-            return (
-                (f"{stack}_bias", lambda v: v[int(expert)])
-                if own == "bias"
-                else (stack, partial(module.of_stack, int(expert)))
-            )
-        name = f"{path}.{own}" if path else own
         found = next((each for each in self._aliases.get(name, [name]) if each in self._tensors), None)
-        value = module._parameters.get(own, module._buffers.get(own))
-        if found is None and value is not None and value.is_meta:
+        if found is None and value.is_meta:
             raise CorruptArtifact(
                 f"The prepared model holds no weight {name!r}. Write it again with `dvc repro --force --single-item prepare`."
             )
-        return found, lambda values: values
+        return None if found is None else _Stored(self._tensors[found], value.dtype, self.device)
 
-    def read_again(self, weight: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+    def stand_in(self, shape: torch.Size, dtype: torch.dtype, source: Source) -> torch.Tensor:
+        """A tensor without numbers of its own, in whose place `fill` puts what `source` gives; not a number, where the dtype has that."""
+        nothing = torch.full((), torch.nan if dtype.is_floating_point else 0, dtype=dtype, device=self.device)
+        nothing = nothing.expand(shape)
+        self._standing_in[_address(nothing)] = nothing, source  # held, so that nothing else comes to lie there
+        return nothing
+
+    def read_again(self, weight: torch.Tensor) -> Source | None:
         """What reads a weight that is in memory once more, or None if the tensor is none; a view of a weight gives a view."""
         source = self._resident.get(_address(weight))
         if source is None or not weight.numel():
             return None
         where = weight.size(), weight.stride(), weight.storage_offset()
         return lambda: source().as_strided(*where)
-
-    def _load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        return self._tensors[name].read().to(self.device, dtype)
 
 
 def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
@@ -207,8 +227,10 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     return model
 
 
-def _like(value: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-    return nn.Parameter(read, requires_grad=False) if isinstance(value, nn.Parameter) else read
+def _like(value: torch.Tensor, module: nn.Module, own: str, read: torch.Tensor) -> torch.Tensor:
+    """What was read as the parameter or buffer that `value` is: an expert's is its part of the stack."""
+    part = module.of_stack(own, read) if isinstance(module, ExpertLinear) else read
+    return nn.Parameter(part, requires_grad=False) if isinstance(value, nn.Parameter) else part
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -7,7 +7,7 @@ is trained, and as it writes.
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -107,7 +107,7 @@ class LinearMap:
     The weight is looked up when it is needed, for it may be in memory only then, and past the module's class, which notes who asks for it.
     """
 
-    parameters: dict[str, torch.Tensor | None]
+    parameters: Mapping[str, torch.Tensor | None]
     transposed: bool
     believed: bool
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from fisherfold.network.streamed_model import StreamedModel
+from fisherfold.network.streamed_model import Source, StreamedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,22 +36,19 @@ def read_on_call(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import GenerationConfig
 
     streamed = StreamedModel(folder, dtype)
-    model = streamed.model
-    ends = {name: module for name, module in model.named_modules() if module in _embeddings(model)}
-    parts = streamed.blocks | ends
+    model: Any = streamed.model
+    model._streamed = streamed
     _stand_in(streamed)
-    kinds = {kind: _reading(kind, streamed) for kind in map(type, parts.values())}
-    for name, module in parts.items():
-        module.__class__, module._stored_as = kinds[type(module)], name
-    absent = {id(inner) for module in parts.values() for inner in module.modules()}
-    streamed.fill(model, "", lambda module: id(module) not in absent)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    parts = [*streamed.blocks.values(), *(module for module in ends if module is not None)]
+    kinds = {kind: _reading(kind, streamed) for kind in map(type, parts)}
+    for module in parts:
+        module.__class__ = kinds[type(module)]
+    absent = {id(inner) for module in parts for inner in module.modules()}
+    streamed.fill(model, chosen=lambda module: id(module) not in absent)
     if model.can_generate() and (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
-
-
-def _embeddings(model: "PreTrainedModel") -> tuple[Any, ...]:
-    return model.get_input_embeddings(), model.get_output_embeddings()
 
 
 def is_stand_in(weight: torch.Tensor) -> bool:
@@ -58,29 +56,57 @@ def is_stand_in(weight: torch.Tensor) -> bool:
     return weight.dim() > 0 and not any(weight.stride()) and weight.numel() > 1
 
 
+def left_on_disk(model: nn.Module, tensor: torch.Tensor, read: Source) -> torch.Tensor:
+    """A buffer for one of the model's blocks: the tensor itself, or what stands in for what `read` gives if the model reads on call."""
+    streamed = getattr(model, "_streamed", None)
+    return tensor if streamed is None else streamed.stand_in(tensor.shape, tensor.dtype, read)
+
+
 def _stand_in(streamed: StreamedModel) -> None:
-    """Put nan in the place of every parameter on the meta device; tied ones stay one."""
-    made: dict[int, nn.Parameter] = {}
+    """Put what stands in for it in the place of every tensor that is on the disk; tied ones stay one."""
+    made: dict[Source, Any] = {}
     for path, module in streamed.model.named_modules():
-        for own, value in module._parameters.items():
-            if value is not None and value.is_meta:
-                streamed.stored(path, own, module)
-                nothing = torch.full((), torch.nan, dtype=value.dtype, device=streamed.device).expand(value.shape)
-                made.setdefault(id(value), nn.Parameter(nothing, requires_grad=False))
-                module._parameters[own] = made[id(value)]
+        for kind in (module._parameters, module._buffers):
+            for own, value in kind.items():
+                source = None if value is None else streamed.on_disk(f"{path}.{own}" if path else own, value)
+                if value is None or source is None:
+                    continue
+                nothing = streamed.stand_in(value.shape, value.dtype, source)
+                is_parameter = isinstance(value, nn.Parameter)
+                kind[own] = made.setdefault(
+                    source, nn.Parameter(nothing, requires_grad=False) if is_parameter else nothing
+                )
 
 
 def _reading(kind: type[nn.Module], streamed: StreamedModel) -> type[nn.Module]:
     """A subclass that is `kind` in all but that a module of it has its weights only while it is called."""
 
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        with held(self), _named_when_kept(streamed.read_again):
+        if self._again and torch.is_grad_enabled():
+            return checkpoint(run, self, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
+        with _named_when_kept(streamed.read_again):
+            return run(self, *arguments, **keywords)
+
+    def run(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        with held(self):
             return kind.__call__(self, *arguments, **keywords)
 
     def read(self: Any) -> Callable[[], None]:
-        return streamed.fill(self, self._stored_as)
+        return streamed.fill(self)
 
-    return type(kind.__name__, (kind,), {"__call__": call, "_read": read, "__module__": kind.__module__})
+    return type(
+        kind.__name__, (kind,), {"__call__": call, "_read": read, "_again": False, "__module__": kind.__module__}
+    )
+
+
+def compute_again(model: nn.Module) -> None:
+    """Let the blocks of a model that reads on call keep of a pass what reached them alone, and compute the rest again on the way back.
+
+    Hooks on their layers see such a pass twice.
+    """
+    streamed = getattr(model, "_streamed", None)
+    for block in streamed.blocks.values() if streamed else ():
+        block._again = True
 
 
 @contextmanager
@@ -94,13 +120,13 @@ def held(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _named_when_kept(read_again: Callable[[torch.Tensor], Callable[[], torch.Tensor] | None]) -> Iterator[None]:
+def _named_when_kept(read_again: Callable[[torch.Tensor], Source | None]) -> Iterator[None]:
     """Inside, autograd keeps of weights what reads them again."""
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor | Callable[[], torch.Tensor]:
+    def keep(tensor: torch.Tensor) -> torch.Tensor | Source:
         return read_again(tensor) or tensor
 
-    def give(kept: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tensor:
+    def give(kept: torch.Tensor | Source) -> torch.Tensor:
         return kept if isinstance(kept, torch.Tensor) else kept()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, give):

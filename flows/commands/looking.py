@@ -63,7 +63,7 @@ def plan(
     from fisherfold.run.params import load_params
     from flows.overrides import given, overridden
     from flows.planning.plan import as_json, plan_run, print_plans, read_hardware
-    from flows.planning.proposal import command, propose, unfit
+    from flows.planning.proposal import command, incurable, propose
     from flows.planning.shapes import find_shapes
 
     if project:
@@ -84,7 +84,7 @@ def plan(
             proposed = propose(shapes, params, hardware, number, stages, disk and disk * 1e9)
             if proposed is not None:
                 print(f"{number} x {gpu}: {command([*assignments, *proposed], number, on_gpus=gpu != 'cpu')}")
-            if others := unfit(stages):
+            if others := incurable(shapes, params, hardware, number, stages):
                 print(f"{number} x {gpu}: no parameter makes stage {', '.join(others)} fit")
     return 0
 

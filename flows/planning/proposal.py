@@ -30,12 +30,16 @@ def propose(
         None if no value is known to help, of stage capture or of another that does not fit.
     """
     capture = next(stage for stage in stages if stage.stage == "capture")
-    if capture.seconds is not None and (disk is None or capture.disk <= disk):
-        return None if unfit(stages) else []
+    fits = capture.seconds is not None and (disk is None or capture.disk <= disk)
+    lost = incurable(shapes, params, hardware, devices, stages)
+    others = [stage for stage in unfit(stages) if stage not in lost]
+    if fits and not others:
+        return None if lost else []
+    families = [one_block(shapes, params)] if fits else [fewer_layers(shapes), one_block(shapes, params)]
     found = [
         (plan.seconds, changes)
-        for family in (fewer_layers(shapes), one_block(shapes, params))
-        for changes, plan in _first_that_fits(shapes, params, hardware, devices, family, disk)
+        for family in families
+        for changes, plan in _first_that_fits(shapes, params, hardware, devices, family, disk, others)
     ]
     if not found:
         return None
@@ -44,8 +48,16 @@ def propose(
 
 
 def unfit(stages: Sequence[StagePlan]) -> list[str]:
-    """The stages besides capture that do not fit, which no parameter changes."""
+    """The stages besides capture that do not fit."""
     return [stage.stage for stage in stages if stage.seconds is None and stage.stage != "capture"]
+
+
+def incurable(
+    shapes: ModelShapes, params: Params, hardware: Hardware, devices: int, stages: Sequence[StagePlan]
+) -> list[str]:
+    """Those that do not fit with one decoder block at a time either, so no parameter changes it."""
+    streamed = _with(params, STREAMED)
+    return unfit([plan_stage(stage, shapes, streamed, hardware, devices) for stage in unfit(stages)])
 
 
 def _first_that_fits(
@@ -55,10 +67,13 @@ def _first_that_fits(
     devices: int,
     candidates: Iterator[Change],
     disk: float | None,
+    others: Sequence[str],
 ) -> Iterator[tuple[Change, StagePlan]]:
-    """The first of changes to block capture with which its units fit, and the plan; nothing if none does."""
+    """The first of changes to block capture with which its units fit, and those of other stages, and the plan; nothing if none does."""
     for changes in candidates:
         changed = _with(params, changes)
+        if unfit([plan_stage(stage, shapes, changed, hardware, devices) for stage in others]):
+            return  # it hangs on the placement alone
         spread = devices if changed.capture.placement == params.capture.placement else 1  # one block lies on one device
         if CAPTURE_MEMORY.lookup(changed.capture.placement)(shapes, changed) > USABLE * hardware.memory * spread:
             continue

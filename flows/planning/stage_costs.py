@@ -14,6 +14,7 @@ from fisherfold.evaluation.text import BATCHES_PER_SHARD
 from fisherfold.network.layers import LinearLayer, by_group
 from fisherfold.network.models import DTYPES
 from fisherfold.network.sites import bundles
+from fisherfold.run.determinism import STREAMED
 from fisherfold.run.params import Params
 from fisherfold.run.registry import Registry
 from fisherfold.run.unit_work import share
@@ -48,7 +49,8 @@ def prepare_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost
     weights = shapes.parameters * DTYPES[params.prepare.dtype].itemsize
     write = Demand(read=weights, written=weights, host=CONVERSION * shapes.parameters)
     units = {"model": (write, ())} | self_writing(shapes, params.prepare)
-    return StageCost(units, peak=weights, published=weights, dtype=params.prepare.dtype)
+    held, _ = resident(shapes, params, params.prepare.dtype)
+    return StageCost(units, peak=weights, published=weights, memory=held, dtype=params.prepare.dtype)
 
 
 @STAGE_COSTS.register("capture")
@@ -169,8 +171,8 @@ def ranks_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
     table = Demand(host=400 * spectra / 8, read=2 * spectra)
     passes = NETWORK_PASSES.get(params.ranks.allocator, lambda params, layers: 0)(params, len(shapes.layers))
     model = forward_operations(shapes, passes * length, length)
-    weights = shapes.parameters * DTYPES[params.ranks.fermigrad.dtype].itemsize if passes else 0
-    return StageCost({"ranks": (table + Demand(model=model), ())}, memory=3 * weights, loads=weights)
+    held, loads = resident(shapes, params, params.ranks.fermigrad.dtype) if passes else (0.0, 0.0)
+    return StageCost({"ranks": (table + Demand(model=model), ())}, memory=3 * held, loads=loads)  # both factors, whole
 
 
 NETWORK_PASSES: dict[str, Callable[[Params, int], int]] = {
@@ -196,12 +198,13 @@ def factorize_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
     units |= healing_unit(shapes, params)
     factors = 4.0 * keep * shapes.targeted
     both = 8.0 * shapes.parameters + 3 * factors if params.factorize.heal.passes else 0.0
+    refined = resident(shapes, params, "float32")[0] if params.factorize.refine.passes else 0.0
     return StageCost(
         units,
         serial=Demand(read=exports, written=exports),
         peak=dense * (3 if params.factorize.dense_export else 2),
         published=exports,
-        memory=max(both, *(8.0 * 6 * layer.outputs * layer.inputs for layer in shapes.layers)),
+        memory=max(both, refined, *(8.0 * 6 * layer.outputs * layer.inputs for layer in shapes.layers)),
     )
 
 
@@ -265,11 +268,19 @@ def evaluate_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCos
         tokens = min(QUESTIONS_PER_UNIT, asked - first) * QUESTION_TOKENS
         for model in ("dense", "compressed"):
             units[f"{model}-{first}"] = (Demand(model=forward_operations(shapes, tokens, QUESTION_TOKENS)), ())
-    weights = shapes.parameters * DTYPES[own.dtype].itemsize
     units |= greedy_answers(shapes, params)
-    both = weights * (2 - params.ranks.ratio)
-    memory = both + LOGIT_BYTES * own.batch_size * length * shapes.vocabulary
-    return StageCost(units, memory=memory, loads=both, dtype=own.dtype)
+    held, loads = resident(shapes, params, own.dtype, models=2 - params.ranks.ratio)
+    memory = held + LOGIT_BYTES * own.batch_size * length * shapes.vocabulary
+    return StageCost(units, memory=memory, loads=loads, dtype=own.dtype)
+
+
+def resident(shapes: ModelShapes, params: Params, dtype: str, models: float = 1.0) -> tuple[float, float]:
+    """Bytes of models in memory, and those that a worker reads before its first unit: all weights, or the largest block or embedding and none."""
+    size = DTYPES[dtype].itemsize
+    if params.capture.placement == STREAMED:
+        return max([*shapes.block_sizes.values(), shapes.vocabulary * shapes.hidden]) * float(size), 0.0
+    weights = models * shapes.parameters * size
+    return weights, weights
 
 
 @STAGE_COSTS.register("report")

@@ -21,6 +21,7 @@ from fisherfold.network.layers import read_layers
 from fisherfold.network.sites import read_sites
 from fisherfold.run import unit_work
 from fisherfold.run.checkpoint import read_tensors
+from fisherfold.run.determinism import STREAMED, placed
 from fisherfold.run.errors import CorruptArtifact, InputError, NotEnoughDisk
 from fisherfold.run.files import digest_file
 from fisherfold.run.params import HealParams
@@ -368,6 +369,15 @@ def test_a_kill_between_blocks_changes_no_bit(calibrated, monkeypatch):
     monkeypatch.setattr(refined_blocks, "refine_block", real)
     again, _ = factorized(calibrated, refine=REFINE)
     assert digests(again.out("factorize")) == expected
+
+
+def test_refined_with_one_dense_block_in_memory_the_files_are_the_same(calibrated, tmp_path):
+    whole, _ = factorized(calibrated, refine=REFINE)
+    found = digests(whole.out("factorize"))
+    shutil.rmtree(whole.artifacts / "factorize.partial")
+    with placed(STREAMED):
+        streamed, _ = factorized(calibrated, refine=REFINE)
+    assert digests(streamed.out("factorize")) == found
 
 
 def test_refined_blocks_of_layers_with_biases(tmp_path):

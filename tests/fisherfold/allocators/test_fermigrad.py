@@ -11,6 +11,7 @@ from fisherfold.allocators.fermigrad import (
     SoftRank,
     SoftTruncatedLinear,
     adam_step,
+    by_components,
     dense_network,
     mean_divergence,
     next_token_loss,
@@ -85,7 +86,7 @@ def test_zero_temperature_is_truncation():
     layer = torch.nn.Linear(7, 5).double()
     left, right = svd_basis(layer)
     rank = SoftRank(5)
-    soft = SoftTruncatedLinear(layer, left, right, rank)
+    soft = SoftTruncatedLinear(layer, by_components(left), right, rank)
     x = torch.randn(3, 7, dtype=torch.float64)
     with torch.no_grad():
         rank.mu.fill_(3)
@@ -113,7 +114,7 @@ def test_gradient_is_the_formula_and_the_finite_difference():
     layer = torch.nn.Linear(7, 5).double()
     left, right = svd_basis(layer)
     rank = SoftRank(5)
-    soft = SoftTruncatedLinear(layer, left, right, rank)
+    soft = SoftTruncatedLinear(layer, by_components(left), right, rank)
     x, target = torch.randn(9, 7, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
 
     def loss_at(mu: float) -> torch.Tensor:

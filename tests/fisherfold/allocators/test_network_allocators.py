@@ -19,10 +19,11 @@ from fisherfold.allocators.fermi_descent import round_ranks, softened_model
 from fisherfold.allocators.fermigrad import next_token_loss
 from fisherfold.allocators.limits import Limits
 from fisherfold.network.layers import LinearLayer
-from fisherfold.network.models import load_model
+from fisherfold.network.models import StaysLoaded, load_model
 from fisherfold.network.sites import Site, find_sites, read_sites
+from fisherfold.network.weights_on_call import is_stand_in
 from fisherfold.run import scratch
-from fisherfold.run.determinism import describe_machine
+from fisherfold.run.determinism import STREAMED, describe_machine, placed
 from fisherfold.run.engine import use_engine
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.files import read_manifest
@@ -157,6 +158,22 @@ def test_layer_without_a_choice_is_not_touched(workspace, allocator, monkeypatch
     rows = {row["module"]: row for row in pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()}
     assert rows["model.layers.0.mlp.up_proj"]["storage"] == "dense"
     assert set(rows) - {site.name for site in softened} == {"model.layers.0.mlp.up_proj"}
+
+
+@pytest.mark.parametrize("allocator", ["fermigrad", "ilp"])
+def test_with_one_decoder_block_in_memory_the_ranks_are_the_same(workspace, allocator):
+    """Factors, too, are there only while their block runs."""
+    ranks.run(workspace, parameters(allocator))
+    expected = read_manifest(workspace.out("ranks"))
+    shutil.rmtree(workspace.artifacts / "ranks.partial")
+    with placed(STREAMED):
+        ranks.run(workspace, parameters(allocator))
+        (kept,) = [loaded for (_, placement, *_), loaded in StaysLoaded._places.items() if placement == STREAMED]
+    assert read_manifest(workspace.out("ranks")) == expected
+    tensors = [*kept.model.named_parameters(), *kept.model.named_buffers()]
+    there = {name for name, tensor in tensors if tensor.numel() > 1 and not is_stand_in(tensor)}
+    assert all("norm" in name or "rotary" in name for name in there)
+    assert len([name for name, _ in tensors if name.endswith((".left", ".right"))]) == 28
 
 
 @pytest.mark.parametrize("allocator", MEASURING)

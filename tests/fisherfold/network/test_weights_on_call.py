@@ -16,7 +16,7 @@ from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.layers import forward_hooks, linear_modules
 from fisherfold.network.models import load_model
 from fisherfold.network.sites import read_sites
-from fisherfold.network.streamed_model import StreamedModel
+from fisherfold.network.streamed_model import StreamedModel, _Stored
 from fisherfold.network.targets import find_targets
 from fisherfold.network.weights_on_call import is_stand_in
 from fisherfold.run.determinism import STREAMED, placed
@@ -112,7 +112,7 @@ def test_targets(tmp_path, family):
 def test_one_block_or_one_embedding_has_weights_at_a_time(tmp_path, monkeypatch):
     """Forward and backward."""
     held, (_, model) = [], both(save_tiny(tmp_path / "m"))
-    fill, load = StreamedModel.fill, StreamedModel._load
+    fill, read = StreamedModel.fill, _Stored.__call__
 
     def parts():
         names = [name for name, weight in model.named_parameters() if not is_stand_in(weight)]
@@ -121,7 +121,7 @@ def test_one_block_or_one_embedding_has_weights_at_a_time(tmp_path, monkeypatch)
     monkeypatch.setattr(
         StreamedModel, "fill", lambda *a: (lambda restore: (held.append(parts()), restore)[1])(fill(*a))
     )
-    monkeypatch.setattr(StreamedModel, "_load", lambda *a: (held.append(parts()), load(*a))[1])
+    monkeypatch.setattr(_Stored, "__call__", lambda self: (held.append(parts()), read(self))[1])
     gradient_pass(model, IDS)
     seen = {frozenset(names) - {"model.norm.weight"} for names in held}
     assert seen == {frozenset(part) for part in ([], ["0"], ["1"], ["model.embed_tokens.weight"], ["lm_head.weight"])}

@@ -34,7 +34,7 @@ from fisherfold.statistics.streamed_placement import Streamed
 from flows.cli import main
 from flows.planning import demand, group_shapes
 from flows.planning.plan import disk_needed, plan_run, plan_stage, read_hardware, total
-from flows.planning.proposal import command, propose, unfit
+from flows.planning.proposal import command, incurable, propose, unfit
 from flows.planning.shapes import find_shapes, shapes_of
 from flows.planning.stage_costs import STAGE_COSTS
 from stages import capture, kronecker, subspace
@@ -262,7 +262,11 @@ def test_less_memory_than_the_model_takes_is_for_one_block_at_a_time(memory):
     assert "capture.placement=streamed" in proposed
     fits = plan_stage("capture", shapes, changed(params, proposed), hardware, 1)
     assert fits.seconds > 0 and fits.memory <= 0.9 * memory
-    assert "evaluate" in unfit(stages)  # which holds both models
+    lost = incurable(shapes, params, hardware, 1, stages)
+    assert {"evaluate", "prepare"} <= {*unfit(stages)}  # which hold models
+    assert ("evaluate" in lost) == (memory < 6e8) and "prepare" not in lost  # for its logits
+    others = [plan for plan in plan_run(shapes, changed(params, proposed), hardware, 1) if plan.stage not in lost]
+    assert unfit(others) == []
     tight = propose(shapes, params, hardware, 1, stages, disk=0.9 * fits.disk)
     less = plan_stage("capture", shapes, changed(params, tight), hardware, 1)
     assert less.disk <= 0.9 * fits.disk and any(one.startswith("capture.leaves=") for one in tight)
