@@ -269,7 +269,7 @@ def _streams(model: ModelSource) -> bool:
     return chosen_placement() == STREAMED and not model.gguf_file
 
 
-def _shards(size: int) -> dict[str, int]:
+def _shards(size: int) -> dict[str, Any]:
     """Of a model of so many bytes."""
     return {"max_shard_size": max(SHARD_BYTES, size // MOST_SHARDS)}
 
