@@ -99,11 +99,11 @@ def placement_of_capture(params: Params) -> str | None:
 @PAIRS.append
 def unpacked_bits(params: Params) -> str | None:
     """What reads numbers of few bits unpacks them at a layer's first call, and keeps them."""
-    if params.factorize.bits is None or _placement(params).holds_model:
+    if not _asked_bits(params) or _placement(params).holds_model:
         return None
     return (
-        f"factorize.bits = {params.factorize.bits}: compressed-tensors keeps a model's unpacked weights in memory when it is evaluated, which "
-        f"capture.placement = {params.capture.placement!r} avoids. Set factorize.bits = null, or capture.placement = 'whole'."
+        f"{_asked_bits(params)}: compressed-tensors keeps a model's unpacked weights in memory when it is evaluated, which "
+        f"capture.placement = {params.capture.placement!r} avoids. Set factorize.bits = null and ranks.widths = [], or capture.placement = 'whole'."
     )
 
 
@@ -118,14 +118,20 @@ def healing_of_whole_models(params: Params) -> str | None:
     )
 
 
+def _asked_bits(params: Params) -> str:
+    """What asks for numbers of few bits; empty if nothing does."""
+    if params.ranks.widths:
+        return f"ranks.widths = {list(params.ranks.widths)}"
+    return f"factorize.bits = {params.factorize.bits}" if params.factorize.bits else ""
+
+
 @PAIRS.append
 def few_bits(params: Params) -> str | None:
     """Numbers of few bits come in groups, are rounded under a metric on weights, and are read by a package of its own."""
-    widths = params.ranks.widths
-    if params.factorize.bits is None and not widths:
+    widths, asked = params.ranks.widths, _asked_bits(params)
+    if not asked:
         return None
     group = importlib.import_module("fisherfold.linalg.group_grid").GROUP
-    asked = f"ranks.widths = {list(widths)}" if widths else f"factorize.bits = {params.factorize.bits}"
     if widths and (params.factorize.bits or params.ranks.budget != "model_bytes" or params.ranks.allocator != "fisher"):
         return (
             f"{asked} chooses the bits of every layer by what they cost in bytes: set ranks.budget = 'model_bytes', ranks.allocator = "
