@@ -60,7 +60,7 @@ FISHER = {"capture": SKETCH, "kronecker": {"estimator": "sequence"}}
                 "ranks": {"widths": [8, 4], "round_to": 32, "budget": "model_bytes"},
                 "capture": {"placement": "streamed", "knowledge_questions": 0},
             },
-            "Set factorize.bits = null and ranks.widths = []",
+            "null and ranks.widths",
         ),
         ({"factorize": {"bits": 4}, "ranks": {"round_to": 32}, "subspace": {"share_inputs": True}}, "its own metric"),
         ({"factorize": {"bits": 8, "gguf_export": True}, "ranks": {"round_to": 64}}, "factorize.gguf_export = false"),
