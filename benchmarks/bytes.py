@@ -382,13 +382,14 @@ def report(rows: dict[str, dict], names: list[str]) -> None:
         if all(pair):
             value = max(pair[0][name] / pair[1][name] for name in names)
             print_figure(f"perplexity of factors in {bits} bits over 16 bits, ratio 0.4", value, limit, value <= limit)
-    pairs = [
-        (plan[2], plan[3]) for row in rows.values() for plan in row["layers"].values() if plan[3] > 0 and plan[2] > 0
-    ]
-    if len(pairs) > 2:
-        ranks = np.argsort(np.argsort(np.array(pairs), axis=0), axis=0)
-        value = float(np.corrcoef(ranks.T)[0, 1])
-        print_figure("rank correlation of predicted and measured loss, layers of all rows", value, 0.95, value >= 0.95)
+    foreseen = {name: row for name, row in rows.items() if not ROWS[name].nearest and row["predicted"] > 0}
+    allocations = [(row["predicted"], row["measured"]) for row in foreseen.values()]
+    layers = [(plan[2], plan[3]) for row in foreseen.values() for plan in row["layers"].values() if min(plan[2:]) > 0]
+    for what, pairs in (("allocations", allocations), ("layers of all rows", layers)):
+        if len(pairs) > 2:
+            ranks = np.argsort(np.argsort(np.array(pairs), axis=0), axis=0)
+            value = float(np.corrcoef(ranks.T)[0, 1])
+            print_figure(f"rank correlation of predicted and measured loss, {what}", value, 0.95, value >= 0.95)
 
 
 def print_figure(figure: str, value: float, target: float, holds: bool) -> None:
