@@ -135,9 +135,8 @@ def choose_widths(
         widths = (unrounded, *params.widths) if folder else (unrounded,)
         options.append(options_of(site, sigma, losses, widths, np.flatnonzero(allowed), params.storage))
     chosen = cheapest_loss(options, task.budget * SIXTEENTHS)
-    return [as_choice(site, option, unrounded) for site, option in zip(task.sites, chosen)], 0.5 * sum(
-        option.loss for option in chosen
-    )
+    loss = 0.5 * sum(option.loss for option in chosen)
+    return [as_choice(site, option) for site, option in zip(task.sites, chosen)], loss
 
 
 def predict_rounding(folder: Path, model: Path, outs: Sequence[Path], site: Site, sigma: Sequence[float]) -> None:

@@ -40,9 +40,14 @@ class Option:
     loss: float
 
 
+def is_rounded(bits: int) -> bool:
+    """Whether numbers of so many bits are rounded to whole ones."""
+    return bits <= MOST_BITS
+
+
 def unit_of(bits: int, index_bytes: int = 8) -> Unit:
     """The price of a number of so many bits, with its share of a scale, and of an index."""
-    scale = 0 if bits > MOST_BITS else SCALE_BYTES * SIXTEENTHS // GROUP
+    scale = SCALE_BYTES * SIXTEENTHS // GROUP if is_rounded(bits) else 0
     return Unit(bits * SIXTEENTHS // 8 + scale, index_bytes * SIXTEENTHS)
 
 
@@ -58,22 +63,22 @@ def _option(site: Site, rank: int, bits: int, truncation: np.ndarray, units: Rou
     """The cheapest format of a rank and width; one that outgrows the matrix in as many bits is dense."""
     unit = unit_of(bits)
     stored = {name: FORMATS.lookup(name)(site, np.array(rank)).priced(unit) for name in ALLOWED_FORMATS[storage]}
-    shape = SHAPE_BYTES * SIXTEENTHS if bits <= MOST_BITS else 0
+    shape = SHAPE_BYTES * SIXTEENTHS if is_rounded(bits) else 0
     cost, name = min((int(price) + (2 * shape if rank else 0), name) for name, price in stored.items())
     dense = site.dense_numbers * unit.weight + shape
     if rank == site.full_rank or cost >= dense:
-        return Option(site.full_rank, DENSE, bits, dense, 0.0 if bits > MOST_BITS else units.of_dense(bits))
+        return Option(site.full_rank, DENSE, bits, dense, units.of_dense(bits) if is_rounded(bits) else 0.0)
     factor = PIVOTED if name != "factors" else 1.0
-    rounding = 0.0 if bits > MOST_BITS else factor * float(units.of_ranks(bits)[rank])
+    rounding = factor * float(units.of_ranks(bits)[rank]) if is_rounded(bits) else 0.0
     return Option(rank, name, bits, cost, float(truncation[rank]) + rounding)
 
 
-def as_choice(site: Site, option: Option, unrounded: int) -> Choice:
-    """An option as stage `ranks` writes it, its cost in whole bytes; `unrounded` is the width of the model's dtype."""
+def as_choice(site: Site, option: Option) -> Choice:
+    """An option as stage `ranks` writes it, its cost in whole bytes."""
     numbers = site.dense_numbers
     if option.storage != DENSE:
         numbers = int(FORMATS.lookup(option.storage)(site, np.array(option.rank)).priced(Unit()))
-    bits = option.bits if option.bits < unrounded else None
+    bits = option.bits if is_rounded(option.bits) else None
     return Choice(option.rank, option.storage, (numbers,), option.cost // SIXTEENTHS, bits)
 
 

@@ -44,11 +44,16 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 def unpacked(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The matrix [n, m] that the three tensors stand for, float64."""
     n, m = tensors[SHAPE].tolist()
-    bits = WORD * tensors[PACKED].shape[1] // m
+    bits = _bits_of(tensors[PACKED].shape[1], m)
     whole = tensors[PACKED].contiguous().numpy().view(np.uint8)
     halves = whole if bits == 8 else np.stack([whole & 15, whole >> 4], axis=-1).reshape(n, m)
     codes = halves.astype(np.float64) - 2 ** (bits - 1)
     return torch.from_numpy(codes * np.repeat(tensors[SCALE].double().numpy(), GROUP, axis=1))
+
+
+def _bits_of(words: int, columns: int) -> int:
+    """The width of the numbers of a row, packed in so many words."""
+    return WORD * words // columns
 
 
 def matrices(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -120,7 +125,7 @@ def packed_modules(tensors: Mapping[str, StoredTensor]) -> dict[int, list[str]]:
         if name.endswith(f".{PACKED}"):
             module = name.removesuffix(f".{PACKED}")
             columns = tensors[f"{module}.{SCALE}"].shape[1] * GROUP
-            found.setdefault(WORD * tensor.shape[1] // columns, []).append(module)
+            found.setdefault(_bits_of(tensor.shape[1], columns), []).append(module)
     return found
 
 

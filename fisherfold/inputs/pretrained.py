@@ -52,10 +52,8 @@ CALLS = {
     "output_attentions": False,
     "output_hidden_states": False,
 }  # how somebody called a model, not what it computes
-SHARD_BYTES, MOST_SHARDS = (
-    2**28,
-    64,
-)  # what of a model that is streamed is in memory at a time, unless that gives too many files
+SHARD_BYTES = 2**28  # of a model that is streamed: what is in memory at a time,
+MOST_SHARDS = 64  # unless that gives more files than this
 
 
 OWN_CODE = (
