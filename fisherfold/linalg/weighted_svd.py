@@ -20,6 +20,7 @@ from typing import Protocol
 
 import torch
 
+from fisherfold.linalg.thin_svd import thin_svd
 from fisherfold.run.errors import NumericalError
 
 Metric = torch.Tensor | None
@@ -171,7 +172,7 @@ def weighted_svd(weight: torch.Tensor, input_root: Root, output_root: Root) -> W
         raise NumericalError("the weight holds values that are not finite")
     inputs_weighted = input_root.times(weight)
     outputs_weighted = output_root.times(weight.T).T
-    U, sigma, Vh = _svd(output_root.times(inputs_weighted.T).T)
+    U, sigma, Vh = thin_svd(output_root.times(inputs_weighted.T).T)
     seen = int((sigma > UNSEEN * sigma[0]).sum())
     roots = sigma[:seen].sqrt()
     left = inputs_weighted @ Vh[:seen].T / roots
@@ -183,7 +184,7 @@ def weighted_svd(weight: torch.Tensor, input_root: Root, output_root: Root) -> W
 
 def _with_unseen(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sigma: torch.Tensor) -> WeightedSVD:
     """Append the plain SVD of W − left right, whose rank is at most r − k after k components."""
-    U, size, Vh = _svd(weight - left @ right)
+    U, size, Vh = thin_svd(weight - left @ right)
     more = len(size) - len(sigma)
     roots = size[:more].sqrt()
     return WeightedSVD(
@@ -191,12 +192,3 @@ def _with_unseen(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, 
         torch.cat([right, roots[:, None] * Vh[:more]]),
         torch.cat([sigma, sigma.new_zeros(more)]),
     )
-
-
-def _svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    try:
-        return torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise NumericalError(
-            f"the weighted weight has no singular value decomposition that converges ({error})"
-        ) from error

@@ -25,6 +25,7 @@ from fisherfold.network.models import DTYPES
 from fisherfold.run.checkpoint import StoredTensor, read_tensors
 from fisherfold.run.determinism import chosen_device
 from fisherfold.run.errors import CorruptArtifact
+from fisherfold.run.read_ahead import ReadAhead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,8 +42,10 @@ class _Stored:
     tensor: StoredTensor
     dtype: torch.dtype
     device: torch.device
+    ahead: ReadAhead
 
     def __call__(self) -> torch.Tensor:
+        self.ahead.reached(self.tensor)
         return self.tensor.read().to(self.device, self.dtype)
 
 
@@ -72,6 +75,20 @@ class StreamedModel:
         self.blocks = list_blocks(self.model)
         self.names = list(self.blocks)
         self._aliases = _tied_names(self.model)
+        self._ahead = ReadAhead(self._parts())
+
+    def _parts(self) -> list[list[StoredTensor]]:
+        """What is read one after the other: the input embedding, every block, the output embedding if it is another tensor."""
+        embeddings = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        names = {id(own): name for name, own in self.model.named_parameters()}
+        known = dict.fromkeys(
+            names[id(part.weight)] for part in embeddings if id(getattr(part, "weight", None)) in names
+        )
+        ends = [[self._tensors[alias] for alias in self._aliases[name] if alias in self._tensors] for name in known]
+        inside = [
+            [tensor for name, tensor in self._tensors.items() if name.startswith(f"{block}.")] for block in self.names
+        ]
+        return [*ends[:1], *inside, *ends[1:]]
 
     @property
     def width(self) -> int:
@@ -191,7 +208,7 @@ class StreamedModel:
             raise CorruptArtifact(
                 f"The prepared model holds no weight {name!r}. Write it again with `dvc repro --force --single-item prepare`."
             )
-        return None if found is None else _Stored(self._tensors[found], value.dtype, self.device)
+        return None if found is None else _Stored(self._tensors[found], value.dtype, self.device, self._ahead)
 
     def stand_in(self, shape: torch.Size, dtype: torch.dtype, source: Source) -> torch.Tensor:
         """A tensor without numbers of its own, in whose place `fill` puts what `source` gives; not a number, where the dtype has that."""

@@ -37,11 +37,16 @@ NAMES = {dtype: code for code, dtype in CODES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a checkpoint: what is known of it without reading it, and how to read it."""
+    """A tensor of a checkpoint: what is known of it without reading it, and how to read it.
+
+    Attributes:
+        place: the file that has it as it is, and the offset of its first byte there; None if there is none.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
+    place: tuple[Path, int] | None = None
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "StoredTensor":
@@ -93,10 +98,24 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
 def _read_file(path: Path) -> dict[str, StoredTensor]:
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  a handle, not a mapping
+        begins = _begins(path)
         return {
-            name: StoredTensor(tuple(part.get_shape()), CODES[part.get_dtype()], partial(_read_tensor, path, name))
+            name: StoredTensor(
+                tuple(part.get_shape()),
+                CODES[part.get_dtype()],
+                partial(_read_tensor, path, name),
+                (path, begins[name]),
+            )
             for name, part in slices.items()
         }
+
+
+def _begins(path: Path) -> dict[str, int]:
+    """Where the bytes of every tensor of a file begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _read_tensor(path: Path, name: str) -> torch.Tensor:
