@@ -15,7 +15,6 @@ Memory is the peak of a process that runs the whole stage with sketches, on a mo
 
 import argparse
 import copy
-import json
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from figures import at_most, peak_bytes
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fisherfold.network.experts import expert_modules, unfold_experts
@@ -128,17 +128,6 @@ def run_stage(kind: str, sequences: int, blocks: int, length: int) -> None:
     print(peak_bytes())
 
 
-def peak_bytes() -> int:
-    """VmHWM: unlike ru_maxrss it does not count what the parent process held."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-
-
-def figure(name: str, value: float, target: float) -> str:
-    held = {"figure": name, "value": round(value, 3), "unit": "x", "target": target, "holds": value <= target}
-    return json.dumps(held)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smaller model, fewer rounds")
@@ -166,14 +155,18 @@ def main() -> None:
             f"    {name:12s} {seconds:8.3f} s   {BATCH * LENGTH / seconds:7.0f} tokens/s   {seconds / times['bare']:.2f} x bare"
         )
     target = MIXTURE if any(expert_modules(model)) else TOKENWISE
-    print(figure("capture time / bare pass, token-wise statistics", times["token-wise"] / times["bare"], target))
+    print(at_most("capture time / bare pass, token-wise statistics", times["token-wise"] / times["bare"], "x", target))
     if not arguments.times:
         few, many = (
             measure_memory(kind, count, *((1, 16, 1) if arguments.quick else (4, 64, 3))) for count in (FEW, MANY)
         )
         print(f"peak memory of the stage: {few / 2**20:.0f} MiB for {FEW} sequences, {many / 2**20:.0f} MiB for {MANY}")
-        print(figure(f"capture peak memory, {MANY} / {FEW} sequences", many / few, GROWTH))
-    print(figure(f"capture time / bare pass, with sketches of rank {RANK}", times["sketch"] / times["bare"], SKETCHED))
+        print(at_most(f"capture peak memory, {MANY} / {FEW} sequences", many / few, "x", GROWTH))
+    print(
+        at_most(
+            f"capture time / bare pass, with sketches of rank {RANK}", times["sketch"] / times["bare"], "x", SKETCHED
+        )
+    )
 
 
 if __name__ == "__main__":

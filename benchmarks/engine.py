@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from figures import at_least, at_most
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -203,10 +204,6 @@ def measure_run(words: list[str]) -> float:
         return time.monotonic() - start
 
 
-def figure(name: str, value: float, unit: str, target: float, holds: bool) -> str:
-    return json.dumps({"figure": name, "value": round(value, 4), "unit": unit, "target": target, "holds": holds})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="no whole runs, a third of the sequences")
@@ -221,20 +218,18 @@ def main() -> None:
             if arguments.only != "workers":
                 cost = measure_unit(100 if arguments.quick else 300)
                 print(f"a unit costs {1e3 * cost:.0f} ms more on Ray than inline")
-                lines.append(figure("cost of a unit on Ray", 1e3 * cost, "ms", 1e3 * PER_UNIT, cost <= PER_UNIT))
+                lines.append(at_most("cost of a unit on Ray", 1e3 * cost, "ms", 1e3 * PER_UNIT))
             if arguments.only != "unit":
                 one, two = measure_speedup(16 if arguments.quick else 64)
                 print(f"capture on one worker of one core: {one:.1f} s; on two: {two:.1f} s")
-                lines.append(figure("speed of two workers / one", one / two, "times", SPEEDUP, one / two >= SPEEDUP))
+                lines.append(at_least("speed of two workers / one", one / two, "times", SPEEDUP))
     if arguments.only == "run" or not (arguments.only or arguments.quick):
         alone, on_ray = measure_run(ALONE), measure_run(ON_RAY)
         added = on_ray - alone + SPARED * PER_UNIT
         print(f"a run of the demo's units: `dvc repro` {alone:.1f} s, on Ray {on_ray:.1f} s; {SPARED} units more")
         share = max(0.0, added - START) / arguments.compute
         print(f"beyond a start of {START:g} s, that is {100 * share:.1f} % of the demo's {arguments.compute:g} s")
-        lines.append(
-            figure("what Prefect and Ray add to the demo run, beyond 20 s", share, "share", SHARE, share <= SHARE)
-        )
+        lines.append(at_most("what Prefect and Ray add to the demo run, beyond 20 s", share, "share", SHARE))
     shutil.rmtree(os.environ["PREFECT_HOME"], ignore_errors=True)
     print("\n".join(lines))
 

@@ -11,7 +11,6 @@ that of the truncated network itself: no checkpoint is written, as the pivoted g
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
+from figures import at_most, figure
 
 from fisherfold.allocators.cost import DENSE
 from fisherfold.allocators.fermi_descent import Softened, softened_model
@@ -144,14 +144,14 @@ def report_draws(found: dict[tuple, float]) -> None:
     for ratio in ratios:
         best = [min(value for key, value in found.items() if key[2:] == (ratio, seed)) for seed in seeds]
         if limit := BEST.get(ratio):
-            figure = f"perplexity with the best allocator, ratio {ratio}, draws {seeds}"
-            print_figure(figure, best, "× dense", limit, max(best) <= limit)
+            name = f"perplexity with the best allocator, ratio {ratio}, draws {seeds}"
+            print(figure(name, best, "× dense", limit, max(best) <= limit))
     for ratio in ratios:
         pairs = [[("kfac", name, ratio, seed) for name in ("fermigrad", "fisher")] for seed in seeds]
         shares = [found[mine] / found[other] for mine, other in pairs if {mine, other} <= found.keys()]
         if shares and (limit := AGAINST_FISHER.get(ratio)):
-            figure = f"perplexity with fermigrad over fisher ranks, ratio {ratio}, draws {seeds}"
-            print_figure(figure, shares, "", limit, max(shares) <= limit)
+            name = f"perplexity with fermigrad over fisher ranks, ratio {ratio}, draws {seeds}"
+            print(figure(name, shares, "", limit, max(shares) <= limit))
 
 
 def report(found: dict, ratio: float) -> None:
@@ -159,17 +159,12 @@ def report(found: dict, ratio: float) -> None:
     uniform = [found[metric, "uniform", ratio]["perplexity"] for metric in ORDER if (metric, "uniform", ratio) in found]
     if len(uniform) == len(ORDER):
         falling = all(worse > better for worse, better in pairwise(uniform))
-        print_figure(
-            f"perplexity falls along {' > '.join(ORDER)}, uniform ranks, ratio {ratio}", uniform, "", "falling", falling
-        )
+        name = f"perplexity falls along {' > '.join(ORDER)}, uniform ranks, ratio {ratio}"
+        print(figure(name, uniform, "", "falling", falling))
     if ("kfac", "fisher", ratio) in found:
         row = found["kfac", "fisher", ratio]
         value = row["perplexity"] / row["perplexity_dense"]
-        print_figure(f"perplexity of kfac, fisher ranks, ratio {ratio}", value, "× dense", LIMIT, value <= LIMIT)
-
-
-def print_figure(figure: str, value: object, unit: str, target: object, holds: bool) -> None:
-    print(json.dumps({"figure": figure, "value": value, "unit": unit, "target": target, "holds": holds}))
+        print(at_most(f"perplexity of kfac, fisher ranks, ratio {ratio}", value, "× dense", LIMIT))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ the stage's threads, on a few of the project's own sequences, and multiplied by 
     evaluate    a forward pass of both models over every evaluation sequence
 
 On a machine that does other work compare processor time: of a stage and of its bare passes (`cpu`), which other processes stretch alike.
+
+Beside it what `fisherfold plan` says of each stage on two cores: seconds, with which processor time by the stage's threads is compared, and bytes
+of its output.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -24,6 +26,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
+from figures import at_most
+from planned import against_plan, planned_stages, published_bytes
 
 from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.models import load_model
@@ -41,19 +45,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--project", type=Path, default=Path())
     workspace = Workspace(parser.parse_args().project.resolve())
-    taken, bare = stage_times(workspace), bare_times(workspace, load_params(workspace.root / "params.yaml"))
-    print(f"{'stage':10} {'seconds':>8} {'cpu':>8} {'bare':>8} {'bare cpu':>8} {'GB peak':>8} {'GB written':>10}")
-    for stage in [stage for stage in STAGES if stage in taken]:
-        own, (clock, cpu) = taken[stage], bare.get(stage, (0.0, 0.0))
-        peak, written = own["peak_bytes"] / 1e9, own.get("written_bytes", 0) / 1e9
-        print(f"{stage:10} {own['seconds']:8.1f} {own.get('cpu_seconds', 0):8.1f} {clock:8.1f} {cpu:8.1f} {peak:8.2f} {written:10.2f}")  # fmt: skip
-    written = sum(own.get("written_bytes", 0) for own in taken.values())
-    print_figure("bytes that the run wrote", written, "bytes", WRITTEN)
+    params = load_params(workspace.root / "params.yaml")
+    taken, bare, plans = stage_times(workspace), bare_times(workspace, params), planned_stages(workspace, params)
+    stages = [stage for stage in STAGES if stage in taken]
+    outputs = {stage: published_bytes(workspace, stage) for stage in stages}
+    print(
+        "seconds, processor seconds, and those of bare passes; GB in memory, written, of the output, and of that planned"
+    )
+    print(f"{'stage':10} {'clock':>8} {'cpu':>8} {'bare':>8} {'cpu':>8} {'planned':>8} {'memory':>7} {'written':>7} {'output':>7} {'planned':>7}")  # fmt: skip
+    for stage in stages:
+        own, plan = taken[stage], plans[stage]
+        seconds = (own["seconds"], own.get("cpu_seconds", 0.0), *bare.get(stage, (0.0, 0.0)), plan.seconds or 0.0)
+        sizes = (own["peak_bytes"], own.get("written_bytes", 0), outputs[stage], plan.published)
+        print(f"{stage:10} " + " ".join(f"{each:8.1f}" for each in seconds) + " " + " ".join(f"{each / 1e9:7.2f}" for each in sizes))  # fmt: skip
+    print(at_most("bytes that the run wrote", sum(own.get("written_bytes", 0) for own in taken.values()), "bytes", WRITTEN))  # fmt: skip
     if "capture" in taken:
         clock, cpu = bare["capture"]
-        print_figure("capture by its bare passes, by the clock", taken["capture"]["seconds"] / clock, "", CAPTURE)
+        print(at_most("capture by its bare passes, by the clock", taken["capture"]["seconds"] / clock, "", CAPTURE))
         if spent := taken["capture"].get("cpu_seconds"):
-            print_figure("capture by its bare passes, processor time", spent / cpu, "", CAPTURE)
+            print(at_most("capture by its bare passes, processor time", spent / cpu, "", CAPTURE))
+    alone = {stage: taken[stage]["cpu_seconds"] / threads_of(params, stage) for stage in stages if taken[stage].get("cpu_seconds")}  # fmt: skip
+    print("\n".join(against_plan(plans, outputs, alone)))
+
+
+def threads_of(params: Params, stage: str) -> int:
+    """Of a stage; of `factorize` those of refinement, if it refines."""
+    if stage == "factorize" and params.factorize.refine.passes:
+        return params.factorize.refine.threads
+    return getattr(getattr(params, stage), "threads", 1) or 1
 
 
 def bare_times(workspace: Workspace, params: Params) -> dict[str, tuple[float, float]]:
@@ -91,10 +110,6 @@ def median_times(run: Callable[[], object]) -> tuple[float, float]:
         run()
         rounds.append((time.perf_counter() - clock, sum(os.times()[:2]) - cpu))
     return tuple(statistics.median(column) for column in zip(*rounds[1:]))
-
-
-def print_figure(figure: str, value: float, unit: str, target: float) -> None:
-    print(json.dumps({"figure": figure, "value": value, "unit": unit, "target": target, "holds": value <= target}))
 
 
 if __name__ == "__main__":

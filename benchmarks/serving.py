@@ -23,7 +23,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from throughput import compressed_model, dense_model, kind_of, plan_layers, print_figure, read_config
+from figures import at_least
+from throughput import compressed_model, dense_model, kind_of, plan_layers, read_config
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -91,7 +92,7 @@ def print_times(found: dict[str, list[float]], options: argparse.Namespace) -> N
         rate = options.requests / clock
         print(f"{name:20} {rate:10.3f} {rate * options.tokens:9.1f} {processor:11.1f} {dense / found[name][used]:8.2f}")
     for ratio in options.ratios.split(","):
-        print_figure(f"requests a second over dense, ratio {ratio}", dense / found[ratio][used], 1.0, NOISE)
+        print(at_least(f"requests a second over dense, ratio {ratio}", dense / found[ratio][used], "", 1.0, NOISE))
 
 
 def print_bench(found: dict[str, float], options: argparse.Namespace) -> None:
@@ -100,7 +101,9 @@ def print_bench(found: dict[str, float], options: argparse.Namespace) -> None:
     for name, rate in found.items():
         print(f"{name:20} {rate:10.3f} requests/s {rate / dense:8.2f} × dense")
     for ratio in options.ratios.split(","):
-        print_figure(f"vllm bench, requests a second over dense, ratio {ratio}", found[ratio] / dense, 1.0, NOISE)
+        print(
+            at_least(f"vllm bench, requests a second over dense, ratio {ratio}", found[ratio] / dense, "", 1.0, NOISE)
+        )
 
 
 def write_models(root: Path, options: argparse.Namespace) -> dict[str, Path]:

@@ -31,7 +31,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fisherfold.network.layers import LAYERS_FILE, write_layers
-from fisherfold.run.determinism import placed
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.files import digest_file, verify_output
 from fisherfold.run.params import CaptureParams
@@ -72,8 +71,7 @@ def run(workspace: Workspace, params: CaptureParams) -> None:
         if scratch.republish():
             return
         try:
-            with placed(params.placement):
-                _capture(scratch, workspace.model, table, questions, params)
+            _capture(scratch, workspace.model, table, questions, params)
         finally:
             loaded_model.cache_clear()
             streamed_model.cache_clear()

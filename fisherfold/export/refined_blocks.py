@@ -19,7 +19,7 @@ from torch import nn
 
 from fisherfold.export.expert_tensors import Stack
 from fisherfold.export.free_factors import free_factors, pivot_again
-from fisherfold.export.refinement import Batch, Sequences, refine_block
+from fisherfold.export.refinement import Batch, Sequences, left_alone, refine_block
 from fisherfold.export.trained_experts import put_experts, take_experts
 from fisherfold.network.blocks import BlockCall, find_blocks
 from fisherfold.network.layers import input_embedding
@@ -112,7 +112,9 @@ def refine_unit(
     before: Path | None,
     params: RefineParams,
 ) -> None:
-    """Unit of work: one block, its low-rank layers and its stacks of experts."""
+    """Unit of work: one block, its low-rank layers and its stacks of experts. A block without any stays the dense model's: its hidden states are
+    handed on, and nothing is trained.
+    """
     model = _dense(workspace.model)
     dense = model.get_submodule(name)
     with computing_threads(params.threads), held(dense):
@@ -124,7 +126,10 @@ def refine_unit(
         write_left(folder, DENSE, lambda x: call(dense, x), entered, params.batch_size)
         pivoted = free_factors(compressed)
         training, held_out = ((pairs(folder, part, entered), len(ids[part])) for part in PARTS)
-        found = refine_block(compressed, call, training, held_out, params)
+        if layers or stacks:
+            found = refine_block(compressed, call, training, held_out, params)
+        else:
+            found = left_alone(compressed, call, held_out, params)
         pivot_again(compressed, pivoted, trained=found.accepted)
         write_left(folder, COMPRESSED, lambda x: call(compressed, x), entered, params.batch_size)
         write_block(folder, compressed, name, layers, dense, stacks)

@@ -78,6 +78,12 @@ def refine_block(
     return Refinement(before, after, False, steps)
 
 
+def left_alone(block: nn.Module, run: Run, held_out: tuple[Sequences, int], params: RefineParams) -> Refinement:
+    """What is said of a block that is not trained; see `refine_block`."""
+    loss = _mean_loss(block, run, held_out, params)
+    return Refinement(loss, loss, False, 0)
+
+
 @torch.no_grad()
 def _mean_loss(block: nn.Module, run: Run, sequences: tuple[Sequences, int], params: RefineParams) -> float:
     read, count = sequences

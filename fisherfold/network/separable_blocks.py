@@ -12,7 +12,7 @@ import torch
 
 from fisherfold.network.blocks import BlockCall
 from fisherfold.network.layers import LinearLayer
-from fisherfold.network.streamed_model import StreamedModel
+from fisherfold.network.streamed_model import StreamedModel, is_stand_in
 from fisherfold.network.weight_check import check_weight
 from fisherfold.run.errors import InputError
 
@@ -96,7 +96,7 @@ def _run_through(streamed: StreamedModel, calls: Sequence[BlockCall]) -> bool:
     try:
         with streamed.surroundings(embedding=True), streamed.replaced(run):
             for name, weight in streamed.model.named_parameters():
-                if not weight.is_meta:
+                if not is_stand_in(weight):
                     check_weight(name, weight)
             whole = streamed.model(input_ids=ids % streamed.vocabulary, use_cache=False).logits
         with streamed.surroundings():

@@ -1,5 +1,8 @@
 """A causal language model one part at a time: a skeleton without weights, into which a decoder block, the embedding or the head is read and dropped again.
 
+What has no weights stands in: a tensor of the right shape, dtype and device without numbers of its own. It is nan, so that code which reads an
+absent weight does not go on in silence.
+
 Its own code runs it: a block is called with what the model itself calls it with (`BlockCall`), and what lies behind the blocks is the model's own forward
 pass in which every block hands on the stored hidden states. So no family is named; one whose blocks need more than hidden states and positions is
 refused (`require_blocks`).
@@ -7,7 +10,6 @@ refused (`require_blocks`).
 Shapes: B sequences of T tokens, h hidden dimensions, V vocabulary.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,16 +59,19 @@ class StreamedModel:
         dtype: that it computes in.
 
     Attributes:
-        model: frozen, in evaluation mode; its buffers are there, its weights are on the meta device until they are asked for.
+        model: frozen, in evaluation mode; its buffers are there, its weights stand in until they are asked for.
         names: of the decoder blocks.
         blocks: these, by name.
         device: of whatever is read.
+
+    Raises:
+        CorruptArtifact: a weight is not in the files.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self._tensors, self.dtype = read_tensors(folder), dtype
         self._resident: dict[int, Source] = {}
-        self._standing_in: dict[int, tuple[torch.Tensor, Source | None]] = {}
+        self._standing_in: dict[int, tuple[torch.Tensor, Source]] = {}
         self.device = torch.device("cuda" if chosen_device() == "auto" else chosen_device())
         self.model = _skeleton(folder, dtype).eval().requires_grad_(False)
         for module in self.model.modules():
@@ -76,6 +81,7 @@ class StreamedModel:
         self.names = list(self.blocks)
         self._aliases = _tied_names(self.model)
         self._ahead = ReadAhead(self._parts())
+        self._let_stand_in()
 
     def _parts(self) -> list[list[StoredTensor]]:
         """What is read one after the other: the input embedding, every block, the output embedding if it is another tensor."""
@@ -102,19 +108,15 @@ class StreamedModel:
 
     @contextmanager
     def block(self, number: int) -> Iterator[nn.Module]:
-        """Inside, one decoder block has its weights, with experts unfolded, and stands in the model."""
-        name = self.names[number]
-        parent, _, key = name.rpartition(".")
-        empty, siblings = self.blocks[name], cast(nn.ModuleList, self.model.get_submodule(parent))
-        loaded = copy.deepcopy(empty)
-        loaded.__dict__.pop("forward", None)  # of whoever runs the model through its blocks
-        self.fill(loaded, name)
-        unfold_experts(loaded)
-        siblings[int(key)] = loaded.requires_grad_(False)
+        """Inside, one decoder block has its weights, and its own forward pass where the model is run through its blocks."""
+        block = self.blocks[self.names[number]]
+        replaced, restore = block.__dict__.pop("forward", None), self.fill(block)
         try:
-            yield loaded
+            yield block
         finally:
-            siblings[int(key)] = empty
+            restore()
+            if replaced is not None:
+                block.forward = replaced
 
     @contextmanager
     def surroundings(self, embedding: bool = False, head: bool = False) -> Iterator[None]:
@@ -127,7 +129,7 @@ class StreamedModel:
         absent |= {id(outputs)} if not head else set()
         blocks = self.model.get_submodule(self.names[0].rpartition(".")[0])
         absent |= {id(module) for module in blocks.modules()}
-        restore = self.fill(self.model, "", lambda module: id(module) not in absent)
+        restore = self.fill(self.model, lambda module: id(module) not in absent)
         if not embedding:
             inputs.forward = lambda ids, *_: torch.zeros(*ids.shape, self.width, dtype=self.dtype, device=self.device)
         try:
@@ -163,20 +165,14 @@ class StreamedModel:
             for block in self.blocks.values():
                 del block.forward
 
-    def fill(
-        self, root: nn.Module, prefix: str = "", chosen: Callable[[nn.Module], bool] = lambda module: True
-    ) -> Callable[[], None]:
-        """Read what the chosen modules below `root` lack, tied weights once; return what takes it out again.
-
-        Args:
-            prefix: the name of `root`.
-        """
+    def fill(self, root: nn.Module, chosen: Callable[[nn.Module], bool] = lambda module: True) -> Callable[[], None]:
+        """Read what the chosen modules below `root` lack, tied weights once; return what takes it out again."""
         read: dict[Source, torch.Tensor] = {}
         undo: list[tuple[dict[str, Any], str, Any]] = []
-        for path, module in root.named_modules(prefix=prefix):
+        for module in root.modules():
             for kind in (module._parameters, module._buffers) if chosen(module) else ():
                 for own, value in list(kind.items()):
-                    source = None if value is None else self._source(f"{path}.{own}" if path else own, value)
+                    source = None if value is None else self._source(value)
                     if source is not None:
                         read[source] = read[source] if source in read else source()
                         undo.append((cast(dict[str, Any], kind), own, value))
@@ -191,13 +187,27 @@ class StreamedModel:
 
         return restore
 
-    def _source(self, name: str, value: torch.Tensor) -> Source | None:
-        """What reads a parameter or buffer, by what stands in for it, or by its name where nothing does; None if it is not read."""
-        if self._standing_in:
-            return self._standing_in.get(_address(value), (value, None))[1]
-        return self.on_disk(name, value)
+    def _source(self, value: torch.Tensor) -> Source | None:
+        """What reads a parameter or buffer, by what stands in for it; None if nothing does."""
+        found = self._standing_in.get(_address(value))
+        return found and found[1]
 
-    def on_disk(self, name: str, value: torch.Tensor) -> Source | None:
+    def _let_stand_in(self) -> None:
+        """Put what stands in for it in the place of every tensor that is on the disk; tied ones stay one."""
+        made: dict[Source, Any] = {}
+        for path, module in self.model.named_modules():
+            for kind in (module._parameters, module._buffers):
+                for own, value in kind.items():
+                    source = None if value is None else self._on_disk(f"{path}.{own}" if path else own, value)
+                    if value is None or source is None:
+                        continue
+                    nothing = self.stand_in(value.shape, value.dtype, source)
+                    is_parameter = isinstance(value, nn.Parameter)
+                    kind[own] = made.setdefault(
+                        source, nn.Parameter(nothing, requires_grad=False) if is_parameter else nothing
+                    )
+
+    def _on_disk(self, name: str, value: torch.Tensor) -> Source | None:
         """What reads the tensor of a name, or of one that it is tied to; None of what is not stored.
 
         Raises:
@@ -224,6 +234,11 @@ class StreamedModel:
             return None
         where = weight.size(), weight.stride(), weight.storage_offset()
         return lambda: source().as_strided(*where)
+
+
+def is_stand_in(weight: torch.Tensor) -> bool:
+    """Whether a weight is not in memory."""
+    return weight.dim() > 0 and not any(weight.stride()) and weight.numel() > 1
 
 
 def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
@@ -264,5 +279,7 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
 
 @lru_cache(maxsize=1)
 def streamed_model(folder: Path, dtype: str) -> StreamedModel:
-    """The skeleton of the model in a folder, made once a process."""
-    return StreamedModel(folder, DTYPES[dtype])
+    """The skeleton of the model in a folder, its experts unfolded, made once a process."""
+    streamed = StreamedModel(folder, DTYPES[dtype])
+    unfold_experts(streamed.model)
+    return streamed

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fisherfold.network.weights_on_call import is_stand_in
+from fisherfold.network.streamed_model import is_stand_in
 from fisherfold.run.errors import NumericalError
 
 LARGEST = 1e9  # training leaves weights below 1e4; from 1e19 on a square overflows float32

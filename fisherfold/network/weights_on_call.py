@@ -3,9 +3,6 @@ disk when they are called and let them go when they have answered. Its own code 
 passes over text, answers with a cache, gradients, hooks on its layers.
 
 For a backward pass autograd keeps of a weight where it is stored, and reads it once more. What it keeps of activations is no less than with the whole model.
-
-What has no weights stands in: a tensor of the right shape, dtype and device without numbers of its own. It is nan, so that code which reads an
-absent weight does not go on in silence.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,44 +35,22 @@ def read_on_call(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     streamed = StreamedModel(folder, dtype)
     model: Any = streamed.model
     model._streamed = streamed
-    _stand_in(streamed)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     parts = [*streamed.blocks.values(), *(module for module in ends if module is not None)]
     kinds = {kind: _reading(kind, streamed) for kind in map(type, parts)}
     for module in parts:
         module.__class__ = kinds[type(module)]
     absent = {id(inner) for module in parts for inner in module.modules()}
-    streamed.fill(model, chosen=lambda module: id(module) not in absent)
+    streamed.fill(model, lambda module: id(module) not in absent)
     if model.can_generate() and (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
-
-
-def is_stand_in(weight: torch.Tensor) -> bool:
-    """Whether a weight is not in memory."""
-    return weight.dim() > 0 and not any(weight.stride()) and weight.numel() > 1
 
 
 def left_on_disk(model: nn.Module, tensor: torch.Tensor, read: Source) -> torch.Tensor:
     """A buffer for one of the model's blocks: the tensor itself, or what stands in for what `read` gives if the model reads on call."""
     streamed = getattr(model, "_streamed", None)
     return tensor if streamed is None else streamed.stand_in(tensor.shape, tensor.dtype, read)
-
-
-def _stand_in(streamed: StreamedModel) -> None:
-    """Put what stands in for it in the place of every tensor that is on the disk; tied ones stay one."""
-    made: dict[Source, Any] = {}
-    for path, module in streamed.model.named_modules():
-        for kind in (module._parameters, module._buffers):
-            for own, value in kind.items():
-                source = None if value is None else streamed.on_disk(f"{path}.{own}" if path else own, value)
-                if value is None or source is None:
-                    continue
-                nothing = streamed.stand_in(value.shape, value.dtype, source)
-                is_parameter = isinstance(value, nn.Parameter)
-                kind[own] = made.setdefault(
-                    source, nn.Parameter(nothing, requires_grad=False) if is_parameter else nothing
-                )
 
 
 def _reading(kind: type[nn.Module], streamed: StreamedModel) -> type[nn.Module]:

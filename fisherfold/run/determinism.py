@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 DEVICE_VARIABLE = (
     "FISHERFOLD_DEVICE"  # cpu, cuda, cuda:1, mps, auto (spread over the node's GPUs); unset: the best there is
 )
-PLACEMENTS = (WHOLE, STREAMED) = ("whole", "streamed")
-"""Of models: all weights in memory, or those of one decoder block and one embedding at a time. The bits are the same."""
+WHOLE, STREAMED = "whole", "streamed"
+"""Placements of models: all weights in memory, or those of one decoder block and one embedding at a time. The bits are the same."""
 LIBRARIES = ("torch", "numpy", "scipy", "transformers")
 """Packages whose version can change a bit of what a unit computes."""
 

@@ -391,6 +391,27 @@ def test_refined_blocks_of_layers_with_biases(tmp_path):
     assert hidden_errors(refined)[0] == pytest.approx(rows[0]["held_out_after"], rel=1e-3)
 
 
+@pytest.mark.parametrize("cut", ["0", "1"])
+def test_a_block_of_which_no_layer_was_cut_is_left_as_it_is(calibrated, cut):
+    """The other is trained as ever, and the hidden states after both are those of the saved checkpoint."""
+    ranks = {name: rank for name, rank in mixed_ranks(calibrated).items() if f"layers.{cut}." in name}
+    publish_ranks(calibrated, ranks)
+    plain, _ = factorized(calibrated)
+    before = hidden_errors(plain)
+    refined, _ = factorized(calibrated, refine=REFINE)
+    rows = pq.read_table(refined.out("factorize") / "refinement.parquet").to_pylist()
+    trained, left = (rows[int(cut)], rows[1 - int(cut)])
+    assert (left["steps"], left["accepted"]) == (0, False) and left["held_out_after"] == left["held_out_before"]
+    assert trained["steps"] > 0 and trained["accepted"] and trained["held_out_after"] < trained["held_out_before"]
+    if cut == "1":
+        assert left["held_out_after"] == 0 and before[0] == 0  # nothing was lost yet
+    else:
+        assert left["held_out_after"] > 0
+    dense, saved = (read_tensors(folder) for folder in (refined.model, refined.out("factorize") / "model"))
+    own = [name for name in dense if f"layers.{1 - int(cut)}." in name]
+    assert len(own) > 8 and all(torch.equal(saved[name].read(), dense[name].read()) for name in own)
+
+
 HEAL = {"threads": 1, "passes": 6, "rate": 1e-3, "batch_size": 2}
 
 

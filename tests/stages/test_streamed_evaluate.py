@@ -9,7 +9,7 @@ from tiny_subspace import mixed_ranks, publish_ranks, publish_subspace
 
 from fisherfold.evaluation.model_run import forget_models
 from fisherfold.network.layers import read_layers
-from fisherfold.network.weights_on_call import is_stand_in
+from fisherfold.network.streamed_model import is_stand_in
 from fisherfold.run.determinism import STREAMED, placed
 from fisherfold.run.params import EvaluateParams
 from fisherfold.run.times import speed

@@ -21,7 +21,7 @@ from fisherfold.allocators.limits import Limits
 from fisherfold.network.layers import LinearLayer
 from fisherfold.network.models import StaysLoaded, load_model
 from fisherfold.network.sites import Site, find_sites, read_sites
-from fisherfold.network.weights_on_call import is_stand_in
+from fisherfold.network.streamed_model import is_stand_in
 from fisherfold.run import scratch
 from fisherfold.run.determinism import STREAMED, describe_machine, placed
 from fisherfold.run.engine import use_engine

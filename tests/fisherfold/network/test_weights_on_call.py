@@ -16,9 +16,8 @@ from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.layers import forward_hooks, linear_modules
 from fisherfold.network.models import load_model
 from fisherfold.network.sites import read_sites
-from fisherfold.network.streamed_model import StreamedModel, _Stored
+from fisherfold.network.streamed_model import StreamedModel, _Stored, is_stand_in
 from fisherfold.network.targets import find_targets
-from fisherfold.network.weights_on_call import is_stand_in
 from fisherfold.run.determinism import STREAMED, placed
 from fisherfold.run.errors import CorruptArtifact
 from stages import factorize

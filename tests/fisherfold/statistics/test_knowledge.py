@@ -11,7 +11,7 @@ from fisherfold.network.gradient_pass import loss_gradient
 from fisherfold.network.layers import find_layers
 from fisherfold.network.models import load_model
 from fisherfold.page.knowledge_view import knowledge_view, mass_shares, mean_rho
-from fisherfold.run.determinism import PLACEMENTS, placed
+from fisherfold.run.determinism import STREAMED, WHOLE, placed
 from fisherfold.run.errors import InputError
 from fisherfold.run.params import CaptureParams
 from fisherfold.run.tables import read_table
@@ -48,7 +48,7 @@ def test_mass_is_that_of_the_answers_weight_gradients(tmp_path):
 def test_with_one_decoder_block_in_memory_the_figures_are_the_same(tmp_path):
     workspace = tiny_workspace(tmp_path / "w", sequences=2)
     tables = []
-    for placement in PLACEMENTS:
+    for placement in (WHOLE, STREAMED):
         (tmp_path / placement).mkdir()
         with placed(placement):
             measure_questions(tmp_path / placement, workspace.model, workspace.table("questions"), PARAMS)
