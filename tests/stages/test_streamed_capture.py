@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from capture_bits import assert_same_bits
-from killed import killed_again_and_again
+from killed import Killed, killed_again_and_again
 from shuffled import Shuffled
 from tiny import FAMILIES, VOCABULARY, random_ids, tiny_workspace
 from tiny_families import tiny_family
@@ -129,6 +129,29 @@ def test_killed_anywhere_it_resumes_with_the_same_bits(prepared, whole, tmp_path
     workspace = Workspace(tmp_path / "w")
     folders = (scratch, unit_work, disk)
     assert killed_again_and_again(lambda: capture.run(workspace, CUT), monkeypatch, 5, folders) > 10
+    assert_same_bits(workspace, whole)
+
+
+@pytest.mark.parametrize("visible", [False, True], ids=["before the unit is whole", "before it is listed"])
+def test_killed_forward_at_the_turn_backward_and_between_leaves(prepared, whole, tmp_path, monkeypatch, visible):
+    """One run after the other, each going on from where the one before was killed."""
+    shutil.copytree(prepared.root, tmp_path / "w")
+    workspace, finish = Workspace(tmp_path / "w"), unit_work.finish_unit
+    points = [".forward-001", ".head", "pass-", ".embedded"]  # the last when the first leaf is done
+
+    def deadly(attempt, folder):
+        if points and points[0] in folder.name:
+            points.pop(0)
+            if visible:
+                finish(attempt, folder)
+            raise Killed
+        return finish(attempt, folder)
+
+    monkeypatch.setattr(unit_work, "finish_unit", deadly)
+    while len(points):
+        with pytest.raises(Killed):
+            capture.run(workspace, CUT)
+    capture.run(workspace, CUT)
     assert_same_bits(workspace, whole)
 
 
