@@ -2,6 +2,7 @@
 
     sh benchmarks/gpu.sh                          # the tests marked gpu, then this
     python benchmarks/gpu.py --blocks 4 --repeats 5
+    sh benchmarks/gpu.sh --compile                # models through torch.compile, too: half a minute more for each of 72
 
 capture: seconds of a bare gradient pass and of one that sums every layer's statistics (bfloat16 network, float32 sums), and their ratio.
 inference: seconds of dense, pivoted and plain layers of the same uniform ranks, each pass replayed as a CUDA graph so that kernels are
@@ -36,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="llama-7b", help="a file in data/shapes")
     parser.add_argument("--blocks", type=int, default=8, help="decoder blocks: those of a model do the same work each")
+    parser.add_argument("--compile", action="store_true", help="torch.compile before the CUDA graph is taken")
     parser.add_argument("--ratios", default="0.2,0.4,0.6")
     parser.add_argument("--multiples", default="32,128", help="of the ranks")
     parser.add_argument("--repeats", type=int, default=9)
@@ -47,7 +49,13 @@ def main() -> None:
     with torch.device(options.device):  # a billion random numbers take minutes on a processor
         dense = dense_model(config, torch.bfloat16).requires_grad_(False)
     name = torch.cuda.get_device_name() if options.device == "cuda" else options.device
-    found = {"device": name, "torch": torch.__version__, "shapes": options.shapes, "blocks": options.blocks}
+    found = {
+        "device": name,
+        "torch": torch.__version__,
+        "shapes": options.shapes,
+        "blocks": options.blocks,
+        "compiled": options.compile,
+    }
     found["capture"] = capture_times(dense, options.repeats)
     print(json.dumps(found), flush=True)
     with torch.no_grad():
@@ -83,17 +91,21 @@ def inference_times(dense: PreTrainedModel, options: argparse.Namespace) -> list
                 ids = torch.randint(dense.config.vocab_size, shape).to(options.device)
                 row = {"ratio": ratio, "multiple": multiple, "use": use}
                 rows.append(
-                    row | compare({name: replayed(model, ids) for name, model in models.items()}, options.repeats)
+                    row
+                    | compare(
+                        {name: replayed(model, ids, options.compile) for name, model in models.items()}, options.repeats
+                    )
                 )
                 print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-def replayed(model: PreTrainedModel, ids: torch.Tensor) -> Callable[[], object]:
-    """A pass over `ids` as a CUDA graph; as it is on other devices."""
+def replayed(model: PreTrainedModel, ids: torch.Tensor, compiled: bool) -> Callable[[], object]:
+    """A pass over `ids`, compiled if asked, as a CUDA graph; as it is on other devices."""
+    network = torch.compile(model.model, dynamic=False) if compiled else model.model
 
     def run() -> object:
-        return model.model(input_ids=ids, use_cache=False).last_hidden_state
+        return network(input_ids=ids, use_cache=False).last_hidden_state
 
     if not ids.is_cuda:
         return run

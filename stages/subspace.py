@@ -179,6 +179,7 @@ def weighted_layers(
         if root is None or not _same(A, metric):
             metric, root = A, _root(A, input_damping, layer, "input")
         output_root = _root(B, output_damping, layer, "output")
+        del B
         basis = _decompose(read_weight(model, layer), root, output_root, layer)
         yield f"{layer.name}/left", basis.left.float()
         yield f"{layer.name}/right", basis.right.float()

@@ -11,6 +11,7 @@ Shapes: M [p, p]. All in float64.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -47,22 +48,33 @@ def weighting_root(metric: Metric, damping: Damping, name: str = "the metric") -
     """A root of the damped metric, whichever is the cheapest; arguments and errors are those of `metric_root`."""
     if metric is None or metric.ndim == 1 or callable(damping) or damping <= 0:
         return metric_root(metric, damping, name)
-    return _triangular(metric.double(), damping) or metric_root(metric, damping, name)
+    return _triangular(metric, damping) or metric_root(metric, damping, name)
 
 
 def _triangular(metric: torch.Tensor, damping: float) -> TriangularRoot | None:
     """The root, or None where the metric is not finite, not definite, or has a negative eigenvalue that damping hides."""
-    added = damping * metric.diagonal().mean()
-    damped = (1 - damping) * metric
-    damped.diagonal().add_(added)
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    added = damping * metric.diagonal().double().mean()
+    factor, failed = torch.linalg.cholesky_ex(_damped(metric, damping, added))
     if failed or not factor.isfinite().all():
         return None
-    largest = outermost(lambda v: damped @ v, metric)
-    smallest = 1 / outermost(lambda v: torch.cholesky_solve(v[:, None], factor)[:, 0], metric)
+    largest = outermost(lambda v: factor @ (factor.T @ v), factor)
+    smallest = 1 / outermost(partial(_solved, factor), factor)
     if smallest - float(added) < -INDEFINITE * largest:
         return None
     return TriangularRoot(factor, (smallest, largest), damping)
+
+
+def _damped(metric: torch.Tensor, damping: float, added: torch.Tensor) -> torch.Tensor:
+    """One copy of M₀, which is as large as anything that a stage holds."""
+    damped = metric.to(torch.float64, copy=True).mul_(1 - damping)
+    damped.diagonal().add_(added)
+    return damped
+
+
+def _solved(factor: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """M⁻¹ v, without a copy of L."""
+    half = torch.linalg.solve_triangular(factor, v[:, None], upper=False)
+    return torch.linalg.solve_triangular(factor.T, half, upper=True)[:, 0]
 
 
 def outermost(apply: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor) -> float:
