@@ -135,7 +135,7 @@ def subspace_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCos
         units,
         peak=published,
         published=published,
-        memory=max(8.0 * (3 * x.outputs**2 + 3 * x.inputs**2 + 6 * x.outputs * x.inputs) for x in shapes.layers),
+        memory=max(8.0 * (2.5 * (x.outputs**2 + x.inputs**2) + 6 * x.outputs * x.inputs) for x in shapes.layers),
     )
 
 
