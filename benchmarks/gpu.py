@@ -44,6 +44,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            "this machine has no CUDA device; the code alone is tried by --device cpu --shapes smollm2-135m-instruct --blocks 1"
+        )
     config = find_config(Workspace(Path()), options.shapes)
     config.num_hidden_layers = options.blocks
     with torch.device(options.device):  # a billion random numbers take minutes on a processor

@@ -169,13 +169,13 @@ class StreamedModel:
         """Read what the chosen modules below `root` lack, tied weights once; return what takes it out again."""
         read: dict[Source, torch.Tensor] = {}
         undo: list[tuple[dict[str, Any], str, Any]] = []
-        for module in root.modules():
-            for kind in (module._parameters, module._buffers) if chosen(module) else ():
+        for module in filter(chosen, root.modules()):
+            for kind in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
                 for own, value in list(kind.items()):
                     source = None if value is None else self._source(value)
                     if source is not None:
                         read[source] = read[source] if source in read else source()
-                        undo.append((cast(dict[str, Any], kind), own, value))
+                        undo.append((kind, own, value))
                         kind[own] = _like(value, module, own, read[source])
         self._resident |= {_address(values): source for source, values in read.items()}
 
