@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -106,11 +105,12 @@ def refinement_view(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
     ]
     texts = [f"{row['block']}: {number(row['held_out_before'])} → {number(row['held_out_after'])}" for row in rows]
     line = Line("change", list(enumerate(changes)), marks=list(enumerate(changes)), texts=texts)
-    kept = sum(row["accepted"] for row in rows)
+    kept, trained = sum(row["accepted"] for row in rows), sum(row["steps"] > 0 for row in rows)
     caption = (
-        f"By how much training changed the error of every decoder block's output on held-out text, per cent; {kept} of {len(rows)} blocks "
-        f"got better and were kept so, by {number(-fmean(changes), 2)} % on average. Blocks are trained from the first to the last, each on what "
-        "the compressed blocks before it give."
+        f"By how much training changed the error of every decoder block's output on held-out text, per cent; {kept} of {trained} blocks "
+        f"got better and were kept so, by {number(-sum(changes) / max(1, trained), 2)} % on average. Blocks are trained from the first to the last, "
+        "each on what the compressed blocks before it give"
+        + (f"; {len(rows) - trained} of which no layer was cut are not." if trained < len(rows) else ".")
     )
     chart = line_chart("Change of every block's error by refinement", [line], "decoder block", "change of the error, %")
     return section("Refinement by block", figure(chart, caption))

@@ -377,9 +377,16 @@ def test_predicted_and_measured_by_layer():
 
 
 def test_refinement_by_block():
-    rows = [{"block": f"b.{i}", "held_out_before": 2.0, "held_out_after": 2.0 - i, "accepted": i > 0} for i in range(2)]
+    rows = [
+        {"block": f"b.{i}", "held_out_before": 2.0, "held_out_after": 2.0 - i, "accepted": i > 0, "steps": 4}
+        for i in range(2)
+    ]
     view = refinement_view(rows)
     assert "1 of 2 blocks got better" in view and "by 25 % on average" in view and view.count("<polyline") == 1
+    assert "no layer was cut" not in view
+    left = {"block": "b.2", "held_out_before": 2.0, "held_out_after": 2.0, "accepted": False, "steps": 0}
+    view = refinement_view([*rows, left])
+    assert "1 of 2 blocks got better" in view and "by 25 % on average" in view and "1 of which no layer was cut" in view
     assert refinement_view([]) is None
 
 
