@@ -9,13 +9,13 @@ as they come.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from figures import at_most
 
 from fisherfold.allocators.allocation import ALLOCATORS, allocate, pose
 from fisherfold.network.sites import find_sites, read_sites
@@ -77,12 +77,7 @@ def time_allocator(ratios: Sequence[float]) -> None:
             unspent = task.budget - int(task.costs[np.arange(len(ranks)), ranks].sum())
             worst = max(worst, statistics.median(times))
             print(f"{ratio:5} {storage:>8} {statistics.median(times):8.3f} {unspent:8}")
-    figure = "fisher allocation of 210 layers, slowest"
-    print(
-        json.dumps(
-            {"figure": figure, "value": round(worst, 3), "unit": "s", "target": TARGET, "holds": worst <= TARGET}
-        )
-    )
+    print(at_most("fisher allocation of 210 layers, slowest", worst, "s", TARGET))
 
 
 if __name__ == "__main__":

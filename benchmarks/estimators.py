@@ -12,7 +12,6 @@ least perplexity on the tuning sequences is chosen; the figures are of the evalu
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from figures import at_most
 
 from fisherfold.allocators.cost import rank_costs
 from fisherfold.fisher.estimators import ESTIMATORS, CapturedLayer
@@ -210,8 +210,7 @@ def report(best: dict[str, dict[float, tuple[float, tuple]]]) -> None:
     for ratio in RATIOS if ours and "svd_llm" in best else ():
         name = min(ours, key=lambda key: ours[key][ratio][0])
         value, target = ours[name][ratio][0], best["svd_llm"][ratio][0]
-        figure = f"perplexity of gfwsvd ({name}), uniform ranks, ratio {ratio}"
-        print(json.dumps({"figure": figure, "value": value, "unit": "", "target": target, "holds": value < target}))
+        print(at_most(f"perplexity of gfwsvd ({name}), uniform ranks, ratio {ratio}", value, "", target))
 
 
 if __name__ == "__main__":

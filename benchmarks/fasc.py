@@ -12,11 +12,11 @@ factor counted once and k at most Σ n (down projections: fewer outputs than hal
 """
 
 import argparse
-import json
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from figures import figure
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -175,18 +175,9 @@ def report(found: dict[tuple[str, float], dict]) -> None:
             "knowledge": [base["knowledge"], best["knowledge"]],
             "gain": [gain.mean().item(), gain.std().item() / len(gain) ** 0.5],
         }
-        figure = f"principal components, then {name}, at {share:.0%} of every input's dimension"
-        print(
-            json.dumps(
-                {
-                    "figure": figure,
-                    "value": value,
-                    "unit": "perplexity; share right; its gain and the standard error of that",
-                    "target": "both better",
-                    "holds": holds,
-                }
-            )
-        )
+        unit = "perplexity; share right; its gain and the standard error of that"
+        what = f"principal components, then {name}, at {share:.0%} of every input's dimension"
+        print(figure(what, value, unit, "both better", holds))
 
 
 if __name__ == "__main__":

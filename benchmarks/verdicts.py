@@ -19,6 +19,7 @@ from pathlib import Path
 from time import perf_counter
 
 import pyarrow.parquet as pq
+from figures import figure
 
 from fisherfold.evaluation.model_run import ModelRun, forget_models
 from fisherfold.evaluation.verdict import verdict
@@ -169,17 +170,7 @@ def report(rows: list[dict], judged: bool) -> None:
     ]
     target = f"close keeps {KEPT_BY_CLOSE:g} of the short questions, less than {LOST_BY_DAMAGED:.2f} is damaged"
     holds = not wrong if judged else True
-    print(
-        json.dumps(
-            {
-                "figure": "ratios whose verdict is wrong",
-                "value": wrong,
-                "unit": "ratio",
-                "target": target,
-                "holds": holds,
-            }
-        )
-    )
+    print(figure("ratios whose verdict is wrong", wrong, "ratio", target, holds))
 
 
 if __name__ == "__main__":
