@@ -17,6 +17,7 @@ BUNDLE = PACKAGE / "_orchestration"
 
 def main() -> int:
     """Run the command line; return its exit status."""
+    open_streams()
     try:
         here = Path.cwd()
     except FileNotFoundError:
@@ -27,6 +28,16 @@ def main() -> int:
         return 1
     use_code_of(find_project(here) or own_code())
     return importlib.import_module("flows.cli").main()
+
+
+def open_streams() -> None:
+    """Let standard streams that the caller has closed lead nowhere: files opened next would take their numbers, and what is written there."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
 
 
 def find_project(folder: Path) -> Path | None:

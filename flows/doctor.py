@@ -133,13 +133,12 @@ def check_device() -> Outcome:
     """The device that FISHERFOLD_DEVICE asks for is there."""
     import torch
 
-    from fisherfold.run.determinism import DEVICE_VARIABLE, chosen_device
+    from fisherfold.run.determinism import usable_device
 
-    device = chosen_device()
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        return Outcome("fail", f"{DEVICE_VARIABLE}={device} and torch {torch.__version__} reaches no GPU", GPU_CURE)
-    if device == "mps" and not torch.backends.mps.is_available():
-        return Outcome("fail", f"{DEVICE_VARIABLE}=mps and torch finds no Metal device", f"Unset {DEVICE_VARIABLE}")
+    try:
+        device = usable_device()
+    except ParameterError as error:
+        return Outcome("fail", str(error), GPU_CURE)
     return Outcome("ok", f"{device}, torch {torch.__version__}")
 
 

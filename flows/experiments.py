@@ -14,11 +14,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ruamel.yaml import YAML
-
 from fisherfold.run.errors import FisherfoldError
 from fisherfold.run.files import digest_file, digest_json
 from fisherfold.run.workspace import Workspace
+from fisherfold.run.yaml_text import parse_yaml
 from flows.overrides import overridden
 from flows.repository import repository
 from flows.staleness import tool_environment
@@ -71,7 +70,7 @@ class Project:
         """What determines an experiment: parameters, and every file that dvc.yaml names and no stage writes."""
         root = self.workspace.root
         _, params = overridden(root / PARAMS, overrides)
-        pipeline = YAML(typ="safe").load(root / "dvc.yaml")["stages"].values()
+        pipeline = parse_yaml(root / "dvc.yaml")["stages"].values()
         names = {name for stage in pipeline for name in stage["deps"] if not name.startswith(OURS)}
         files = [file for name in sorted(names) for file in _files(root / name)]
         contents = {file.relative_to(root).as_posix(): digest_file(file) for file in files}

@@ -4,6 +4,8 @@ import errno
 import os
 import sys
 
+from fisherfold.run.errors import system_number
+
 IN_THE_WAY = "something else lies where a file or a folder belongs ({error}). Move it away and run again."
 CURES = {
     errno.ENOTDIR: IN_THE_WAY,
@@ -18,6 +20,8 @@ CURES = {
     errno.EPERM: "user {user} may not do that: {error}. Run as the owner of the file.",
     errno.EROFS: "the file system cannot be written ({error}). Put the project where this user can write.",
     errno.EMFILE: "a process may not open more files here ({error}). Raise the limit (`ulimit -n 4096`) and run again.",
+    errno.ENOMEM: "the memory of this machine, or what a process may have of it, is used up ({error}). Finished units are kept: `fisherfold plan` says "
+    "what each stage needs, docs/how-to/bigger-than-memory.md how to need less.",
     errno.EIO: "the disk or its server failed ({error}). Finished units are kept: see the machine's log, then run again.",
     errno.ESTALE: "the file server has lost a file ({error}). Finished units are kept: mount it again, then run again.",
 }
@@ -27,9 +31,13 @@ def cure(error: Exception) -> str | None:
     """The line for an error of the machine; None for any other."""
     if isinstance(error, UnicodeEncodeError):
         return _unwritable_name(error)
-    if isinstance(error, OSError) and error.errno in CURES:
-        return CURES[error.errno].format(error=error, user=os.getuid())
-    return None
+    number = system_number(error)
+    return CURES[number].format(error=_said(error), user=os.getuid()) if number in CURES else None
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error; its kind if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _unwritable_name(error: UnicodeEncodeError) -> str:

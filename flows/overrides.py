@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
-from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import Params, check_params, read_document
 from fisherfold.run.presets import PRESETS, Values
 from fisherfold.run.targets import TARGETS
+from fisherfold.run.yaml_text import parse_yaml
 from flows.methods import check_methods
 from flows.yaml_edit import flow_text, parsed, set_values, with_value
 
@@ -88,7 +88,7 @@ def parse(assignment: str) -> list[tuple[list[str], object]]:
     if not equals or not all(keys):
         raise ParameterError(f"--set {assignment}: {FORM}")
     try:
-        value = YAML(typ="safe").load(text)
+        value = parse_yaml(text)
     except YAMLError as error:
         reason = " ".join(str(error).split())
         raise ParameterError(f"--set {assignment}: the value is not valid YAML ({reason}).") from None

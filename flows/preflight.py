@@ -7,6 +7,7 @@ Names of methods, pairs of parameters, the budget and, if stage prepare is to ru
 from collections.abc import Sequence
 from contextlib import suppress
 
+from fisherfold.run.determinism import asked_device
 from fisherfold.run.errors import CorruptArtifact, ParameterError
 from fisherfold.run.params import Params, check_params, load_params
 from fisherfold.run.workspace import Workspace
@@ -24,9 +25,10 @@ def preflight(workspace: Workspace, params: Params) -> None:
     """Refuse what a later stage would refuse. Nothing is downloaded but what a hub tells of a model.
 
     Raises:
-        ParameterError: a name, a pair of parameters or the budget.
+        ParameterError: a name (FISHERFOLD_DEVICE too), a pair of parameters or the budget.
         InputError: the model or a text cannot be had.
     """
+    asked_device()
     check_methods(params)
     check_pairs(params)
     check_tasks(workspace, params)

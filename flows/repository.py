@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
-from fisherfold.run.errors import FisherfoldError
+from fisherfold.run.errors import CorruptArtifact, FisherfoldError
 from fisherfold.run.progress import announce
 from fisherfold.run.workspace import Workspace
+from fisherfold.run.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -55,7 +56,17 @@ def _do_without_git(workspace: Workspace) -> None:
 
 
 def recorded(workspace: Workspace) -> dict[str, dict[str, Any]]:
-    """What dvc.lock holds of each stage that has run: its command, dependencies, parameters and outputs."""
+    """What dvc.lock holds of each stage that has run: its command, dependencies, parameters and outputs.
+
+    Raises:
+        CorruptArtifact: it is not what DVC writes.
+    """
     path = workspace.root / "dvc.lock"
-    document = YAML(typ="safe").load(path) if path.exists() else None
-    return (document or {}).get("stages") or {}
+    try:
+        stages = ((parse_yaml(path) if path.exists() else None) or {}).get("stages") or {}
+        return {name: dict(facts) for name, facts in stages.items()}
+    except (YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise CorruptArtifact(
+            f"{path} is not what DVC writes ({next(iter(str(error).splitlines()), '')}). Take it from git again, or remove it: stages then run "
+            "anew, from their finished units."
+        ) from None

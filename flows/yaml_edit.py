@@ -8,6 +8,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from fisherfold.run.yaml_text import parse_yaml
+
 
 def set_values(text: str, changes: Iterable[tuple[Sequence[str], object]]) -> str:
     """The text with each value under its nested keys; what is not there yet is added at the end of the mapping it belongs to.
@@ -123,7 +125,7 @@ def flow_text(value: object) -> str:
 @lru_cache(maxsize=4)  # who changes a text has read it
 def parsed(text: str) -> object:
     """A YAML text as plain values, which are shared: not to be changed."""
-    return YAML(typ="safe", pure=True).load(text)
+    return parse_yaml(text, pure=True)
 
 
 def _newline(text: str) -> str:

@@ -28,10 +28,17 @@ CACHE_VARIABLE = "FISHERFOLD_CACHE"
 
 
 def cache_folder() -> Path:
-    """Where fetched files are kept: ``FISHERFOLD_CACHE``, else ``fisherfold`` in the user's cache folder."""
+    """Where fetched files are kept: ``FISHERFOLD_CACHE``, else ``fisherfold`` in the user's cache folder.
+
+    Raises:
+        InputError: it would lie in the home of nobody.
+    """
     asked = os.environ.get(CACHE_VARIABLE)
     if asked:
-        return Path(asked).expanduser().absolute()
+        try:
+            return Path(asked).expanduser().absolute()
+        except RuntimeError as error:
+            raise InputError(f"{CACHE_VARIABLE}={asked!r}: {error} Set it to a folder of yours.") from None
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "fisherfold"
 

@@ -7,18 +7,17 @@ hub. All three are one call of ``from_pretrained``; they differ in where it look
 import errno
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
-from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,13 +35,20 @@ from fisherfold.inputs.model_folders import not_a_model, refuse_other_folders
 from fisherfold.inputs.packages import fetch_file
 from fisherfold.inputs.recipes import ModelRecipe, Source, find_path, find_recipe, recipe_names, unknown_input
 from fisherfold.inputs.tokenizer_files import require_same_tokens, save_tokenizer, vocabulary_size
-from fisherfold.inputs.weight_files import DEQUANTISED, quantisation, require_floats, require_sound, require_whole
+from fisherfold.inputs.weight_files import (
+    DEQUANTISED,
+    quantisation,
+    require_floats,
+    require_sound,
+    require_whole,
+    separate,
+)
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES
 from fisherfold.run.determinism import STREAMED, chosen_placement
-from fisherfold.run.errors import FisherfoldError, InputError
+from fisherfold.run.errors import FisherfoldError, InputError, system_number
 from fisherfold.run.params import PrepareParams
-from fisherfold.run.progress import announce
+from fisherfold.run.progress import announce, without_foreign_bars
 from fisherfold.run.workspace import Workspace
 
 WEIGHTS = re.compile(r".*\.safetensors|pytorch_model.*\.bin")
@@ -61,6 +67,13 @@ OWN_CODE = (
     "transformers itself knows can be used. A tokenizer can be converted to a fast one (tokenizer.json; auto_map taken out of "
     "tokenizer_config.json)."
 )
+SPEAKING = (
+    OSError,
+    ValueError,
+    ImportError,
+    RuntimeError,
+)  # errors that say what is wrong; a KeyError has the key alone
+BY_ITSELF = f" It must be a model that transformers {transformers.__version__} loads by itself."
 
 
 @dataclass(frozen=True)
@@ -247,6 +260,7 @@ def write_model(folder: Path, model: ModelSource, dtype: str) -> None:
         parameters = sum(parameter.numel() for parameter in loaded.parameters())
         announce("prepare", f"writing {parameters / 1e6:.1f} M parameters in {dtype}")
         with _explained(model, "its form for the stages, which is written from what"):
+            separate(loaded)
             shards = _shards(parameters * DTYPES[dtype].itemsize) if _streams(model) else {}
             loaded.save_pretrained(
                 folder / "model", save_original_format=False, **shards
@@ -297,7 +311,7 @@ def _load_weights(model: ModelSource, dtype: torch.dtype, converted: str) -> Pre
         load = partial(load, quantization_config=GgufConfig(dequantize=True))
     elif method:
         load = partial(load, quantization_config=DEQUANTISED[method](dequantize=True))
-    with _explained(model, "its weights"), _without_foreign_bars():
+    with _explained(model, "its weights"), without_foreign_bars():
         options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # we tell of them
         options |= {"device_map": {"": "disk"}, "offload_folder": converted} if _streams(model) else {}
         loaded, found = load(config=deepcopy(read_config(model)), dtype=dtype, **options)
@@ -314,25 +328,20 @@ def _load_weights(model: ModelSource, dtype: torch.dtype, converted: str) -> Pre
 
 
 @contextmanager
-def _without_foreign_bars() -> Iterator[None]:
-    """Keep a bar that the GGUF reader always draws out of logs; people at a terminal may see it."""
-    with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):
-        yield
-
-
-@contextmanager
 def _explained(model: ModelSource, part: str) -> Iterator[None]:
     """Turn what a library raises while it reads a part of the model into one clear error."""
     try:
         yield
     except Exception as error:  # a damaged or odd file makes the libraries raise almost anything
-        if isinstance(error, FisherfoldError | MemoryError) or getattr(error, "errno", None) == errno.ENOSPC:
+        if isinstance(error, FisherfoldError) or system_number(error) in (errno.ENOSPC, errno.ENOMEM):
             raise
         text = str(error) or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         more = isinstance(error, ImportError) or lines[0].endswith(":")  # how to install it; what it is
         reason = " ".join(lines[: 2 if more else 1])
-        cure = OWN_CODE if "trust_remote_code" in text else ""
+        if str(error) and not isinstance(error, SPEAKING):
+            reason = f"{type(error).__name__}: {reason}"
+        cure = OWN_CODE if "trust_remote_code" in text else BY_ITSELF
         raise InputError(
             f"Model {model.source.name!r}: {part} cannot be read from {model.location} ({reason}).{cure}"
         ) from error

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fisherfold.run.errors import InputError
 from fisherfold.run.files import describe_files, digest_json
 from fisherfold.run.workspace import Workspace
+from fisherfold.run.yaml_text import parse_yaml
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
 
@@ -144,7 +144,7 @@ def find_recipe(workspace: Workspace, kind: str, name: str, model: type[Kind]) -
         return None
     path = workspace.recipes(kind) / f"{name}.yaml"
     try:
-        return model.model_validate(YAML(typ="safe").load(path))
+        return model.model_validate(parse_yaml(path))
     except YAMLError as error:
         raise InputError(f"Recipe {path} is not valid YAML: {error}") from None
     except ValidationError as error:

@@ -4,8 +4,10 @@ transformers fills what is missing with random numbers, leaves out what it has n
 more than a warning: the model that would be compressed is then another one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,15 +20,15 @@ from fisherfold.network.weight_check import check_weight
 from fisherfold.run.checkpoint import read_tensors
 from fisherfold.run.errors import InputError
 
-PACKED = (
-    "I8",
-    "U8",
-    "I16",
-    "U16",
-    "I32",
-    "U32",
-)  # as packed weights are stored; ids and positions are I64, masks have four dimensions
-
+COUNTED = ("F64", "F32", "F16", "BF16", "I64")  # ids and positions are I64
+"""What numbers of a checkpoint are stored as that is not packed in some way."""
+TORCH_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
 DEQUANTISED: dict[str, Callable[..., Any]] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 """Methods of quantisation whose weights transformers multiplies out as it loads them."""
 
@@ -41,9 +43,11 @@ def quantisation(config: PreTrainedConfig) -> str | None:
 def require_floats(name: str, folder: Path) -> None:
     """
     Raises:
-        InputError: a matrix in the safetensors files of `folder` is of 8 bits or integers, and so quantised whatever config.json says.
+        InputError: a matrix in the files of `folder` is of 8 bits, integers, truth values or complex numbers, so something else than
+            config.json says.
     """
-    found = next(_packed(folder), None)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    found = next((pair for path in files for pair in _packed(path)), None)
     if found:
         raise InputError(
             f"The weights of model {name!r} are quantised: {found[0]!r} is stored as {found[1]}, and config.json does not say how to undo it. "
@@ -51,22 +55,38 @@ def require_floats(name: str, folder: Path) -> None:
         )
 
 
-def _packed(folder: Path) -> Iterator[tuple[str, str]]:
-    """Matrices that no arithmetic of floats is meant for, and what they are stored as."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  a file is no mapping
-                    stored = file.get_slice(name)
-                    kind, sizes = stored.get_dtype(), stored.get_shape()
-                    if (
-                        len(sizes) in (2, 3)
-                        and sizes[0] > 1
-                        and (kind in PACKED or kind.startswith(("F8", "F4", "F6")))
-                    ):
-                        yield name, kind
-        except (SafetensorError, OSError):  # whoever needs the file will say so
-            continue
+def _packed(path: Path) -> Iterator[tuple[str, str]]:
+    """Matrices that no arithmetic of real numbers is meant for, and what they are stored as."""
+    try:
+        for name, kind, sizes in (_of_safetensors if path.suffix == ".safetensors" else _of_pickle)(path):
+            if len(sizes) in (2, 3) and sizes[0] > 1 and kind not in COUNTED:  # masks have four dimensions
+                yield name, kind
+    except (SafetensorError, OSError, RuntimeError, UnpicklingError):  # whoever needs the file will say so
+        return
+
+
+def _of_safetensors(path: Path) -> Iterator[tuple[str, str, Sequence[int]]]:
+    """(name, dtype, sizes) of each tensor."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  a file is no mapping
+            stored = file.get_slice(name)
+            yield name, stored.get_dtype(), stored.get_shape()
+
+
+def _of_pickle(path: Path) -> Iterator[tuple[str, str, Sequence[int]]]:
+    for name, value in torch.load(path, mmap=True, weights_only=True).items():
+        if isinstance(value, torch.Tensor):
+            yield name, TORCH_NAMES.get(value.dtype, str(value.dtype)), value.shape
+
+
+@torch.no_grad()
+def separate(model: PreTrainedModel) -> None:
+    """Give each parameter a contiguous tensor of its own: those of a pickled checkpoint may be views of one another, which no safetensors file holds."""
+    held = [parameter for parameter in model.parameters() if not parameter.is_meta]
+    owners = Counter(parameter.untyped_storage().data_ptr() for parameter in held)
+    for parameter in held:
+        if owners[parameter.untyped_storage().data_ptr()] > 1 or not parameter.is_contiguous():
+            parameter.data = parameter.clone(memory_format=torch.contiguous_format)
 
 
 def require_whole(name: str, loaded: PreTrainedModel, found: Mapping[str, Collection[Any]]) -> None:

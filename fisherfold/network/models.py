@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from fisherfold.network.layers import LinearLayer
-from fisherfold.run.determinism import STREAMED, chosen_device, chosen_placement
+from fisherfold.run.determinism import STREAMED, chosen_placement, usable_device
 from fisherfold.run.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def decomposing_device() -> str:
     """Where this process decomposes matrices in float64: the chosen CUDA device, else the cpu (mps has no float64)."""
-    device = chosen_device()
+    device = usable_device()
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device if device.startswith("cuda") else "cpu"
@@ -45,7 +45,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=chosen_device(), local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=usable_device(), local_files_only=True)
     return model.eval().requires_grad_(False)
 
 

@@ -25,7 +25,7 @@ from fisherfold.network.experts import ExpertLinear, unfold_experts
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES
 from fisherfold.run.checkpoint import StoredTensor, read_tensors
-from fisherfold.run.determinism import chosen_device
+from fisherfold.run.determinism import usable_device
 from fisherfold.run.errors import CorruptArtifact
 from fisherfold.run.read_ahead import ReadAhead
 
@@ -72,7 +72,7 @@ class StreamedModel:
         self._tensors, self.dtype = read_tensors(folder), dtype
         self._resident: dict[int, Source] = {}
         self._standing_in: dict[int, tuple[torch.Tensor, Source]] = {}
-        self.device = torch.device("cuda" if chosen_device() == "auto" else chosen_device())
+        self.device = torch.device("cuda" if usable_device() == "auto" else usable_device())
         self.model = _skeleton(folder, dtype).eval().requires_grad_(False)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():

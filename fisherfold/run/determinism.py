@@ -6,12 +6,15 @@ one, N threads give the same bits. So N is a parameter of every stage that compu
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING
+
+from fisherfold.run.errors import ParameterError
 
 if TYPE_CHECKING:
     import torch
@@ -20,22 +23,54 @@ if TYPE_CHECKING:
 DEVICE_VARIABLE = (
     "FISHERFOLD_DEVICE"  # cpu, cuda, cuda:1, mps, auto (spread over the node's GPUs); unset: the best there is
 )
+DEVICES = re.compile(r"cpu|cuda(:\d+)?|mps|auto")
 WHOLE, STREAMED = "whole", "streamed"
 """Placements of models: all weights in memory, or those of one decoder block and one embedding at a time. The bits are the same."""
 LIBRARIES = ("torch", "numpy", "scipy", "transformers")
 """Packages whose version can change a bit of what a unit computes."""
 
 
+def asked_device() -> str | None:
+    """The environment's choice, if it makes one.
+
+    Raises:
+        ParameterError: it is no device.
+    """
+    asked = os.environ.get(DEVICE_VARIABLE) or None
+    if asked and not DEVICES.fullmatch(asked):
+        raise ParameterError(f"{DEVICE_VARIABLE}={asked!r} is no device: cpu, cuda, cuda:1, mps or auto.")
+    return asked
+
+
 def chosen_device() -> str:
     """Where this process computes: the environment's choice, else cuda, else mps, else cpu."""
-    asked = os.environ.get(DEVICE_VARIABLE)
-    if asked:
+    if asked := asked_device():
         return asked
     import torch
 
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def usable_device() -> str:
+    """`chosen_device`, if it is there.
+
+    Raises:
+        ParameterError: torch does not reach it.
+    """
+    import torch
+
+    device = chosen_device()
+    kind, _, number = device.partition(":")
+    counts = {"cuda": torch.cuda.is_available() and torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    count = int(counts.get(kind, 1))
+    if int(number or 0) >= count:
+        raise ParameterError(
+            f"{DEVICE_VARIABLE}={device} and torch {torch.__version__} reaches {count} {kind} devices. Unset {DEVICE_VARIABLE}, or see "
+            "`fisherfold doctor`."
+        )
+    return device
 
 
 _placement: ContextVar[str] = ContextVar("placement", default=WHOLE)

@@ -1,5 +1,16 @@
 """Every failure a user can meet, each with its own message: what failed, where, why and what to do."""
 
+import errno
+
+SAID = {
+    "No space left on device": errno.ENOSPC,
+    "database or disk is full": errno.ENOSPC,
+    "Cannot allocate memory": errno.ENOMEM,
+    "can't allocate memory": errno.ENOMEM,
+    "out of memory": errno.ENOMEM,
+}
+"""What libraries in Rust, C++ and SQLite say, whose errors carry no number of the system's."""
+
 
 class FisherfoldError(Exception):
     """Base of all errors that are the user's to read; the command line prints them without a traceback."""
@@ -35,3 +46,12 @@ class NumericalError(FisherfoldError):
 
 class EngineError(FisherfoldError):
     """The engine, its cluster or the Prefect API cannot be used as asked."""
+
+
+def system_number(error: BaseException) -> int | None:
+    """The number (errno) of what the system refused, if that is what the error tells of."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    return next((number for words, number in SAID.items() if words in str(error)), None)

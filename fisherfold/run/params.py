@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.workspace import STAGES
+from fisherfold.run.yaml_text import parse_yaml
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -283,12 +283,12 @@ def load_params(path: Path) -> Params:
 def read_document(path: Path) -> dict[str, Any]:
     """params.yaml as it stands, parsed and not yet checked; see ``load_params`` for the errors."""
     try:
-        document = YAML(typ="safe").load(path)
+        document = parse_yaml(path)
     except FileNotFoundError:
         raise ParameterError(f"{path} does not exist. Run fisherfold from the folder that holds params.yaml.") from None
     except OSError as error:
         raise ParameterError(f"{path} cannot be read ({error}).") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except YAMLError as error:
         raise ParameterError(f"{path} is not valid YAML: {error}") from None
     return document or {}
 

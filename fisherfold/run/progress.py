@@ -10,8 +10,9 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from datetime import timedelta
+from io import StringIO
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -127,3 +128,10 @@ def _write(path: str, entry: dict[str, Any]) -> None:
 def millions(numbers: float) -> str:
     """A count of parameters for reading, in millions or billions."""
     return f"{numbers / 1e6:.4g} M" if numbers < 1e9 else f"{numbers / 1e9:.3g} B"
+
+
+@contextmanager
+def without_foreign_bars() -> Iterator[None]:
+    """Keep a bar that a library always draws out of logs; people at a terminal may see it."""
+    with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):
+        yield

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
-from ruamel.yaml import YAML
 
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import Params
 from fisherfold.run.workspace import Workspace
+from fisherfold.run.yaml_text import parse_yaml
 from flows.planning.shapes import ModelShapes
 from flows.planning.simulation import Schedule, Task, simulate
 from flows.planning.stage_costs import STAGE_COSTS, Demand, StageCost
@@ -107,7 +107,7 @@ def read_hardware(workspace: Workspace, name: str) -> Hardware:
     Raises:
         ParameterError: there is none of this name.
     """
-    profiles = YAML(typ="safe").load(workspace.root / "data" / "hardware.yaml")
+    profiles = parse_yaml(workspace.root / "data" / "hardware.yaml")
     if name not in profiles:
         raise ParameterError(f"--gpu {name!r} is unknown. data/hardware.yaml has {', '.join(profiles)}.")
     return Hardware.model_validate(profiles[name])

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from ruamel.yaml import YAML
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -19,6 +18,7 @@ from fisherfold.network.layers import LinearLayer, describe_layers, find_layers,
 from fisherfold.network.shortcuts import attempt
 from fisherfold.run.errors import FisherfoldError, InputError
 from fisherfold.run.workspace import Workspace
+from fisherfold.run.yaml_text import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def find_config(workspace: Workspace, name: str) -> PreTrainedConfig:
     """The configuration of the model that a name means; see `find_shapes`."""
     recipe = workspace.recipes("shapes") / f"{Path(name).name}.yaml"
     if recipe.stem == name and recipe.exists():
-        return AutoConfig.for_model(**YAML(typ="safe").load(recipe))
+        return AutoConfig.for_model(**parse_yaml(recipe))
     folder = workspace.model if _prepared(workspace) == name else workspace.root / Path(name).expanduser()
     if not folder.is_dir():
         folder = Path(name).expanduser().absolute()  # outside a project there is none that paths could be relative to

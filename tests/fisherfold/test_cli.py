@@ -116,3 +116,20 @@ def test_commands_that_need_no_project_work_from_the_wheel_alone(wheel_alone, tm
     result = command(tmp_path, str(wheel_alone / "fisherfold"), *words, environment={"PYTHONPATH": ""})
     assert result.returncode == 0, result.stderr
     assert {"plan": "capture", "doctor": "project"}[words[0]] in result.stdout
+
+
+OPENS = """
+import os, sys
+from fisherfold.cli import open_streams
+open_streams()
+with open("written", "w") as file:
+    os.write(2, b"by a library\\n")
+    print(len(sys.stdin.read()), "to nobody", flush=True)
+    file.write(f"{file.fileno() > 2} {os.get_inheritable(1)}")
+"""
+
+
+def test_what_is_written_to_closed_streams_reaches_no_file(tmp_path):
+    words = ("sh", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, OPENS)
+    assert command(tmp_path, *words).returncode == 0
+    assert (tmp_path / "written").read_text() == "True True"

@@ -78,6 +78,21 @@ def test_shells_complete_commands(shell):
         ),
         (OSError(24, "Too many open files"), 1, "error: a process may not open more files"),
         (
+            RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            1,
+            "error: the disk is full",
+        ),
+        (
+            MemoryError(),
+            1,
+            "error: the memory of this machine, or what a process may have of it, is used up (MemoryError)",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
+            1,
+            "error: the memory of this machine",
+        ),
+        (
             UnicodeEncodeError("ascii", "/data/ü", 6, 7, "ordinal not in range(128)"),
             1,
             "error: the name '/data/ü' cannot be written",

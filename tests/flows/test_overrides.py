@@ -74,6 +74,7 @@ def test_entries_of_a_mapping_add_up(params):
         ("ranks=0.4", "expected STAGE.KEY=VALUE"),
         ("=0.4", "expected STAGE.KEY=VALUE"),
         ("ranks.ratio=[", "not valid YAML"),
+        ("prepare.revision=2024-02-30", "not valid YAML (day is out of range for month)"),
         ("ranks.ratoi=0.4", "did you mean 'ratio'?"),
         ("ranks.fermigrad.stepz=4", "did you mean 'steps'?"),
         ("rank.ratio=0.4", "did you mean 'ranks'?"),

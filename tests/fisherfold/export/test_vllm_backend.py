@@ -31,6 +31,7 @@ def test_what_wants_another_form(family: str, says: str):
         ("cohere", {"logit_scale": 0.0625}, 0.0625),
         ("granite", {"logits_scaling": 8.0}, 0.125),
         ("opt", {}, 1.0),  # its decoder is called, not the model without head
+        ("llama4_text", {}, 1.0),  # its base model is itself
         ("bert", {}, None),  # a layer and a norm before the output embedding
         ("recurrent_gemma", {}, None),  # capped under another name
     ],

@@ -130,3 +130,6 @@ def test_cache_follows_the_environment(tmp_path, monkeypatch):
     assert cache_folder() == tmp_path / "fisherfold"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
     assert cache_folder().is_absolute()
+    monkeypatch.setenv("FISHERFOLD_CACHE", "~nobody-of-this-name/cache")
+    with pytest.raises(InputError, match="FISHERFOLD_CACHE='~nobody"):
+        cache_folder()

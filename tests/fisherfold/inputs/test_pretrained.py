@@ -212,6 +212,26 @@ def break_eight_bits(folder):
     stored(folder, lambda weights: weights | {key: weights[key].to(torch.float8_e4m3fn)})
 
 
+def break_truths(folder):
+    key = "model.layers.0.mlp.up_proj.weight"
+    stored(folder, lambda weights: weights | {key: weights[key] > 0})
+
+
+def break_complex(folder):
+    key = "model.layers.0.mlp.up_proj.weight"
+    stored(folder, lambda weights: weights | {key: weights[key].to(torch.complex64)})
+
+
+def pickled(folder, change):
+    torch.save(change(load_file(folder / "model.safetensors")), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def break_pickled_integers(folder):
+    key = "model.layers.0.mlp.up_proj.weight"
+    pickled(folder, lambda weights: weights | {key: (100 * weights[key]).to(torch.int8)})
+
+
 def break_bias(folder):
     stored(folder, lambda weights: weights | {"model.layers.0.self_attn.q_proj.bias": torch.ones(16)})
 
@@ -230,6 +250,10 @@ def break_adapter_beside(folder):
 
 def break_generation(folder):
     (folder / "generation_config.json").write_text("[]")
+
+
+def break_rope(folder):
+    edit_config(folder, rope_parameters={"rope_type": "mine", "rope_theta": 1e4})
 
 
 def break_architectures(folder):
@@ -313,6 +337,9 @@ def edit_config(folder, **changes):
         (break_huge, r"weight 'model.norm.weight' .* holds the value 1e\+30"),
         (break_integers, "quantised: 'model.layers.0.mlp.up_proj.weight' is stored as I8"),
         (break_eight_bits, "quantised: 'model.layers.0.mlp.up_proj.weight' is stored as F8_E4M3"),
+        (break_truths, "quantised: 'model.layers.0.mlp.up_proj.weight' is stored as BOOL"),
+        (break_complex, "quantised: 'model.layers.0.mlp.up_proj.weight' is stored as C64"),
+        (break_pickled_integers, "quantised: 'model.layers.0.mlp.up_proj.weight' is stored as torch.int8"),
         (break_quantised_elsewhere, r"quantised \(compressed-tensors\)"),
         (break_bias, "holds 'model.layers.0.self_attn.q_proj.bias', for which the layer .* has no place"),
         (break_adapted, "holds 'model.layers.0.self_attn.q_proj.lora_A.weight', for which .* merge it"),
@@ -327,6 +354,7 @@ def edit_config(folder, **changes):
         (break_config, "its configuration cannot be read"),
         (break_type, "its configuration cannot be read"),
         (break_value, "its configuration cannot be read"),
+        (break_rope, "its configuration cannot be read .*KeyError: 'mine'.* transformers .* loads by itself"),
         (break_heads, "cannot be read"),
         (break_list, "config.json is no JSON object"),
         (break_tokenizer_settings, "tokenizer_config.json is no JSON object"),
@@ -354,6 +382,19 @@ def test_how_somebody_called_a_model_is_no_part_of_it(tmp_path, called):
     found = again(torch.tensor([[3, 4]]))
     assert found.attentions is None and found.hidden_states is None
     torch.testing.assert_close(found.logits, tiny_model()(torch.tensor([[3, 4]])).logits)
+
+
+def test_pickled_tensors_may_be_one_another_or_turned(tmp_path):
+    def change(weights):
+        weights |= {name: weights[name.replace(".1.", ".0.")] for name in weights if ".layers.1." in name}
+        return weights | {"model.layers.0.mlp.up_proj.weight": weights["model.layers.0.mlp.up_proj.weight"].T.clone().T}
+
+    pickled(save_tiny(tmp_path / "model"), change)
+    written = load_file(prepare(tmp_path) / "model" / "model.safetensors")
+    dense = tiny_model().state_dict()
+    for name in (name for name in written if ".layers.0." in name):
+        assert torch.equal(written[name], dense[name])
+        assert torch.equal(written[name.replace(".0.", ".1.")], dense[name])
 
 
 def test_tensors_that_are_no_part_of_the_model_are_told(tmp_path, capsys):

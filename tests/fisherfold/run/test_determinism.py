@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from fisherfold.run.determinism import usable_device
+from fisherfold.run.errors import ParameterError
+
 PRODUCTS = """
 import hashlib, os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
@@ -45,3 +48,15 @@ def test_a_stage_that_loads_no_model_starts_without_what_loads_one():
         "print({'transformers', 'torch._dynamo', 'datasets'} & sys.modules.keys() or '')"
     )
     assert said(script) == ""
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "CPU", "cuda:99", "mps:0"])
+def test_a_device_that_is_none_or_is_not_there_is_refused(device, monkeypatch):
+    monkeypatch.setenv("FISHERFOLD_DEVICE", device)
+    with pytest.raises(ParameterError, match=f"FISHERFOLD_DEVICE='?{device}"):
+        usable_device()
+
+
+def test_the_cpu_is_always_there(monkeypatch):
+    monkeypatch.setenv("FISHERFOLD_DEVICE", "cpu")
+    assert usable_device() == "cpu"
