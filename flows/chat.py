@@ -1,5 +1,6 @@
 """`fisherfold chat`: what the dense and the compressed model answer, side by side, greedily, so that differences are theirs and not chance's."""
 
+import errno
 import shutil
 import sys
 import textwrap
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fisherfold.export.lineage import read_lineage
-from fisherfold.run.errors import CorruptArtifact, InputError
+from fisherfold.run.errors import CorruptArtifact, FisherfoldError, InputError, system_number
 from fisherfold.run.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -85,8 +86,11 @@ def load(source: str) -> tuple["ModelRun", "PreTrainedTokenizerBase"]:
         run = ModelRun(folder, dtype, batch_size=1, pass_tokens=1, cure="")
         run.decoder  # noqa: B018  loaded now, not with the first prompt
         return run, run.tokenizer
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source} is no model that can be loaded here: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged or odd file makes the libraries raise almost anything
+        if isinstance(error, FisherfoldError) or system_number(error) == errno.ENOMEM:
+            raise
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(f"{source} is no model that can be loaded here: {reason}") from None
 
 
 def answer(run: "ModelRun", tokenizer: "PreTrainedTokenizerBase", prompt: str, tokens: int) -> Answer:

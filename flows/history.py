@@ -48,10 +48,11 @@ def read_metrics(workspace: Workspace) -> dict[str, Any]:
 def read_runs(workspace: Workspace) -> list[dict[str, Any]]:
     """Every remembered run, in order; a line that a kill has cut is none."""
     runs = []
-    for line in _file(workspace).read_text(encoding="utf-8").splitlines() if _file(workspace).exists() else ():
+    text = _file(workspace).read_text(encoding="utf-8", errors="replace") if _file(workspace).exists() else ""
+    for line in text.splitlines():
         with suppress(ValueError):
             runs.append(json.loads(line))
-    return runs
+    return [run for run in runs if isinstance(run, dict) and {"run", "metrics"} <= run.keys()]
 
 
 def find_run(workspace: Workspace | None, name: str) -> dict[str, Any]:

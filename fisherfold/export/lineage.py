@@ -57,13 +57,13 @@ def read_lineage(folder: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if isinstance(document["files"], dict) and isinstance(document["lineage"], dict):
+        if all(isinstance(entry, dict) for part in ("files", "lineage") for entry in document[part].values()):
             return dict(document)
     except FileNotFoundError:
         raise CorruptArtifact(
             f"{folder} holds no {FILE}: it is no model of Fisherfold, or was saved again by something else."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptArtifact(f"{folder / FILE} is not readable ({error!r}).") from None
     raise CorruptArtifact(f"{folder / FILE} is not readable: it lists no files.")
 

@@ -50,8 +50,8 @@ def export(folder: Path, target: Path, form: str) -> None:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = dict[str, Any](json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder} is no model folder ({error}).") from None
     if "fisherfold" not in config:
         raise InputError(

@@ -99,6 +99,15 @@ def test_a_run_that_stopped_before_stage_evaluate_tells_nothing_of_an_earlier_on
     assert read_runs(project) == []
 
 
+def test_lines_that_tell_of_no_run_are_passed_over(tmp_path):
+    (tmp_path / "params.yaml").write_text("")
+    workspace = Workspace(tmp_path)
+    workspace.artifacts.mkdir()
+    lines = (b"[1]", b"null", b'{"run": 1}', b'{"run": 2, "metrics": {}}', b"\xff", b'{"run": 3')
+    (workspace.artifacts / "runs.jsonl").write_bytes(b"\n".join(lines))
+    assert [run["run"] for run in read_runs(workspace)] == [2]
+
+
 @pytest.mark.parametrize(("ratio", "lower", "higher"), [(0.2, 0.1, 0.3), (0.01, 0.01, 0.11), (0.95, 0.47, 0.97)])
 def test_the_next_ratio_is_one_that_can_be(ratio, lower, higher):
     assert (less(ratio), more(ratio)) == (lower, higher)

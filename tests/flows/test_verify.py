@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from fisherfold.export.lineage import damaged_files, read_lineage, write_lineage
-from fisherfold.run.errors import CorruptArtifact
+from fisherfold.export.multiplied_out import export
+from fisherfold.run.errors import CorruptArtifact, InputError
 from fisherfold.run.params import PrepareParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.workspace import Workspace
@@ -58,6 +59,23 @@ def test_a_folder_that_says_nothing_of_itself_and_one_that_names_files_outside(m
     with pytest.raises(CorruptArtifact, match="not readable"):
         read_lineage(model)
     assert damaged_files(model, {"../secret": {}}) == ["../secret is outside of the folder"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["null", "[]", '{"files": [1], "lineage": {}}', '{"files": {}, "lineage": {"model": 5}}', '{"files": {"a": 1}}'],
+)
+def test_what_says_nothing_readable_of_itself(tmp_path, text):
+    (tmp_path / "fisherfold.json").write_text(text)
+    with pytest.raises(CorruptArtifact, match=r"fisherfold\.json is not readable"):
+        read_lineage(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["null", "5", "[1]", "{", '{"model_type": "llama"}'])
+def test_a_folder_that_is_no_compressed_model_is_not_multiplied_out(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"is no(t a)? model"):
+        export(tmp_path, tmp_path / "out", "dense")
 
 
 def test_artifacts_are_checked_byte_by_byte_against_their_manifests(tmp_path, monkeypatch, capsys):
