@@ -64,7 +64,7 @@ def run(workspace: Workspace, params: SubspaceParams) -> None:
 
     Raises:
         ParameterError: the metric is unknown, or needs what an earlier stage was not asked for.
-        NumericalError: a layer's weight or metric is not finite, or a decomposition does not converge.
+        NumericalError: a layer's weight or metric is not finite, a decomposition does not converge, or no layer has a metric.
         CorruptArtifact: the output of an earlier stage is not whole.
         NotEnoughDisk: the bases would not fit.
     """
@@ -89,6 +89,11 @@ def run(workspace: Workspace, params: SubspaceParams) -> None:
         folders = scratch.map("decomposing layers", decompose_groups, units)
         rows = _gather_rows(folders.values(), layers)
         dense = {row["module"]: row["dense"] for row in rows if row["dense"]}
+        if all(row["dense"] for row in rows):
+            raise NumericalError(
+                f"The calibration says nothing about any layer: {next(iter(dense.values()))}. See that the corpus is text, and not special tokens "
+                "alone, and that the model is trained; capture.labels: data takes the text's own labels."
+            )
         few = few_tokens(Statistics(capture), params.experts)
         for module, reason in dense.items():
             if module not in few:

@@ -104,7 +104,8 @@ def _logits(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     head = nn.Linear(whole.weight.shape[1], ROWS, bias=getattr(whole, "bias", None) is not None)
     model.set_output_embeddings(head)
     hidden = torch.randn(1, TOKENS, head.in_features)
-    for part in {model.base_model, model.get_decoder()} - {model}:  # a family without a name for its base says itself
+    bases = {model.base_model, model.get_decoder()} - {model}  # the model itself is where its class misnames its base
+    for part in bases or (part for part in model.children() if isinstance(part, PreTrainedModel)):
         part.forward = lambda *_, **__: HiddenStates(last_hidden_state=hidden)
     return head(hidden), model(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=False).logits
 

@@ -302,6 +302,14 @@ def test_a_group_of_one_layer_shares_nothing_new(tmp_path: Path) -> None:
         torch.testing.assert_close(spectrum(shared, name), spectrum(alone, name), rtol=1e-5, atol=0)
 
 
+def test_a_calibration_that_reached_no_layer_is_refused(tmp_path: Path) -> None:
+    tiny = tiny_capture.random_tokens(tmp_path)
+    for gradient in tiny.gradients.values():
+        gradient.zero_()
+    with pytest.raises(NumericalError, match=r"says nothing about any layer: .*metric is zero"):
+        run(prepare(tiny))
+
+
 def test_how_a_pair_is_scaled_does_not_matter_when_it_is_stacked() -> None:
     generator = torch.Generator().manual_seed(0)
     roots = [torch.randn(size, size, generator=generator).double() for size in (6, 5, 6, 3)]
