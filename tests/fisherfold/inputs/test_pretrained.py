@@ -354,7 +354,7 @@ def edit_config(folder, **changes):
         (break_config, "its configuration cannot be read"),
         (break_type, "its configuration cannot be read"),
         (break_value, "its configuration cannot be read"),
-        (break_rope, "its configuration cannot be read .*KeyError: 'mine'.* transformers .* loads by itself"),
+        (break_rope, "its weights cannot be read .*KeyError: 'mine'.* transformers .* loads by itself"),
         (break_heads, "cannot be read"),
         (break_list, "config.json is no JSON object"),
         (break_tokenizer_settings, "tokenizer_config.json is no JSON object"),
