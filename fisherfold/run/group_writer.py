@@ -11,6 +11,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -80,14 +81,27 @@ class GroupWriter:
     def __enter__(self) -> "GroupWriter":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._abandon()
 
     def close(self) -> None:
         """Write the list of entries; nothing can be read before."""
-        self._zip.close()
-        self._raw.close()
+        try:
+            self._zip.close()
+            self._raw.close()
+        except BaseException:
+            self._abandon()
+            raise
         remember_digest(self._path, self._file.digest)
+
+    def _abandon(self) -> None:
+        """Leave the file without its list of entries, for which a full disk has no room, and which would make it look whole."""
+        self._zip.fp = None
+        with suppress(OSError):
+            self._raw.close()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one array; its name may hold one or more ``/``."""
@@ -102,8 +116,12 @@ class GroupWriter:
         for part in content:
             entry.CRC = zlib.crc32(part, getattr(entry, "CRC", 0))
         entry.file_size = entry.compress_size = sum(map(len, content))
-        for part in (entry.FileHeader(zip64=False), *content):
-            self._file.write(part)
+        try:
+            for part in (entry.FileHeader(zip64=False), *content):
+                self._file.write(part)
+        except BaseException:
+            self._abandon()
+            raise
         self._zip.filelist.append(entry)
         self._zip.NameToInfo[key] = entry
         self._zip.start_dir = self._file.tell()

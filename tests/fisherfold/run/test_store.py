@@ -1,3 +1,5 @@
+import errno
+
 import numpy as np
 import pytest
 import torch
@@ -203,3 +205,25 @@ def test_chunks_waste_less_than_a_row_each_and_stay_small(rows, columns):
     parts = -(-rows // height)
     assert width == columns and parts * height - rows < max(parts, 2)
     assert 4 * height * width <= CHUNK_BYTES + 4 * columns
+
+
+@pytest.mark.parametrize("room", [0, 300, 2000])
+def test_a_disk_that_fills_up_is_what_is_told(tmp_path, monkeypatch, room):
+    """At whatever write, also where nobody closes the group; what is left looks like no whole group."""
+    write = group_writer.DigestedFile.write
+
+    def full(self, content):
+        if self.tell() + len(content) > room:
+            self._length += len(content)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, content)
+
+    monkeypatch.setattr(group_writer.DigestedFile, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_arrays(tmp_path / "group", {f"a{i}": torch.ones(8, 8) for i in range(9)})
+    with pytest.raises(OSError, match="No space left"):
+        writer = GroupWriter(tmp_path / "other")
+        for i in range(9):
+            writer.write(f"a{i}", torch.ones(8, 8))
+    with pytest.raises(CorruptArtifact):
+        array_names(tmp_path / "group")
