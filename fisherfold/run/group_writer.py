@@ -39,12 +39,19 @@ class DigestedFile:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest, self._length = file, hashlib.sha256(), 0
+        self._abandoned = False
 
     @property
     def digest(self) -> str:
         return self._digest.hexdigest()
 
+    def abandon(self) -> None:
+        """Write what still comes nowhere."""
+        self._abandoned = True
+
     def write(self, content: bytes) -> int:
+        if self._abandoned:
+            return len(content)
         self._digest.update(content)
         self._length += len(content)
         return self._file.write(content)
@@ -53,12 +60,13 @@ class DigestedFile:
         return self._length
 
     def seek(self, offset: int) -> int:
-        if offset != self._length:
+        if offset != self._length and not self._abandoned:
             raise ValueError("a digested file is written front to back")
         return offset
 
     def flush(self) -> None:
-        self._file.flush()
+        if not self._abandoned:
+            self._file.flush()
 
 
 class GroupWriter:
@@ -99,7 +107,7 @@ class GroupWriter:
 
     def _abandon(self) -> None:
         """Leave the file without its list of entries, for which a full disk has no room, and which would make it look whole."""
-        self._zip.fp = None
+        self._file.abandon()
         with suppress(OSError):
             self._raw.close()
 

@@ -213,7 +213,7 @@ def test_a_disk_that_fills_up_is_what_is_told(tmp_path, monkeypatch, room):
     write = group_writer.DigestedFile.write
 
     def full(self, content):
-        if self.tell() + len(content) > room:
+        if not self._abandoned and self.tell() + len(content) > room:
             self._length += len(content)
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, content)
