@@ -226,4 +226,4 @@ def test_a_disk_that_fills_up_is_what_is_told(tmp_path, monkeypatch, room):
         for i in range(9):
             writer.write(f"a{i}", torch.ones(8, 8))
     with pytest.raises(CorruptArtifact):
-        array_names(tmp_path / "group")
+        read_array(tmp_path / "group", "a0")
