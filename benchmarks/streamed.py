@@ -167,11 +167,11 @@ def measure(workspace: Workspace, placement: str, stage: str = "capture") -> dic
 def stored_bytes(workspace: Workspace) -> int:
     """What stage capture holds on disk now, links counted once."""
     found: dict[int, int] = {}
-    for folder in workspace.artifacts.glob("capture*"):
-        for path in folder.rglob("*.zip"):
+    for folder, _, files in os.walk(workspace.artifacts):  # which passes over folders that go meanwhile
+        for name in files if "capture" in folder else ():
             with suppress(FileNotFoundError):
-                state = path.stat()
-                found[state.st_ino] = state.st_size
+                state = (Path(folder) / name).stat()
+                found[state.st_ino] = state.st_size if name.endswith(".zip") else 0
     return sum(found.values())
 
 
