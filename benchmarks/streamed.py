@@ -14,6 +14,7 @@ own: 4 sequences of 256 tokens, float32, one thread; its peak of resident memory
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -176,23 +177,32 @@ def stored_bytes(workspace: Workspace) -> int:
 
 
 def ahead_times(root: Path, size: str) -> Iterator[str]:
-    """A forward pass over all sequences by a model that reads on call, from files that are not in memory: with reading ahead, and without; in turn."""
+    """A forward pass over all sequences by a model that reads on call, from files that are not in memory: with reading ahead, and without; in turn.
+
+    Beside its seconds stands how often it waited for the disk (major page faults), which other work on the machine does not change.
+    """
     write_random(root / "model", SIZES[size])
     ids = torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
-    times: dict[bool, list[float]] = {True: [], False: []}
+    found: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
     reached = ReadAhead.reached
     with computing_threads(1), torch.inference_mode():
         for _ in range(ROUNDS):
-            for ahead, seconds in times.items():
+            for ahead, passes in found.items():
                 ReadAhead.reached = reached if ahead else lambda self, tensor: None
                 model = read_on_call(root / "model", torch.float32)
                 forget_files(root / "model")
-                begin = time.perf_counter()
+                begin, waited = time.perf_counter(), waits()
                 model(input_ids=ids, use_cache=False)
-                seconds.append(time.perf_counter() - begin)
-    print(f"    seconds with reading ahead {times[True]}, without {times[False]}")
-    ratio = statistics.median(times[True]) / statistics.median(times[False])
-    yield at_most(f"a pass of {size} B parameters from the disk, with reading ahead / without", ratio, "x", 1.0)
+                passes.append((time.perf_counter() - begin, waits() - waited))
+    print(f"    seconds and waits with reading ahead {found[True]}, without {found[False]}")
+    for what, column in (("seconds", 0), ("waits for the disk", 1)):
+        with_it, without = (statistics.median(each[column] for each in found[ahead]) for ahead in (True, False))
+        yield at_most(f"{what} of a pass of {size} from the disk, reading ahead / not", with_it / without, "x", 1.0)
+
+
+def waits() -> int:
+    """Of this process, for pages that were not in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def forget_files(folder: Path) -> None:
