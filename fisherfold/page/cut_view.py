@@ -110,7 +110,7 @@ def refinement_view(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
         f"By how much training changed the error of every decoder block's output on held-out text, per cent; {kept} of {trained} blocks "
         f"got better and were kept so, by {number(-sum(changes) / max(1, trained), 2)} % on average. Blocks are trained from the first to the last, "
         "each on what the compressed blocks before it give"
-        + (f"; {len(rows) - trained} of which no layer was cut are not." if trained < len(rows) else ".")
+        + (f"; {len(rows) - trained} of which no layer was cut are left as they are." if trained < len(rows) else ".")
     )
     chart = line_chart("Change of every block's error by refinement", [line], "decoder block", "change of the error, %")
     return section("Refinement by block", figure(chart, caption))

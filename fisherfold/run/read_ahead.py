@@ -6,6 +6,7 @@ it from the disk on its own: no number of it is in this process before it is ask
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from threading import Thread
 
 from fisherfold.run.checkpoint import StoredTensor
@@ -21,7 +22,7 @@ def read_ahead(tensors: Iterable[StoredTensor]) -> None:
         if tensor.place is None:
             continue
         path, begin = tensor.place
-        with path.open("rb", buffering=0) as file:
+        with suppress(OSError), path.open("rb", buffering=0) as file:  # who needs it will say what is wrong with it
             for at in range(begin, begin + tensor.bytes, CHUNK):
                 size = min(CHUNK, begin + tensor.bytes - at)
                 os.posix_fadvise(file.fileno(), at, size, os.POSIX_FADV_WILLNEED)

@@ -54,6 +54,15 @@ def test_all_bytes_are_asked_for_in_pieces_that_the_system_takes(tmp_path, monke
     ]
 
 
+def test_a_file_that_is_gone_is_no_fault_of_who_reads_ahead(tmp_path):
+    write_tensors(tmp_path, {"a": StoredTensor.of(torch.zeros(10))})
+    stored = read_tensors(tmp_path)
+    stored["a"].place[0].unlink()
+    read_ahead.read_ahead(stored.values())
+    with pytest.raises(FileNotFoundError):
+        stored["a"].read()
+
+
 UNTIED = "mistral"
 
 
