@@ -18,13 +18,15 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from llama_cpp_rows import layer_names, quantise, read_layers, write_whole
+from rotated_model import Layer, Rotated, same_function
 from transformers import AutoTokenizer, PreTrainedModel
 
 from fisherfold.allocators.cost import DENSE
@@ -32,21 +34,13 @@ from fisherfold.allocators.widths import SIXTEENTHS, UNROUNDED, Option, cheapest
 from fisherfold.evaluation.losses import compare_tokens
 from fisherfold.evaluation.own_answers import conversations
 from fisherfold.export.gauges import gauge, product
-from fisherfold.linalg.factor_rounding import LayerMetric, round_inputs_pivoted, round_outputs_pivoted, round_plain
+from fisherfold.linalg.factor_rounding import round_inputs_pivoted, round_outputs_pivoted, round_plain
 from fisherfold.linalg.group_grid import GROUP, Rounded, round_nearest
 from fisherfold.linalg.kronecker_rounding import round_under
 from fisherfold.linalg.rounding_losses import PIVOTED, RoundingUnits, rounding_units
-from fisherfold.network.models import load_model, read_weight
-from fisherfold.network.sites import Site, read_sites
 from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
-from fisherfold.statistics.layer_statistics import Statistics
 
-READ_STREAM = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm"} | {
-    "gate_proj": "post_attention_layernorm",
-    "up_proj": "post_attention_layernorm",
-}
-WRITE_STREAM = ("o_proj", "down_proj")
 ANSWERS = 16  # own answers that are compared
 TEXT = 16  # sequences of each text
 STORAGE = "pivoted"
@@ -60,11 +54,19 @@ class Row:
         widths: that an allocation chooses from, or the one of all layers.
         bits: a weight may take on average; None: full rank and the one width.
         nearest: rounded to nearest, not by feedback.
+        ranks_of: another row, whose ranks and storage it has; its widths are one.
+        room_of: another row, of whose bits it takes the share `bits`.
+        mixture: of llama.cpp's quantiser, which makes the row alone.
+        importance: given to that quantiser: the mean square of every input.
     """
 
-    widths: tuple[int, ...]
+    widths: tuple[int, ...] = ()
     bits: float | None = None
     nearest: bool = False
+    ranks_of: str | None = None
+    room_of: str | None = None
+    mixture: str | None = None
+    importance: bool = False
 
 
 ROWS = {
@@ -80,107 +82,25 @@ ROWS = {
     "dense-3-nearest": Row((3,), nearest=True),
     "dense-2": Row((2,)),
     "rank-9.6": Row((UNROUNDED,), 9.6),  # 40 % of the numbers removed
-    "rank-9.6-4": Row((4,), 9.6 * 4.5 / 16),  # the same ranks and fewer bits
-    "rank-9.6-8": Row((8,), 9.6 * 8.5 / 16),
-    "rank-9.6-4-nearest": Row((4,), 9.6 * 4.5 / 16, nearest=True),
+    "rank-5.1": Row((8,), 9.6 * 8.5 / 16),  # the same room for numbers; orders take more of it
+    "rank-2.7": Row((4,), 9.6 * 4.5 / 16),
+    "rank-9.6-8": Row((8,), ranks_of="rank-9.6"),
+    "rank-9.6-4": Row((4,), ranks_of="rank-9.6"),
+    "rank-9.6-8-nearest": Row((8,), ranks_of="rank-9.6", nearest=True),
+    "rank-9.6-4-nearest": Row((4,), ranks_of="rank-9.6", nearest=True),
     "dense-8": Row((8,)),
     "dense-8-nearest": Row((8,), nearest=True),
     "rank-4.5": Row((UNROUNDED,), 4.5),
+    "q8_0": Row(mixture="Q8_0"),
+    "q4_k_m": Row(mixture="Q4_K_M"),
+    "q4_k_m-importance": Row(mixture="Q4_K_M", importance=True),
+    "q2_k": Row(mixture="Q2_K"),
+    "q2_k-importance": Row(mixture="Q2_K", importance=True),
+    "ours-q4_k_m": Row((UNROUNDED, 8, 4), 1.0, room_of="q4_k_m"),
+    "ours-q2_k": Row((UNROUNDED, 8, 4), 1.0, room_of="q2_k"),
+    "ours-0.6-q4_k_m": Row((UNROUNDED, 8, 4), 0.6, room_of="q4_k_m"),
+    "ours-0.6-q4_k_m-all": Row((8, 4, 3, 2), 0.6, room_of="q4_k_m"),
 }
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A rotated layer: its weight, metric, and components."""
-
-    site: Site
-    W: np.ndarray
-    metric: LayerMetric
-    left: np.ndarray
-    right: np.ndarray
-
-
-class Rotated:
-    """The project's model with its residual stream rotated, layer by layer."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
-        self.statistics = Statistics(workspace.out("capture"))
-        self.sites = {site.name: site for site in read_sites(workspace.out("subspace"))}
-        self.model = load_model(workspace.model, torch.float32)
-        self.gains = {
-            name: norm.weight.double().numpy() for name, norm in self.model.named_modules() if name.endswith("norm")
-        }
-        size = self.model.config.hidden_size
-        self.Q = np.linalg.qr(np.random.default_rng(0).standard_normal((size, size)))[0]
-        rows = pq.read_table(workspace.out("subspace") / "diagnostics.parquet").to_pylist()
-        self.damping = {row["module"]: (row["input_damping"], row["output_damping"]) for row in rows}
-        table = pq.read_table(workspace.out("subspace") / "spectra.parquet").to_pandas()
-        self.sigma = {name: group["sigma"].to_numpy() for name, group in table.groupby("module", sort=False)}
-
-    def weight(self, name: str) -> np.ndarray:
-        """W [n, m] of one layer of the rotated model."""
-        W = read_weight(self.workspace.model, self.sites[name].layers[0]).double().numpy()
-        gain = self._gain(name)
-        return self.Q.T @ W if gain is None else W * gain @ self.Q
-
-    def layer(self, name: str) -> Layer:
-        """The layer with its damped metric and its basis."""
-        site, (of_inputs, of_outputs) = self.sites[name], self.damping[name]
-        layer = site.layers[0]
-        A = self.statistics.input_covariance(layer).double().numpy()
-        B = self.statistics.output_covariance(layer).double().numpy()
-        lefts, right = site.read_basis(self.workspace.out("subspace") / "bases")
-        left, right = lefts[0].double().numpy(), right.double().numpy()
-        gain = self._gain(name)
-        if gain is None:
-            metric = LayerMetric(damped(A, of_inputs), damped(self.Q.T @ B @ self.Q, of_outputs))
-            return Layer(site, self.weight(name), metric, self.Q.T @ left, right)
-        A = self.Q.T @ (A / np.outer(gain, gain)) @ self.Q
-        metric = LayerMetric(damped(A, of_inputs), damped(B, of_outputs))
-        return Layer(site, self.weight(name), metric, left, right * gain @ self.Q)
-
-    def _gain(self, name: str) -> np.ndarray | None:
-        """The gain of the norm that a layer reads the stream through; None for one that writes to it."""
-        block, _, kind = name.rpartition(".")
-        if kind in WRITE_STREAM:
-            return None
-        return self.gains[f"{block.rpartition('.')[0]}.{READ_STREAM[kind]}"]
-
-    def whole(self) -> PreTrainedModel:
-        """The rotated model in memory."""
-        model = load_model(self.workspace.model, torch.float32)
-        embedding = model.get_input_embeddings().weight.double().numpy()
-        head = torch.nn.Linear(*embedding.shape[::-1], bias=False)
-        head.weight = parameter(embedding * self.gains["model.norm"] @ self.Q)
-        model.config.tie_word_embeddings = False
-        model.set_output_embeddings(head)
-        model.get_input_embeddings().weight = parameter(embedding @ self.Q)
-        for name, module in model.named_modules():
-            if name.endswith("norm"):
-                module.weight = parameter(np.ones(len(module.weight)))
-        for name in self.sites:
-            model.get_submodule(name).weight = parameter(self.weight(name))
-        return model
-
-
-def parameter(values: np.ndarray) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(values)).float(), requires_grad=False)
-
-
-def damped(M: np.ndarray, damping: float) -> np.ndarray:
-    """As stage `subspace` damps, here after the rotation: what a norm with a small gain holds down would weigh too much otherwise."""
-    return (1 - damping) * M + damping * np.trace(M) / len(M) * np.eye(len(M))
-
-
-@torch.inference_mode()
-def same_function(rotated: Rotated, model: PreTrainedModel) -> float:
-    """Largest difference of a logit between the model and the rotated one, over the largest logit."""
-    ids = torch.arange(5, 69)[None]
-    mine, theirs = rotated.model(ids).logits, model(ids).logits
-    difference = float((mine - theirs).abs().max() / mine.abs().max())
-    assert difference < 1e-3, f"the rotated model is another one: {difference}"
-    return difference
 
 
 def kept_units(rotated: Rotated, folder: Path) -> dict[str, dict]:
@@ -202,6 +122,7 @@ def kept_units(rotated: Rotated, folder: Path) -> dict[str, dict]:
 
 def plan_row(rotated: Rotated, folder: Path, row: Row) -> dict[str, Option]:
     """How every layer is kept."""
+    same = plan_row(rotated, folder, ROWS[row.ranks_of]) if row.ranks_of else None
     units = {
         name: RoundingUnits(float(own["dense"]), own["components"]) for name, own in kept_units(rotated, folder).items()
     }
@@ -209,10 +130,12 @@ def plan_row(rotated: Rotated, folder: Path, row: Row) -> dict[str, Option]:
     for name, site in rotated.sites.items():
         ranks = np.append(np.arange(0, site.full_rank, GROUP), site.full_rank)
         ranks = ranks[-1:] if row.bits is None else ranks
-        options.append(options_of(site, rotated.sigma[name], units[name], row.widths, ranks, STORAGE))
-    numbers = sum(site.dense_numbers for site in rotated.sites.values())
+        ranks = np.array([same[name].rank]) if same else ranks
+        own = options_of(site, rotated.sigma[name], units[name], row.widths, ranks, STORAGE)
+        options.append([option for option in own if not same or option.storage == same[name].storage])
     most = sum(max(option.cost for option in own) for own in options)
-    budget = most if row.bits is None else int(numbers * row.bits * SIXTEENTHS / 8)
+    bits = row.bits and row.bits * (read_row(folder, row.room_of)["bits"] if row.room_of else 1)
+    budget = most if bits is None else int(rotated.numbers * bits * SIXTEENTHS / 8)
     return dict(zip(rotated.sites, cheapest_loss(options, budget)))
 
 
@@ -248,10 +171,11 @@ def rounded_dense(layer: Layer, bits: int, nearest: bool) -> Rounded:
     return round_under(layer.W, bits, layer.metric.inputs, layer.metric.outputs)
 
 
-def kept_layers(rotated: Rotated, folder: Path, name: str, plan: dict[str, Option], nearest: bool) -> Iterator[tuple]:
-    """(module, weight, loss) of every layer, from the folder or made now."""
+def kept_layers(rotated: Rotated, folder: Path, plan: dict[str, Option], nearest: bool) -> Iterator[tuple]:
+    """(module, weight, loss) of every layer, from the folder or made now: rows share what they have in common."""
     for module, option in plan.items():
-        path = folder / name / f"{module}.npz"
+        way = "nearest" if nearest else "feedback"
+        path = folder / "layers" / f"{module}.{option.storage}.{option.rank}.{option.bits}.{way}.npz"
         if not path.exists():
             layer = rotated.layer(module)
             weight = kept_weight(layer, option, nearest)
@@ -270,33 +194,63 @@ def kept_layers(rotated: Rotated, folder: Path, name: str, plan: dict[str, Optio
 def measure(rotated: Rotated, folder: Path, name: str, texts: dict[str, torch.Tensor]) -> dict:
     """Perplexities, divergence, bytes and losses of one row."""
     row, started = ROWS[name], time.monotonic()
-    plan = plan_row(rotated, folder, row)
-    losses, model = {}, None
-    for _ in kept_layers(rotated, folder, name, plan, row.nearest):
-        pass
-    model = rotated.whole()
-    same = same_function(rotated, model)
-    for module, weight, loss in kept_layers(rotated, folder, name, plan, row.nearest):
+    made = quantised_by_llama_cpp if row.mixture else rounded_by_plan
+    layers, found = made(rotated, folder, name)
+    model, losses = rotated.whole(), {}
+    found["logits_differ"] = same_function(rotated, model)
+    for module, weight, loss in layers:
         model.get_submodule(module).weight.copy_(torch.from_numpy(weight))
         losses[module] = loss
-    numbers = sum(site.dense_numbers for site in rotated.sites.values())
-    found = {
-        "bits": 8 * sum(option.cost for option in plan.values()) / SIXTEENTHS / numbers,
-        "dense_layers": sum(option.storage == DENSE for option in plan.values()),
-        "widths": {str(bits): sum(option.bits == bits for option in plan.values()) for bits in row.widths},
-        "predicted": sum(option.loss for option in plan.values()),
-        "measured": sum(losses.values()),
-        "layers": {
-            module: [plan[module].rank, plan[module].bits, plan[module].loss, loss] for module, loss in losses.items()
-        },
-        "logits_differ": same,
-    }
+    found["measured"] = sum(losses.values())
+    found["layers"] = {module: [*found["layers"][module], loss] for module, loss in losses.items()}
     found |= {f"perplexity_{text}": perplexity(model, ids) for text, ids in texts.items()}
     found["own_answers_kl"] = divergence(rotated, model)
     found["seconds"] = time.monotonic() - started
-    for path in (folder / name).glob("*.npz"):
-        path.unlink()
     return found
+
+
+Made = tuple[Iterable[tuple[str, np.ndarray, float]], dict]
+"""(module, weight, loss) of every layer, and what is known of the row."""
+
+
+def rounded_by_plan(rotated: Rotated, folder: Path, name: str) -> Made:
+    """The layers of one of our rows."""
+    row = ROWS[name]
+    plan = plan_row(rotated, folder, row)
+    for _ in kept_layers(rotated, folder, plan, row.nearest):
+        pass  # before a second model is in memory
+    cost = sum(option.cost for option in plan.values())
+    return kept_layers(rotated, folder, plan, row.nearest), {
+        "bits": 8 * cost / SIXTEENTHS / rotated.numbers,
+        "dense_layers": sum(option.storage == DENSE for option in plan.values()),
+        "widths": {str(bits): sum(option.bits == bits for option in plan.values()) for bits in row.widths},
+        "predicted": sum(option.loss for option in plan.values()),
+        "layers": {module: [option.rank, option.bits, option.loss] for module, option in plan.items()},
+    }
+
+
+def quantised_by_llama_cpp(rotated: Rotated, folder: Path, name: str) -> Made:
+    """The layers as llama.cpp's quantiser leaves them, at the bytes that they take there."""
+    row, config = ROWS[name], rotated.model.config
+    whole, path = folder / "whole.gguf", folder / f"{name}.gguf"
+    if not whole.exists():
+        write_whole(whole, rotated.whole(), rotated.workspace.model)
+    importance = {}
+    if row.importance:
+        names = layer_names(config, rotated.sites)
+        importance = {names[module]: np.diag(rotated.layer(module).metric.A) for module in rotated.sites}
+    quantise(whole, path, row.mixture, importance)
+    layers = read_layers(path, config, rotated.sites)
+    losses = ((module, weight, rotated.layer(module)) for module, (weight, _, _) in layers.items())
+    types = [kind for _, _, kind in layers.values()]
+    bits = {module: 8 * size / weight.size for module, (weight, size, _) in layers.items()}
+    return ((module, weight, layer.metric.loss(weight - layer.W)) for module, weight, layer in losses), {
+        "bits": 8 * sum(size for _, size, _ in layers.values()) / rotated.numbers,
+        "dense_layers": len(layers),
+        "widths": {kind: types.count(kind) for kind in sorted(set(types))},
+        "predicted": None,
+        "layers": {module: [rotated.sites[module].full_rank, bits[module], None] for module in layers},
+    }
 
 
 @torch.inference_mode()
@@ -358,19 +312,22 @@ def yield_time() -> None:
         raise SystemExit("time is over: call again to go on")
 
 
+def read_row(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def print_table(folder: Path) -> None:
-    rows = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+    rows = {name: read_row(folder, name) for name in ROWS if (folder / f"{name}.json").exists()}
     names = [key for key in next(iter(rows.values())) if key.startswith("perplexity")]
     print(
         f"{'row':20} {'bits':>6} {'dense':>6} "
         + " ".join(f"{name:>18}" for name in names)
         + f" {'KL':>8} {'predicted':>10} {'measured':>10}"
     )
-    for name in [name for name in ROWS if name in rows]:
-        row = rows[name]
+    for name, row in rows.items():
         texts = " ".join(f"{row[text]:18.2f}" for text in names)
         print(
-            f"{name:20} {row['bits']:6.2f} {row['dense_layers']:6} {texts} {row['own_answers_kl']:8.4f} {row['predicted']:10.3g} {row['measured']:10.3g}"
+            f"{name:20} {row['bits']:6.2f} {row['dense_layers']:6} {texts} {row['own_answers_kl']:8.4f} {row['predicted'] or math.nan:10.3g} {row['measured']:10.3g}"
         )
     report(rows, names)
 
@@ -382,7 +339,7 @@ def report(rows: dict[str, dict], names: list[str]) -> None:
         if all(pair):
             value = max(pair[0][name] / pair[1][name] for name in names)
             print_figure(f"perplexity of factors in {bits} bits over 16 bits, ratio 0.4", value, limit, value <= limit)
-    foreseen = {name: row for name, row in rows.items() if not ROWS[name].nearest and row["predicted"] > 0}
+    foreseen = {name: row for name, row in rows.items() if not ROWS[name].nearest and row["predicted"]}
     allocations = [(row["predicted"], row["measured"]) for row in foreseen.values()]
     layers = [(plan[2], plan[3]) for row in foreseen.values() for plan in row["layers"].values() if min(plan[2:]) > 0]
     for what, pairs in (("allocations", allocations), ("layers of all rows", layers)):

@@ -27,6 +27,7 @@ from fisherfold.allocators.dropped_experts import DROPPED
 from fisherfold.allocators.expert_classes import into_classes
 from fisherfold.allocators.format_price import format_price, price_line
 from fisherfold.allocators.limits import Limits, matches
+from fisherfold.allocators.rivals import Rival, as_record, rivals, rivals_line
 from fisherfold.allocators.widths import SIXTEENTHS, as_choice, cheapest_loss, options_of
 from fisherfold.linalg.rounding_losses import RoundingUnits, rounding_units
 from fisherfold.network.layers import DENSE_FILE, LinearLayer, read_dense_layers, read_layers
@@ -87,9 +88,9 @@ def run(workspace: Workspace, params: RanksParams) -> None:
         spectra = read_spectra(subspace / "spectra.parquet", sites, blind)
         budget = BUDGETS.lookup(params.budget)(sites, workspace.model)
         task = replace(pose(sites, spectra, params, limits, budget), workspace=workspace, scratch=scratch)
-        price = None
+        price, simpler = None, None
         if params.widths:
-            choices, loss = choose_widths(scratch, workspace, task, budget.unit.weight, blind)
+            choices, loss, simpler = choose_widths(scratch, workspace, task, budget.unit.weight, blind)
         else:
             ranks = into_classes(task, allocate(task, allocator), params.expert_classes)
             choices = [choose_storage(site, int(rank), params.storage, budget.unit) for site, rank in zip(sites, ranks)]
@@ -98,6 +99,8 @@ def run(workspace: Workspace, params: RanksParams) -> None:
         _describe(sites, choices, whole_experts=DROPPED in task.tables)
         if price is not None:
             announce("ranks", price_line(params.storage, params.round_to, price))
+        if simpler is not None:
+            announce("ranks", rivals_line(loss, sum(choice.cost for choice in choices), simpler))
         with scratch.publish() as out:
             pq.write_table(
                 ranks_table(read_layers(subspace), sites, choices, facts, params.allocator), out / "ranks.parquet"
@@ -106,7 +109,7 @@ def run(workspace: Workspace, params: RanksParams) -> None:
                 pq.write_table(extra, out / f"{name}.parquet")
             (out / "budget.json").write_text(
                 json.dumps(
-                    _budget(task, choices, loss, price) | _routing(workspace, read_layers(subspace)),
+                    _budget(task, choices, loss, price, simpler) | _routing(workspace, read_layers(subspace)),
                     indent=1,
                     sort_keys=True,
                 )
@@ -118,8 +121,8 @@ def run(workspace: Workspace, params: RanksParams) -> None:
 
 def choose_widths(
     scratch: Scratch, workspace: Workspace, task: Allocation, weight_bytes: int, blind: Collection[str]
-) -> tuple[list[Choice], float]:
-    """Rank and bits of every site in one knapsack, and half the loss that they predict; see ``fisherfold.allocators.widths``.
+) -> tuple[list[Choice], float, list[Rival]]:
+    """Rank and bits of every site in one knapsack, half the loss that they predict, and simpler plans; see ``fisherfold.allocators.widths``.
 
     A site in `blind`, about which the metric says nothing, keeps its numbers as they are.
     """
@@ -134,9 +137,10 @@ def choose_widths(
         losses = RoundingUnits(0.0, np.zeros(site.full_rank)) if folder is None else read_units(folder)
         widths = (unrounded, *params.widths) if folder else (unrounded,)
         options.append(options_of(site, sigma, losses, widths, np.flatnonzero(allowed), params.storage))
-    chosen = cheapest_loss(options, task.budget * SIXTEENTHS)
+    budget = task.budget * SIXTEENTHS
+    chosen = cheapest_loss(options, budget)
     loss = 0.5 * sum(option.loss for option in chosen)
-    return [as_choice(site, option) for site, option in zip(task.sites, chosen)], loss
+    return [as_choice(site, option) for site, option in zip(task.sites, chosen)], loss, rivals(options, budget)
 
 
 def predict_rounding(folder: Path, model: Path, outs: Sequence[Path], site: Site, sigma: Sequence[float]) -> None:
@@ -247,15 +251,22 @@ def _routing(workspace: Workspace, layers: Sequence[LinearLayer]) -> dict:
     return {"routed": {layer.name: statistics.tokens_seen(layer) / statistics.tokens for layer in experts}}
 
 
-def _budget(task: Allocation, choices: Sequence[Choice], loss: float, price: float | None) -> dict:
+def _budget(
+    task: Allocation, choices: Sequence[Choice], loss: float, price: float | None, simpler: Sequence[Rival] | None
+) -> dict:
     """The contract of budget.json. `budget` and `spent` are of the targeted layers, in the unit of ranks.budget."""
     priced = {"storage": task.params.storage, "round_to": task.params.round_to, "price": price}
-    return ({} if price is None else {"format": priced}) | {
-        "ratio": task.params.ratio,
-        "unit": task.params.budget,
-        "targeted_parameters_dense": sum(site.dense_numbers for site in task.sites),
-        "budget": task.budget,
-        "spent": sum(choice.cost for choice in choices),
-        "stored_parameters": sum(sum(choice.numbers) for choice in choices),
-        "predicted_loss_increase": loss,
-    }
+    compared = {} if simpler is None else {"rivals": as_record(simpler)}
+    return (
+        compared
+        | ({} if price is None else {"format": priced})
+        | {
+            "ratio": task.params.ratio,
+            "unit": task.params.budget,
+            "targeted_parameters_dense": sum(site.dense_numbers for site in task.sites),
+            "budget": task.budget,
+            "spent": sum(choice.cost for choice in choices),
+            "stored_parameters": sum(sum(choice.numbers) for choice in choices),
+            "predicted_loss_increase": loss,
+        }
+    )

@@ -1,13 +1,13 @@
 """Rank and bits of every site together: one knapsack over bytes.
 
-A site may have any of some ranks, in 16 bits or in any of some widths; full rank is the dense weight. An option costs its bytes and loses
+A site may have any of some ranks, in 16 bits or in any of some widths, in any format of its storage; full rank is the dense weight. An option costs its bytes and loses
 
     Σ_{i >= r} σ_i² (truncation)  +  the predicted loss of rounding (``fisherfold.linalg.rounding_losses``),
 
 both in the unit of the metric, so that the least sum under the budget is one Lagrangian problem (``fisherfold.linalg.knapsack``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,21 +56,30 @@ def options_of(
 ) -> list[Option]:
     """Every option of a site; `ranks` are those it may have, multiples of GROUP below its full rank, and perhaps this."""
     truncation = np.append(np.cumsum(np.square(sigma)[::-1])[::-1], 0.0)
-    return [_option(site, int(rank), bits, truncation, units, storage) for bits in widths for rank in ranks]
+    return [
+        option
+        for bits in widths
+        for rank in ranks
+        for option in _options(site, int(rank), bits, truncation, units, storage)
+    ]
 
 
-def _option(site: Site, rank: int, bits: int, truncation: np.ndarray, units: RoundingUnits, storage: str) -> Option:
-    """The cheapest format of a rank and width; one that outgrows the matrix in as many bits is dense."""
-    unit = unit_of(bits)
-    stored = {name: FORMATS.lookup(name)(site, np.array(rank)).priced(unit) for name in ALLOWED_FORMATS[storage]}
-    shape = SHAPE_BYTES * SIXTEENTHS if is_rounded(bits) else 0
-    cost, name = min((int(price) + (2 * shape if rank else 0), name) for name, price in stored.items())
+def _options(
+    site: Site, rank: int, bits: int, truncation: np.ndarray, units: RoundingUnits, storage: str
+) -> Iterator[Option]:
+    """A rank and width in every format: plain factors take more bytes and round better; one that outgrows the matrix in as many bits is dense."""
+    unit, rounded = unit_of(bits), is_rounded(bits)
+    shape = SHAPE_BYTES * SIXTEENTHS if rounded else 0
     dense = site.dense_numbers * unit.weight + shape
-    if rank == site.full_rank or cost >= dense:
-        return Option(site.full_rank, DENSE, bits, dense, units.of_dense(bits) if is_rounded(bits) else 0.0)
-    factor = PIVOTED if name != "factors" else 1.0
-    rounding = factor * float(units.of_ranks(bits)[rank]) if is_rounded(bits) else 0.0
-    return Option(rank, name, bits, cost, float(truncation[rank]) + rounding)
+    whole = Option(site.full_rank, DENSE, bits, dense, units.of_dense(bits) if rounded else 0.0)
+    for name in ALLOWED_FORMATS[storage] if rank else ("factors",):
+        cost = int(FORMATS.lookup(name)(site, np.array(rank)).priced(unit)) + (2 * shape if rank else 0)
+        if rank == site.full_rank or cost >= dense:
+            yield whole
+            continue
+        factor = PIVOTED if name != "factors" else 1.0
+        rounding = factor * float(units.of_ranks(bits)[rank]) if rounded else 0.0
+        yield Option(rank, name, bits, cost, float(truncation[rank]) + rounding)
 
 
 def as_choice(site: Site, option: Option) -> Choice:

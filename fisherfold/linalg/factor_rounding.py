@@ -3,11 +3,12 @@
 The error of a factor reaches the product through the other one, so each has a metric of its own (``kronecker_rounding``):
 
     plain             W ≈ U V                       U under V A Vᵀ ⊗ B,              V under A ⊗ Uᵀ B U
-    outputs pivoted   W[rows] ≈ [P; C P] = M P      C under P A Pᵀ ⊗ B_rest,         P under A ⊗ Mᵀ B M
-    inputs pivoted    W[:, columns] ≈ P [I, C] = P N     C under A_rest ⊗ Pᵀ B P,    P under N A Nᵀ ⊗ B
+    outputs pivoted   W[rows] ≈ [P; C P] = M P      C under P A Pᵀ ⊗ (B | M)_rest,   P under A ⊗ Mᵀ B M
+    inputs pivoted    W[:, columns] ≈ P [I, C] = P N     C under (A | Nᵀ)_rest ⊗ Pᵀ B P,    P under N A Nᵀ ⊗ B
 
 Fitted: V = (Uᵀ B U)⁻¹ Uᵀ B W, and so on. Plain factors are fitted and rounded in turns, which gains up to a half; a second turn of pivoted
-ones gains nothing, as C cannot make up for an error of the pivots themselves.
+ones gains nothing, as C cannot make up for an error of the pivots themselves. But P makes up for what an error of C does within the span
+of M, so C minds the rest alone: B | M = B − B M (Mᵀ B M)⁻¹ Mᵀ B, to first order what is lost once P is fitted. It loses a fifth less.
 
 Shapes: W [n, m], U [n, r], V [r, m]; pivots and rest as in ``fisherfold.linalg.pivoted``. n, m and r are multiples of GROUP where they are the
 inputs of a stored matrix. Everything is float64.
@@ -80,7 +81,8 @@ def round_outputs_pivoted(
     """P [r, m] (down) and C [n − r, r] (up) with cat(P, C P)[order] near W."""
     rows, rank = np.argsort(order), len(pivot)
     B, W = metric.B[np.ix_(rows, rows)], W[rows]
-    up = round_under(rest, bits, _side(pivot @ metric.A @ pivot.T), _side(B[rank:, rank:]))
+    beyond = _beyond(B, np.concatenate([np.eye(rank), rest]))[rank:, rank:]
+    up = round_under(rest, bits, _side(pivot @ metric.A @ pivot.T), _side(beyond))
     M = np.concatenate([np.eye(rank), up.values])
     through = B @ M
     gram = M.T @ through
@@ -93,11 +95,18 @@ def round_inputs_pivoted(
     """P [n, r] (up) and C [r, m − r] (down) with P (x_pivot + C x_rest) near W x."""
     rank = pivot.shape[1]
     A, W = metric.A[np.ix_(order, order)], W[:, order]
-    down = round_under(rest, bits, _side(A[rank:, rank:]), _side(pivot.T @ metric.B @ pivot))
+    beyond = _beyond(A, np.concatenate([np.eye(rank), rest.T]))[rank:, rank:]
+    down = round_under(rest, bits, _side(beyond), _side(pivot.T @ metric.B @ pivot))
     N = np.concatenate([np.eye(rank), down.values], axis=1)
     through = A @ N.T
     gram = N @ through
     return RoundedFactors(round_under(_fit(gram, through.T @ W.T).T, bits, _side(gram), metric.outputs), down)
+
+
+def _beyond(metric: np.ndarray, span: np.ndarray) -> np.ndarray:
+    """metric | span [k, r]: what a metric [k, k] leaves of errors once the best of the span is taken off them."""
+    through = metric @ span
+    return metric - through @ _fit(span.T @ through, through.T)
 
 
 def _side(gram: np.ndarray) -> Side:

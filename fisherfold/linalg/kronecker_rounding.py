@@ -100,15 +100,18 @@ class _Feedback:
         """Round the blocks of one antidiagonal, each after what the blocks before it say."""
         across = np.stack([self.errors[rows, : cols.start] @ self.right[: cols.start, cols] for rows, cols in places])
         along = np.stack([self.left[: rows.start, rows].T @ self.mixed[: rows.start, cols] for rows, cols in places])
-        S_A = np.stack([self.right[cols, cols].T for _, cols in places])
+        S_A = np.stack([self.right[cols, cols].T[::-1] for _, cols in places])
         S_B = np.stack([self.left[rows, rows].T for rows, _ in places])
         target, steps = (np.stack([matrix[place] for place in places]) for matrix in (self.values, self.steps))
         E, T, codes = np.zeros_like(target), np.zeros_like(target), np.zeros_like(target)
+        backwards = T[:, :, ::-1]  # as S_A: columns fall where rows rise, so both are read by slices
         for diagonal in range(2 * BLOCK - 1):
-            i = np.arange(max(0, diagonal - BLOCK + 1), min(BLOCK, diagonal + 1))
-            j = diagonal - i
-            before = across[:, i, j] + np.einsum("kep,kep->ke", E[:, i], S_A[:, j])
-            wanted = target[:, i, j] - before - along[:, i, j] - np.einsum("kpe,kep->ke", T[:, :, j], S_B[:, i])
+            first, end = max(0, diagonal - BLOCK + 1), min(BLOCK, diagonal + 1)
+            i, rows = np.arange(first, end), slice(first, end)
+            j, columns = diagonal - i, slice(BLOCK - 1 - diagonal + first, BLOCK - 1 - diagonal + end)
+            before = across[:, i, j] + np.einsum("kep,kep->ke", E[:, rows], S_A[:, columns])
+            above = along[:, i, j] + np.einsum("kpe,kep->ke", backwards[:, :, columns], S_B[:, rows])
+            wanted = target[:, i, j] - before - above
             codes[:, i, j] = nearest_codes(wanted, steps[:, i, j], self.bits)
             E[:, i, j] = steps[:, i, j] * codes[:, i, j] - target[:, i, j]
             T[:, i, j] = before + E[:, i, j]

@@ -101,6 +101,9 @@ def test_ranks_and_bits_are_chosen_together_and_kept_to_the_byte(tmp_path):
         budget = json.loads((workspace.out("ranks") / "budget.json").read_text())
         assert budget["spent"] <= budget["budget"]
         losses.append(budget["predicted_loss_increase"])
+        assert [(rival["bits"], rival["ranks"]) for rival in budget["rivals"]] == [(8, False), (4, False), (32, True)]
+        fitting = [rival["loss"] for rival in budget["rivals"] if rival["bytes"] <= budget["budget"]]
+        assert fitting and losses[-1] <= min(fitting) * (1 + 1e-12)
         widths = {row["bits"] for row in pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()}
         kept |= widths
         factorize.run(workspace, as_truncated())
