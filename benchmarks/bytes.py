@@ -37,7 +37,7 @@ from fisherfold.export.gauges import gauge, product
 from fisherfold.linalg.factor_rounding import round_inputs_pivoted, round_outputs_pivoted, round_plain
 from fisherfold.linalg.group_grid import GROUP, Rounded, round_nearest
 from fisherfold.linalg.kronecker_rounding import round_under
-from fisherfold.linalg.rounding_losses import PIVOTED, RoundingUnits, rounding_units
+from fisherfold.linalg.rounding_losses import RoundingUnits, rounding_units
 from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
 
@@ -124,7 +124,8 @@ def plan_row(rotated: Rotated, folder: Path, row: Row) -> dict[str, Option]:
     """How every layer is kept."""
     same = plan_row(rotated, folder, ROWS[row.ranks_of]) if row.ranks_of else None
     units = {
-        name: RoundingUnits(float(own["dense"]), own["components"]) for name, own in kept_units(rotated, folder).items()
+        name: RoundingUnits(float(own["dense"]), own["components"], rotated.sigma[name])
+        for name, own in kept_units(rotated, folder).items()
     }
     options = []
     for name, site in rotated.sites.items():
@@ -230,7 +231,7 @@ def rounded_by_plan(rotated: Rotated, folder: Path, name: str) -> Made:
 
 
 def quantised_by_llama_cpp(rotated: Rotated, folder: Path, name: str) -> Made:
-    """The layers as llama.cpp's quantiser leaves them, at the bytes that they take there."""
+    """The layers as llama.cpp's quantiser leaves them, at the bytes that they take there; their loss is not looked at."""
     row, config = ROWS[name], rotated.model.config
     whole, path = folder / "whole.gguf", folder / f"{name}.gguf"
     if not whole.exists():
@@ -241,10 +242,9 @@ def quantised_by_llama_cpp(rotated: Rotated, folder: Path, name: str) -> Made:
         importance = {names[module]: np.diag(rotated.layer(module).metric.A) for module in rotated.sites}
     quantise(whole, path, row.mixture, importance)
     layers = read_layers(path, config, rotated.sites)
-    losses = ((module, weight, rotated.layer(module)) for module, (weight, _, _) in layers.items())
     types = [kind for _, _, kind in layers.values()]
     bits = {module: 8 * size / weight.size for module, (weight, size, _) in layers.items()}
-    return ((module, weight, layer.metric.loss(weight - layer.W)) for module, weight, layer in losses), {
+    return ((module, weight, 0.0) for module, (weight, _, _) in layers.items()), {
         "bits": 8 * sum(size for _, size, _ in layers.values()) / rotated.numbers,
         "dense_layers": len(layers),
         "widths": {kind: types.count(kind) for kind in sorted(set(types))},
@@ -290,8 +290,8 @@ def print_layers(rotated: Rotated, names: list[str]) -> None:
                 for nearest in (True, False):
                     weight = kept_weight(layer, Option(rank, storage, bits, 0, 0.0), nearest)
                     losses.append(layer.metric.loss(weight - layer.W) / whole)
-                rounding = units.of_dense(bits) if storage == "dense" else float(units.of_ranks(bits)[rank])
-                predicted = (cut + rounding * (PIVOTED if storage == "pivoted" else 1)) / whole
+                ranks = units.of_plain(bits) if storage == "factors" else units.of_pivoted(bits)
+                predicted = (cut + (units.of_dense(bits) if storage == "dense" else ranks[rank])) / whole
                 figures = " ".join(f"{value:9.2e}" for value in (cut / whole, *losses, predicted))
                 print(f"{name:36} {storage:10} {rank:5} {bits:5} {figures}", flush=True)
 
@@ -327,7 +327,7 @@ def print_table(folder: Path) -> None:
     for name, row in rows.items():
         texts = " ".join(f"{row[text]:18.2f}" for text in names)
         print(
-            f"{name:20} {row['bits']:6.2f} {row['dense_layers']:6} {texts} {row['own_answers_kl']:8.4f} {row['predicted'] or math.nan:10.3g} {row['measured']:10.3g}"
+            f"{name:20} {row['bits']:6.2f} {row['dense_layers']:6} {texts} {row['own_answers_kl']:8.4f} {row['predicted'] or math.nan:10.3g} {row['measured'] or math.nan:10.3g}"
         )
     report(rows, names)
 

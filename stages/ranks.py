@@ -134,7 +134,7 @@ def choose_widths(
     options = []
     for site, sigma, allowed in zip(task.sites, task.spectra, task.allowed):
         folder = folders.get(site.name)
-        losses = RoundingUnits(0.0, np.zeros(site.full_rank)) if folder is None else read_units(folder)
+        losses = read_units(folder, sigma) if folder else RoundingUnits(0.0, np.zeros_like(sigma), sigma)
         widths = (unrounded, *params.widths) if folder else (unrounded,)
         options.append(options_of(site, sigma, losses, widths, np.flatnonzero(allowed), params.storage))
     budget = task.budget * SIXTEENTHS
@@ -160,10 +160,10 @@ def predict_rounding(folder: Path, model: Path, outs: Sequence[Path], site: Site
     (folder / "units.json").write_text(text, encoding="utf-8")
 
 
-def read_units(folder: Path) -> RoundingUnits:
+def read_units(folder: Path, sigma: np.ndarray) -> RoundingUnits:
     """What `predict_rounding` wrote."""
     found = json.loads((folder / "units.json").read_text(encoding="utf-8"))
-    return RoundingUnits(found["dense"], np.array(found["components"]))
+    return RoundingUnits(found["dense"], np.array(found["components"]), sigma)
 
 
 def read_spectra(path: Path, sites: Sequence[Site], blind: Collection[str] = ()) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from fisherfold.allocators.cost import ALLOWED_FORMATS, DENSE, FORMATS, Choice, 
 from fisherfold.linalg import knapsack
 from fisherfold.linalg.group_grid import GROUP, SCALE_BYTES
 from fisherfold.linalg.knapsack import Knapsack
-from fisherfold.linalg.rounding_losses import PIVOTED, RoundingUnits
+from fisherfold.linalg.rounding_losses import RoundingUnits
 from fisherfold.network.sites import Site
 
 UNROUNDED = 16
@@ -77,9 +77,8 @@ def _options(
         if rank == site.full_rank or cost >= dense:
             yield whole
             continue
-        factor = PIVOTED if name != "factors" else 1.0
-        rounding = factor * float(units.of_ranks(bits)[rank]) if rounded else 0.0
-        yield Option(rank, name, bits, cost, float(truncation[rank]) + rounding)
+        rounding = units.of_plain(bits) if name == "factors" else units.of_pivoted(bits)
+        yield Option(rank, name, bits, cost, float(truncation[rank] + rounding[rank] * rounded))
 
 
 def as_choice(site: Site, option: Option) -> Choice:

@@ -10,7 +10,7 @@ from fisherfold.allocators.widths import UNROUNDED, cheapest_loss, options_of, u
 from fisherfold.linalg.factor_rounding import LayerMetric, round_plain
 from fisherfold.linalg.group_grid import GROUP, stored_bytes
 from fisherfold.linalg.kronecker_rounding import round_under, side_of
-from fisherfold.linalg.rounding_losses import rounding_units
+from fisherfold.linalg.rounding_losses import PIVOTED, ROTATED, rounding_units
 from fisherfold.network.layers import LinearLayer
 from fisherfold.network.sites import Site
 
@@ -77,9 +77,7 @@ def test_predicted_losses_are_near_those_of_rounding(bits):
     cut = left[:, :rank] @ right[:rank]
     found = round_plain(left[:, :rank], right[:rank], cut, bits, metric)
     measured = metric.loss(found.up.values @ found.down.values - cut)
-    assert (
-        0.2 < measured / units.of_ranks(bits)[rank] < 1.1
-    )  # fitting one factor to the other gains more than half here
+    assert measured == pytest.approx(units.of_plain(bits)[rank], rel=0.5)
 
 
 def test_units_are_their_formula_number_by_number():
@@ -95,7 +93,10 @@ def test_units_are_their_formula_number_by_number():
     )
     assert units.dense == pytest.approx(ranges / 12)
     assert units.of_dense(4) == pytest.approx(units.dense / 64)
-    assert units.of_ranks(8)[[0, 2]].tolist() == pytest.approx([0, units.components[:2].sum() / 4**7])
+    assert units.of_pivoted(8)[[0, 2]].tolist() == pytest.approx([0, PIVOTED * units.components[:2].sum() / 4**7])
+    ranges = units.components / sigma
+    mean = np.prod(sigma[:3]) ** (1 / 3)
+    assert units.of_plain(4)[[0, 3]].tolist() == pytest.approx([0, ROTATED * mean * ranges[:3].sum() / 4**3])
 
 
 def test_an_option_loses_what_is_cut_and_what_is_rounded():
@@ -103,7 +104,7 @@ def test_an_option_loses_what_is_cut_and_what_is_rounded():
     units = rounding_units(W, left, right, sigma, metric.inputs, metric.outputs)
     for option in options(0):
         cut = float(np.sum(sigma[option.rank :] ** 2))
-        ranked = {"factors": 1.0, "pivoted": 2.2}.get(option.storage, 0.0)
-        rounded = ranked * units.of_ranks(option.bits)[option.rank] if ranked else units.of_dense(option.bits)
+        of_ranks = {"factors": units.of_plain, "pivoted": units.of_pivoted}.get(option.storage)
+        rounded = of_ranks(option.bits)[option.rank] if of_ranks else units.of_dense(option.bits)
         assert option.loss == pytest.approx(cut + (0.0 if option.bits == UNROUNDED else rounded))
     assert {option.storage for option in options(0)} >= {DENSE, "pivoted"}

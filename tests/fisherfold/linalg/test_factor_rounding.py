@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from fisherfold.linalg.factor_rounding import LayerMetric, round_inputs_pivoted, round_outputs_pivoted, round_plain
+from fisherfold.linalg.factor_rounding import (
+    LayerMetric,
+    rotated_gauge,
+    round_inputs_pivoted,
+    round_outputs_pivoted,
+    round_plain,
+)
 from fisherfold.linalg.group_grid import round_nearest
 from fisherfold.linalg.pivoted import Pivoted, pivot_factors
 
@@ -49,3 +55,21 @@ def test_feedback_loses_a_fraction_of_nearest(layer, side, bits, share):
     cut = metric.loss(left @ right - W)
     mine, nearest = (metric.loss(product - W) - cut for product in rounded_product(side, left, right, W, bits, metric))
     assert mine < share * nearest
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_the_rotated_gauge_is_balanced_and_the_same_product(layer, scale):
+    W, left, right, metric = layer
+    turned = rotated_gauge(left * scale, right / scale, metric)
+    np.testing.assert_allclose(turned[0] @ turned[1], left @ right, atol=1e-8 * np.abs(W).max())
+    of_left, of_right = turned[0].T @ metric.B @ turned[0], turned[1] @ metric.A @ turned[1].T
+    np.testing.assert_allclose(of_left, of_right, atol=1e-6 * np.trace(of_left) / RANK)
+    assert np.diag(of_left).max() < 0.5 * np.linalg.eigvalsh(of_left)[-1]
+
+
+def test_factors_of_a_product_of_less_rank_are_rounded_all_the_same(layer):
+    _, left, right, metric = layer
+    left[:, 20:], right[20:] = 0, 0
+    found = round_plain(left, right, left @ right, 8, metric)
+    product = left @ right
+    assert metric.loss(found.up.values @ found.down.values - product) < 1e-3 * metric.loss(product)
