@@ -339,6 +339,11 @@ def report(rows: dict[str, dict], names: list[str]) -> None:
         if all(pair):
             value = max(pair[0][name] / pair[1][name] for name in names)
             print_figure(f"perplexity of factors in {bits} bits over 16 bits, ratio 0.4", value, limit, value <= limit)
+    for name in ("rank-9.6-8", "rank-5.1", "rank-9.6-4", "rank-2.7"):
+        if name in rows and "rank-9.6" in rows:
+            print(
+                f"{name}: {added_at_equal_ranks(rows[name], rows['rank-9.6']):.1%} more loss than 16 bits, over layers cut to equal ranks"
+            )
     foreseen = {name: row for name, row in rows.items() if not ROWS[name].nearest and row["predicted"]}
     allocations = [(row["predicted"], row["measured"]) for row in foreseen.values()]
     layers = [(plan[2], plan[3]) for row in foreseen.values() for plan in row["layers"].values() if min(plan[2:]) > 0]
@@ -347,6 +352,13 @@ def report(rows: dict[str, dict], names: list[str]) -> None:
             ranks = np.argsort(np.argsort(np.array(pairs), axis=0), axis=0)
             value = float(np.corrcoef(ranks.T)[0, 1])
             print_figure(f"rank correlation of predicted and measured loss, {what}", value, 0.95, value >= 0.95)
+
+
+def added_at_equal_ranks(row: dict, whole: dict) -> float:
+    """What rounding adds to the loss of those layers that both rows cut to the same rank, as a share of it."""
+    pairs = [(row["layers"][name], other) for name, other in whole["layers"].items()]
+    losses = [(own[-1], other[-1]) for own, other in pairs if own[0] == other[0] and other[-1] > 0]
+    return sum(own for own, _ in losses) / sum(other for _, other in losses) - 1
 
 
 def print_figure(figure: str, value: float, target: float, holds: bool) -> None:
