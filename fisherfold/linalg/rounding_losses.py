@@ -19,9 +19,10 @@ import numpy as np
 from fisherfold.linalg.group_grid import GROUP
 from fisherfold.linalg.kronecker_rounding import Side
 
-PIVOTED = 1.8
-"""Loss of pivoted factors over the sum of their components' units: an error of the pivots is repeated by every row that they make. See docs/bytes.md."""
-ROTATED = 0.6
+PIVOTED = 1.0
+"""Loss of pivoted factors over the sum of their components' units: an error of the pivots is repeated by every row that they make, but their
+coefficients are few and made up for. See docs/bytes.md."""
+ROTATED = 0.5
 """Loss of rotated plain factors over the product of their means: a rotated group's range is less than the largest of its components', and
 the factor that is rounded second makes up for a part of the first one's errors."""
 
