@@ -16,7 +16,7 @@ from fisherfold.page.pictures import WIDTH, Line, line_chart
 WAYS = {
     "rank × bits, one knapsack": ("ours-",),
     "few bits under the metric": ("dense-2", "dense-3", "dense-4", "dense-8"),
-    "llama.cpp: Q8_0, Q4_K_M, Q2_K": ("q8_0", "q4_k_m", "q2_k"),
+    "llama.cpp: Q2_K, Q4_K_M": ("q2_k", "q4_k_m"),
     "few bits to nearest": ("dense-3-nearest", "dense-4-nearest", "dense-8-nearest"),
     "40 % of the numbers cut, 16, 8 and 4 bits": ("rank-9.6", "rank-5.1", "rank-2.7"),
 }
