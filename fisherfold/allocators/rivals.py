@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from fisherfold.allocators.cost import DENSE
 from fisherfold.allocators.widths import SIXTEENTHS, Option, cheapest_loss, is_rounded
@@ -50,6 +51,6 @@ def rivals_line(loss: float, spent: int, found: Sequence[Rival]) -> str:
     return "; ".join([f"predicted loss {loss:.2e}", *told])
 
 
-def as_record(found: Sequence[Rival]) -> list[dict]:
+def as_record(found: Sequence[Rival]) -> list[dict[str, Any]]:
     """For budget.json."""
     return [asdict(rival) for rival in found]

@@ -9,5 +9,5 @@ import pyarrow as pa
 def module_rows(table: pa.Table) -> dict[str, slice]:
     """The rows of each module, by the column `module`; they lie together."""
     names = table["module"].to_numpy(zero_copy_only=False)
-    starts = np.flatnonzero(np.append(True, names[1:] != names[:-1])) if len(names) else []
+    starts = np.flatnonzero(np.append(True, names[1:] != names[:-1])[: len(names)])
     return {names[start]: slice(start, end) for start, end in pairwise([*starts, len(names)])}
