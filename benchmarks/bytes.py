@@ -5,13 +5,14 @@
     python benchmarks/bytes.py --project . --folder /tmp/bytes --table                       # what has been measured
     python benchmarks/bytes.py --project . --folder /tmp/bytes --layers model.layers.10.mlp.up_proj      # one layer, in seconds
 
-Wants a project whose stages up to `subspace` have run, with a Llama model. Every layer and every row is kept in --folder; with --minutes the
+Wants a project whose stages up to `subspace` have run, with a Llama or Gemma 3. Every layer and every row is kept in --folder; with --minutes the
 script stops in time and the next call goes on.
 
-The demo models lie on a 4-bit grid (they come from GGUF files), so rounding them to 4 bits would cost nothing. Their residual stream is
-rotated first by a random orthogonal Q, norm gains folded into the layers that read it (SliceGPT, QuaRot): the function is the same, which
-`same_function` checks, and the grid is gone. The metrics and bases are rotated with the weights. A rotated model needs a head of its own; the bytes that are
-counted are those of the targeted layers, by number of the dense model's weights.
+The demo models lie on a 4-bit grid (they come from GGUF files), so rounding them to 4 bits would cost nothing. They are measured in other coordinates, in
+which the function is the same and the grid is gone (off_grid.py). The bytes that are counted are those of the targeted layers, by number of the dense
+model's weights.
+
+Rows of others want their packages: `pip install llama-cpp-python bitsandbytes`.
 """
 
 import argparse
@@ -25,8 +26,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from figures import at_least, at_most
 from llama_cpp_rows import layer_names, quantise, read_layers, write_whole
-from rotated_model import Layer, Rotated, same_function
+from off_grid import Layer, OffGrid, off_grid, same_function
 from transformers import AutoTokenizer, PreTrainedModel
 
 from fisherfold.allocators.cost import DENSE
@@ -41,6 +43,7 @@ from fisherfold.linalg.rounding_losses import RoundingUnits, rounding_units
 from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
 
+NF4_BLOCK = 64  # of bitsandbytes
 ANSWERS = 16  # own answers that are compared
 TEXT = 16  # sequences of each text
 STORAGE = "pivoted"
@@ -56,7 +59,8 @@ class Row:
         nearest: rounded to nearest, not by feedback.
         ranks_of: another row, whose ranks and storage it has; its widths are one.
         room_of: another row, of whose bits it takes the share `bits`.
-        mixture: of llama.cpp's quantiser, which makes the row alone.
+        tool: another than ours, which makes the row alone; of TOOLS.
+        mixture: of llama.cpp's quantiser.
         importance: given to that quantiser: the mean square of every input.
     """
 
@@ -65,7 +69,8 @@ class Row:
     nearest: bool = False
     ranks_of: str | None = None
     room_of: str | None = None
-    mixture: str | None = None
+    tool: str | None = None
+    mixture: str = ""
     importance: bool = False
 
 
@@ -91,11 +96,12 @@ ROWS = {
     "dense-8": Row((8,)),
     "dense-8-nearest": Row((8,), nearest=True),
     "rank-4.5": Row((UNROUNDED,), 4.5),
-    "q8_0": Row(mixture="Q8_0"),
-    "q4_k_m": Row(mixture="Q4_K_M"),
-    "q4_k_m-importance": Row(mixture="Q4_K_M", importance=True),
-    "q2_k": Row(mixture="Q2_K"),
-    "q2_k-importance": Row(mixture="Q2_K", importance=True),
+    "nf4": Row(tool="bitsandbytes"),
+    "q8_0": Row(tool="llama.cpp", mixture="Q8_0"),
+    "q4_k_m": Row(tool="llama.cpp", mixture="Q4_K_M"),
+    "q4_k_m-importance": Row(tool="llama.cpp", mixture="Q4_K_M", importance=True),
+    "q2_k": Row(tool="llama.cpp", mixture="Q2_K"),
+    "q2_k-importance": Row(tool="llama.cpp", mixture="Q2_K", importance=True),
     "ours-q4_k_m": Row((UNROUNDED, 8, 4), 1.0, room_of="q4_k_m"),
     "ours-q2_k": Row((UNROUNDED, 8, 4), 1.0, room_of="q2_k"),
     "ours-0.6-q4_k_m": Row((UNROUNDED, 8, 4), 0.6, room_of="q4_k_m"),
@@ -103,15 +109,15 @@ ROWS = {
 }
 
 
-def kept_units(rotated: Rotated, folder: Path) -> dict[str, dict]:
+def kept_units(moved: OffGrid, folder: Path) -> dict[str, dict]:
     """Predicted losses of rounding, of every layer, at one bit."""
     found = {}
-    for name in rotated.sites:
+    for name in moved.sites:
         path = folder / "units" / f"{name}.npz"
         if not path.exists():
-            layer = rotated.layer(name)
+            layer = moved.layer(name)
             units = rounding_units(
-                layer.W, layer.left, layer.right, rotated.sigma[name], layer.metric.inputs, layer.metric.outputs
+                layer.W, layer.left, layer.right, moved.sigma[name], layer.metric.inputs, layer.metric.outputs
             )
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez(path, dense=units.dense, components=units.components)
@@ -120,24 +126,24 @@ def kept_units(rotated: Rotated, folder: Path) -> dict[str, dict]:
     return found
 
 
-def plan_row(rotated: Rotated, folder: Path, row: Row) -> dict[str, Option]:
+def plan_row(moved: OffGrid, folder: Path, row: Row) -> dict[str, Option]:
     """How every layer is kept."""
-    same = plan_row(rotated, folder, ROWS[row.ranks_of]) if row.ranks_of else None
+    same = plan_row(moved, folder, ROWS[row.ranks_of]) if row.ranks_of else None
     units = {
-        name: RoundingUnits(float(own["dense"]), own["components"], rotated.sigma[name])
-        for name, own in kept_units(rotated, folder).items()
+        name: RoundingUnits(float(own["dense"]), own["components"], moved.sigma[name])
+        for name, own in kept_units(moved, folder).items()
     }
     options = []
-    for name, site in rotated.sites.items():
+    for name, site in moved.sites.items():
         ranks = np.append(np.arange(0, site.full_rank, GROUP), site.full_rank)
         ranks = ranks[-1:] if row.bits is None else ranks
         ranks = np.array([same[name].rank]) if same else ranks
-        own = options_of(site, rotated.sigma[name], units[name], row.widths, ranks, STORAGE)
+        own = options_of(site, moved.sigma[name], units[name], row.widths, ranks, STORAGE)
         options.append([option for option in own if not same or option.storage == same[name].storage])
     most = sum(max(option.cost for option in own) for own in options)
     bits = row.bits and row.bits * (read_row(folder, row.room_of)["bits"] if row.room_of else 1)
-    budget = most if bits is None else int(rotated.numbers * bits * SIXTEENTHS / 8)
-    return dict(zip(rotated.sites, cheapest_loss(options, budget)))
+    budget = most if bits is None else int(moved.numbers * bits * SIXTEENTHS / 8)
+    return dict(zip(moved.sites, cheapest_loss(options, budget)))
 
 
 def kept_weight(layer: Layer, option: Option, nearest: bool) -> np.ndarray:
@@ -172,13 +178,13 @@ def rounded_dense(layer: Layer, bits: int, nearest: bool) -> Rounded:
     return round_under(layer.W, bits, layer.metric.inputs, layer.metric.outputs)
 
 
-def kept_layers(rotated: Rotated, folder: Path, plan: dict[str, Option], nearest: bool) -> Iterator[tuple]:
+def kept_layers(moved: OffGrid, folder: Path, plan: dict[str, Option], nearest: bool) -> Iterator[tuple]:
     """(module, weight, loss) of every layer, from the folder or made now: rows share what they have in common."""
     for module, option in plan.items():
         way = "nearest" if nearest else "feedback"
         path = folder / "layers" / f"{module}.{option.storage}.{option.rank}.{option.bits}.{way}.npz"
         if not path.exists():
-            layer = rotated.layer(module)
+            layer = moved.layer(module)
             weight = kept_weight(layer, option, nearest)
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez(
@@ -192,20 +198,21 @@ def kept_layers(rotated: Rotated, folder: Path, plan: dict[str, Option], nearest
         yield module, kept["weight"], float(kept["loss"])
 
 
-def measure(rotated: Rotated, folder: Path, name: str, texts: dict[str, torch.Tensor]) -> dict:
+def measure(moved: OffGrid, folder: Path, name: str, texts: dict[str, torch.Tensor]) -> dict:
     """Perplexities, divergence, bytes and losses of one row."""
     row, started = ROWS[name], time.monotonic()
-    made = quantised_by_llama_cpp if row.mixture else rounded_by_plan
-    layers, found = made(rotated, folder, name)
-    model, losses = rotated.whole(), {}
-    found["logits_differ"] = same_function(rotated, model)
+    made = TOOLS[row.tool] if row.tool else rounded_by_plan
+    layers, found = made(moved, folder, name)
+    model, losses = moved.whole(), {}
+    found["logits_differ"] = same_function(moved, model)
     for module, weight, loss in layers:
         model.get_submodule(module).weight.copy_(torch.from_numpy(weight))
         losses[module] = loss
     found["measured"] = sum(losses.values())
     found["layers"] = {module: [*found["layers"][module], loss] for module, loss in losses.items()}
     found |= {f"perplexity_{text}": perplexity(model, ids) for text, ids in texts.items()}
-    found["own_answers_kl"] = divergence(rotated, model)
+    if moved.workspace.table("answers").exists():  # a chat model's
+        found["own_answers_kl"] = divergence(moved, model)
     found["seconds"] = time.monotonic() - started
     return found
 
@@ -214,15 +221,15 @@ Made = tuple[Iterable[tuple[str, np.ndarray, float]], dict]
 """(module, weight, loss) of every layer, and what is known of the row."""
 
 
-def rounded_by_plan(rotated: Rotated, folder: Path, name: str) -> Made:
+def rounded_by_plan(moved: OffGrid, folder: Path, name: str) -> Made:
     """The layers of one of our rows."""
     row = ROWS[name]
-    plan = plan_row(rotated, folder, row)
-    for _ in kept_layers(rotated, folder, plan, row.nearest):
+    plan = plan_row(moved, folder, row)
+    for _ in kept_layers(moved, folder, plan, row.nearest):
         pass  # before a second model is in memory
     cost = sum(option.cost for option in plan.values())
-    return kept_layers(rotated, folder, plan, row.nearest), {
-        "bits": 8 * cost / SIXTEENTHS / rotated.numbers,
+    return kept_layers(moved, folder, plan, row.nearest), {
+        "bits": 8 * cost / SIXTEENTHS / moved.numbers,
         "dense_layers": sum(option.storage == DENSE for option in plan.values()),
         "widths": {str(bits): sum(option.bits == bits for option in plan.values()) for bits in row.widths},
         "predicted": sum(option.loss for option in plan.values()),
@@ -230,27 +237,51 @@ def rounded_by_plan(rotated: Rotated, folder: Path, name: str) -> Made:
     }
 
 
-def quantised_by_llama_cpp(rotated: Rotated, folder: Path, name: str) -> Made:
+def quantised_by_llama_cpp(moved: OffGrid, folder: Path, name: str) -> Made:
     """The layers as llama.cpp's quantiser leaves them, at the bytes that they take there; their loss is not looked at."""
-    row, config = ROWS[name], rotated.model.config
+    row, config = ROWS[name], moved.model.config
     whole, path = folder / "whole.gguf", folder / f"{name}.gguf"
     if not whole.exists():
-        write_whole(whole, rotated.whole(), rotated.workspace.model)
+        write_whole(whole, moved.whole(), moved.workspace.model)
     importance = {}
     if row.importance:
-        names = layer_names(config, rotated.sites)
-        importance = {names[module]: np.diag(rotated.layer(module).metric.A) for module in rotated.sites}
+        names = layer_names(config, moved.sites)
+        importance = {names[module]: np.diag(moved.layer(module).metric.A) for module in moved.sites}
     quantise(whole, path, row.mixture, importance)
-    layers = read_layers(path, config, rotated.sites)
+    layers = read_layers(path, config, moved.sites)
     types = [kind for _, _, kind in layers.values()]
     bits = {module: 8 * size / weight.size for module, (weight, size, _) in layers.items()}
     return ((module, weight, 0.0) for module, (weight, _, _) in layers.items()), {
-        "bits": 8 * sum(size for _, size, _ in layers.values()) / rotated.numbers,
+        "bits": 8 * sum(size for _, size, _ in layers.values()) / moved.numbers,
         "dense_layers": len(layers),
         "widths": {kind: types.count(kind) for kind in sorted(set(types))},
         "predicted": None,
-        "layers": {module: [rotated.sites[module].full_rank, bits[module], None] for module in layers},
+        "layers": {module: [moved.sites[module].full_rank, bits[module], None] for module in layers},
     }
+
+
+def quantised_by_bitsandbytes(moved: OffGrid, folder: Path, name: str) -> Made:
+    """The layers in NF4, blocks of NF4_BLOCK numbers with a scale of 32 bits."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    def layers() -> Iterator[tuple[str, np.ndarray, float]]:
+        for module in moved.sites:
+            layer = moved.layer(module)
+            packed = quantize_4bit(torch.from_numpy(layer.W).float(), blocksize=NF4_BLOCK, quant_type="nf4")
+            weight = dequantize_4bit(*packed).numpy()
+            yield module, weight, layer.metric.loss(weight - layer.W)
+
+    bits = 4 + 32 / NF4_BLOCK
+    return layers(), {
+        "bits": bits,
+        "dense_layers": len(moved.sites),
+        "widths": {"nf4": len(moved.sites)},
+        "predicted": None,
+        "layers": {module: [site.full_rank, bits, None] for module, site in moved.sites.items()},
+    }
+
+
+TOOLS = {"llama.cpp": quantised_by_llama_cpp, "bitsandbytes": quantised_by_bitsandbytes}
 
 
 @torch.inference_mode()
@@ -262,25 +293,25 @@ def perplexity(model: PreTrainedModel, sequences: torch.Tensor) -> float:
     return math.exp(sum(losses) / len(sequences))
 
 
-def divergence(rotated: Rotated, model: PreTrainedModel) -> float:
+def divergence(moved: OffGrid, model: PreTrainedModel) -> float:
     """KL(dense ‖ row) a token over the dense model's own answers."""
-    rows = conversations(pq.read_table(rotated.workspace.table("answers")), None)[:ANSWERS]
+    rows = conversations(pq.read_table(moved.workspace.table("answers")), None)[:ANSWERS]
     total = tokens = 0.0
     for row in rows:
-        found = compare_tokens(rotated.model, model, torch.tensor(row.prompt + row.answer)[None])
+        found = compare_tokens(moved.model, model, torch.tensor(row.prompt + row.answer)[None])
         total += float(found["divergence"][0, len(row.prompt) - 1 :].double().sum())
         tokens += len(row.answer)
     return total / tokens
 
 
-def print_layers(rotated: Rotated, names: list[str]) -> None:
+def print_layers(moved: OffGrid, names: list[str]) -> None:
     """Losses of single layers in parts of the loss of dropping them: cut to two thirds of the rank, rounded, and both."""
     print(
         f"{'layer':36} {'storage':10} {'rank':>5} {'bits':>5} {'cut':>9} {'nearest':>9} {'feedback':>9} {'predicted':>9}"
     )
     for name in names:
-        layer, site = rotated.layer(name), rotated.sites[name]
-        whole, sigma = layer.metric.loss(layer.W), rotated.sigma[name]
+        layer, site = moved.layer(name), moved.sites[name]
+        whole, sigma = layer.metric.loss(layer.W), moved.sigma[name]
         units = rounding_units(layer.W, layer.left, layer.right, sigma, layer.metric.inputs, layer.metric.outputs)
         for storage in ("dense", "factors", "pivoted"):
             rank = site.full_rank if storage == "dense" else site.full_rank * 2 // 3 // GROUP * GROUP
@@ -327,7 +358,7 @@ def print_table(folder: Path) -> None:
     for name, row in rows.items():
         texts = " ".join(f"{row[text]:18.2f}" for text in names)
         print(
-            f"{name:20} {row['bits']:6.2f} {row['dense_layers']:6} {texts} {row['own_answers_kl']:8.4f} {row['predicted'] or math.nan:10.3g} {row['measured'] or math.nan:10.3g}"
+            f"{name:20} {row['bits']:6.2f} {row['dense_layers']:6} {texts} {row.get('own_answers_kl', math.nan):8.4f} {row['predicted'] or math.nan:10.3g} {row['measured'] or math.nan:10.3g}"
         )
     report(rows, names)
 
@@ -338,7 +369,7 @@ def report(rows: dict[str, dict], names: list[str]) -> None:
         pair = rows.get(f"rank-9.6-{bits}"), rows.get("rank-9.6")
         if all(pair):
             value = max(pair[0][name] / pair[1][name] for name in names)
-            print_figure(f"perplexity of factors in {bits} bits over 16 bits, ratio 0.4", value, limit, value <= limit)
+            print(at_most(f"perplexity of factors in {bits} bits over 16 bits, ratio 0.4", value, "ratio", limit))
     for name in ("rank-9.6-8", "rank-5.1", "rank-9.6-4", "rank-2.7"):
         if name in rows and "rank-9.6" in rows:
             print(
@@ -351,7 +382,7 @@ def report(rows: dict[str, dict], names: list[str]) -> None:
         if len(pairs) > 2:
             ranks = np.argsort(np.argsort(np.array(pairs), axis=0), axis=0)
             value = float(np.corrcoef(ranks.T)[0, 1])
-            print_figure(f"rank correlation of predicted and measured loss, {what}", value, 0.95, value >= 0.95)
+            print(at_least(f"rank correlation of predicted and measured loss, {what}", value, "", 0.95))
 
 
 def added_at_equal_ranks(row: dict, whole: dict) -> float:
@@ -359,10 +390,6 @@ def added_at_equal_ranks(row: dict, whole: dict) -> float:
     pairs = [(row["layers"][name], other) for name, other in whole["layers"].items()]
     losses = [(own[-1], other[-1]) for own, other in pairs if own[0] == other[0] and other[-1] > 0]
     return sum(own for own, _ in losses) / sum(other for _, other in losses) - 1
-
-
-def print_figure(figure: str, value: float, target: float, holds: bool) -> None:
-    print(json.dumps({"figure": figure, "value": value, "unit": "", "target": target, "holds": holds}))
 
 
 def main() -> None:
@@ -378,17 +405,17 @@ def main() -> None:
     DEADLINE[0] = time.monotonic() + 60 * options.minutes
     workspace = Workspace(options.project.resolve())
     if options.layers:
-        return print_layers(Rotated(workspace), options.layers.split(","))
+        return print_layers(off_grid(workspace), options.layers.split(","))
     if not options.table:
-        rotated = Rotated(workspace)
-        sequences = read_sequences(workspace.table("evaluation"), rotated.model.config.vocab_size)[:TEXT]
+        moved = off_grid(workspace)
+        sequences = read_sequences(workspace.table("evaluation"), moved.model.config.vocab_size)[:TEXT]
         texts = {"first": sequences}
         if options.second:
             texts["second"] = second_text(options.second, workspace, sequences.shape[1])
         for name in options.rows.split(","):
             path = options.folder / f"{name}.json"
             if not path.exists():
-                found = measure(rotated, options.folder, name, texts)
+                found = measure(moved, options.folder, name, texts)
                 path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
                 print(name, {key: value for key, value in found.items() if key != "layers"}, flush=True)
     print_table(options.folder)

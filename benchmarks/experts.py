@@ -23,6 +23,7 @@ from pathlib import Path
 import made_mixture
 import torch
 import trained_mixture
+from figures import at_most
 from transformers import AutoModelForCausalLM
 
 import fisherfold.runtime  # noqa: F401  it loads compressed checkpoints
@@ -215,12 +216,7 @@ def report(rows: list[dict]) -> None:
             if name == "fisher" and (other, share) in found
         ]:
             figure = f"perplexity of experts with ranks by one budget over {other}, worst share"
-            value = max(ratios)
-            print(
-                json.dumps(
-                    {"figure": figure, "value": value, "unit": "ratio", "target": target, "holds": value <= target}
-                )
-            )
+            print(at_most(figure, max(ratios), "ratio", target))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fisherfold.export.lineage import read_lineage
-from fisherfold.run.errors import CorruptArtifact, FisherfoldError, InputError, system_number
+from fisherfold.run.errors import CorruptArtifact, FisherfoldError, InputError, first_line, system_number
 from fisherfold.run.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ def load(source: str) -> tuple["ModelRun", "PreTrainedTokenizerBase"]:
     except Exception as error:  # a damaged or odd file makes the libraries raise almost anything
         if isinstance(error, FisherfoldError) or system_number(error) == errno.ENOMEM:
             raise
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise InputError(f"{source} is no model that can be loaded here: {reason}") from None
+        raise InputError(f"{source} is no model that can be loaded here: {first_line(error)}") from None
 
 
 def answer(run: "ModelRun", tokenizer: "PreTrainedTokenizerBase", prompt: str, tokens: int) -> Answer:

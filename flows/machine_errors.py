@@ -4,7 +4,7 @@ import errno
 import os
 import sys
 
-from fisherfold.run.errors import system_number
+from fisherfold.run.errors import first_line, system_number
 
 IN_THE_WAY = "something else lies where a file or a folder belongs ({error}). Move it away and run again."
 CURES = {
@@ -32,12 +32,7 @@ def cure(error: Exception) -> str | None:
     if isinstance(error, UnicodeEncodeError):
         return _unwritable_name(error)
     number = system_number(error)
-    return CURES[number].format(error=_said(error), user=os.getuid()) if number in CURES else None
-
-
-def _said(error: Exception) -> str:
-    """The first line of an error; its kind if it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return CURES[number].format(error=first_line(error), user=os.getuid()) if number in CURES else None
 
 
 def _unwritable_name(error: UnicodeEncodeError) -> str:

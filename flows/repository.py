@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml.error import YAMLError
 
-from fisherfold.run.errors import CorruptArtifact, FisherfoldError
+from fisherfold.run.errors import CorruptArtifact, FisherfoldError, first_line
 from fisherfold.run.progress import announce
 from fisherfold.run.workspace import Workspace
 from fisherfold.run.yaml_text import parse_yaml
@@ -67,6 +67,6 @@ def recorded(workspace: Workspace) -> dict[str, dict[str, Any]]:
         return {name: dict(facts) for name, facts in stages.items()}
     except (YAMLError, AttributeError, TypeError, ValueError) as error:
         raise CorruptArtifact(
-            f"{path} is not what DVC writes ({next(iter(str(error).splitlines()), '')}). Take it from git again, or remove it: stages then run "
+            f"{path} is not what DVC writes ({first_line(error)}). Take it from git again, or remove it: stages then run "
             "anew, from their finished units."
         ) from None

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from fisherfold.allocators.dropped_experts import DROPPED
 from fisherfold.allocators.expert_classes import into_classes
 from fisherfold.allocators.format_price import format_price, price_line
 from fisherfold.allocators.limits import Limits, matches
-from fisherfold.allocators.rivals import Rival, as_record, rivals, rivals_line
+from fisherfold.allocators.rivals import Rival, rivals, rivals_line
 from fisherfold.allocators.widths import SIXTEENTHS, as_choice, cheapest_loss, options_of
 from fisherfold.linalg.rounding_losses import RoundingUnits, rounding_units
 from fisherfold.network.layers import DENSE_FILE, LinearLayer, read_dense_layers, read_layers
@@ -88,19 +88,22 @@ def run(workspace: Workspace, params: RanksParams) -> None:
         spectra = read_spectra(subspace / "spectra.parquet", sites, blind)
         budget = BUDGETS.lookup(params.budget)(sites, workspace.model)
         task = replace(pose(sites, spectra, params, limits, budget), workspace=workspace, scratch=scratch)
-        price, simpler = None, None
+        compared, line = {}, None
         if params.widths:
             choices, loss, simpler = choose_widths(scratch, workspace, task, budget.unit.weight, blind)
+            compared = {"rivals": [asdict(rival) for rival in simpler]}
+            line = rivals_line(loss, sum(choice.cost for choice in choices), simpler)
         else:
             ranks = into_classes(task, allocate(task, allocator), params.expert_classes)
             choices = [choose_storage(site, int(rank), params.storage, budget.unit) for site, rank in zip(sites, ranks)]
             loss = task.predicted_loss([choice.rank for choice in choices])
             price = format_price(task, limits, budget)
+            if price is not None:
+                compared = {"format": {"storage": params.storage, "round_to": params.round_to, "price": price}}
+                line = price_line(params.storage, params.round_to, price)
         _describe(sites, choices, whole_experts=DROPPED in task.tables)
-        if price is not None:
-            announce("ranks", price_line(params.storage, params.round_to, price))
-        if simpler is not None:
-            announce("ranks", rivals_line(loss, sum(choice.cost for choice in choices), simpler))
+        if line:
+            announce("ranks", line)
         with scratch.publish() as out:
             pq.write_table(
                 ranks_table(read_layers(subspace), sites, choices, facts, params.allocator), out / "ranks.parquet"
@@ -109,7 +112,7 @@ def run(workspace: Workspace, params: RanksParams) -> None:
                 pq.write_table(extra, out / f"{name}.parquet")
             (out / "budget.json").write_text(
                 json.dumps(
-                    _budget(task, choices, loss, price, simpler) | _routing(workspace, read_layers(subspace)),
+                    compared | _budget(task, choices, loss) | _routing(workspace, read_layers(subspace)),
                     indent=1,
                     sort_keys=True,
                 )
@@ -251,22 +254,14 @@ def _routing(workspace: Workspace, layers: Sequence[LinearLayer]) -> dict:
     return {"routed": {layer.name: statistics.tokens_seen(layer) / statistics.tokens for layer in experts}}
 
 
-def _budget(
-    task: Allocation, choices: Sequence[Choice], loss: float, price: float | None, simpler: Sequence[Rival] | None
-) -> dict:
+def _budget(task: Allocation, choices: Sequence[Choice], loss: float) -> dict:
     """The contract of budget.json. `budget` and `spent` are of the targeted layers, in the unit of ranks.budget."""
-    priced = {"storage": task.params.storage, "round_to": task.params.round_to, "price": price}
-    compared = {} if simpler is None else {"rivals": as_record(simpler)}
-    return (
-        compared
-        | ({} if price is None else {"format": priced})
-        | {
-            "ratio": task.params.ratio,
-            "unit": task.params.budget,
-            "targeted_parameters_dense": sum(site.dense_numbers for site in task.sites),
-            "budget": task.budget,
-            "spent": sum(choice.cost for choice in choices),
-            "stored_parameters": sum(sum(choice.numbers) for choice in choices),
-            "predicted_loss_increase": loss,
-        }
-    )
+    return {
+        "ratio": task.params.ratio,
+        "unit": task.params.budget,
+        "targeted_parameters_dense": sum(site.dense_numbers for site in task.sites),
+        "budget": task.budget,
+        "spent": sum(choice.cost for choice in choices),
+        "stored_parameters": sum(sum(choice.numbers) for choice in choices),
+        "predicted_loss_increase": loss,
+    }

@@ -1,8 +1,7 @@
 """What simpler plans would lose, beside one that chose rank and bits of every site: so it is said where low rank pays and where plain few bits do."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from fisherfold.allocators.cost import DENSE
 from fisherfold.allocators.widths import SIXTEENTHS, Option, cheapest_loss, is_rounded
@@ -49,8 +48,3 @@ def rivals_line(loss: float, spent: int, found: Sequence[Rival]) -> str:
         for rival in found
     ]
     return "; ".join([f"predicted loss {loss:.2e}", *told])
-
-
-def as_record(found: Sequence[Rival]) -> list[dict[str, Any]]:
-    """For budget.json."""
-    return [asdict(rival) for rival in found]

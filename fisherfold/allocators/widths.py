@@ -56,29 +56,25 @@ def options_of(
 ) -> list[Option]:
     """Every option of a site; `ranks` are those it may have, multiples of GROUP below its full rank, and perhaps this."""
     truncation = np.append(np.cumsum(np.square(sigma)[::-1])[::-1], 0.0)
-    return [
-        option
-        for bits in widths
-        for rank in ranks
-        for option in _options(site, int(rank), bits, truncation, units, storage)
-    ]
+    return [option for bits in widths for option in _options(site, ranks, bits, truncation, units, storage)]
 
 
 def _options(
-    site: Site, rank: int, bits: int, truncation: np.ndarray, units: RoundingUnits, storage: str
+    site: Site, ranks: np.ndarray, bits: int, truncation: np.ndarray, units: RoundingUnits, storage: str
 ) -> Iterator[Option]:
-    """A rank and width in every format: plain factors take more bytes and round better; one that outgrows the matrix in as many bits is dense."""
+    """Every rank of a width in every format: plain factors take more bytes and round better; one that outgrows the matrix in as many bits is dense."""
     unit, rounded = unit_of(bits), is_rounded(bits)
     shape = SHAPE_BYTES * SIXTEENTHS if rounded else 0
     dense = site.dense_numbers * unit.weight + shape
     whole = Option(site.full_rank, DENSE, bits, dense, units.of_dense(bits) if rounded else 0.0)
-    for name in ALLOWED_FORMATS[storage] if rank else ("factors",):
-        cost = int(FORMATS.lookup(name)(site, np.array(rank)).priced(unit)) + (2 * shape if rank else 0)
-        if rank == site.full_rank or cost >= dense:
-            yield whole
-            continue
-        rounding = units.of_plain(bits) if name == "factors" else units.of_pivoted(bits)
-        yield Option(rank, name, bits, cost, float(truncation[rank] + rounding[rank] * rounded))
+    for name in ALLOWED_FORMATS[storage]:
+        costs = FORMATS.lookup(name)(site, ranks).priced(unit) + 2 * shape * (ranks > 0)
+        losses = truncation + rounded * (units.of_plain(bits) if name == "factors" else units.of_pivoted(bits))
+        for rank, cost in zip(ranks.tolist(), costs.tolist(), strict=True):
+            if rank == site.full_rank or cost >= dense:
+                yield whole
+            elif rank or name == "factors":
+                yield Option(rank, name, bits, int(cost), float(losses[rank]))
 
 
 def as_choice(site: Site, option: Option) -> Choice:

@@ -20,6 +20,8 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fisherfold.run.errors import first_line
+
 TOKENS = 5
 ROWS = 7  # of the output embedding that stands for the whole one
 CLOSE = 1e-4  # of the logits' norm
@@ -64,7 +66,7 @@ def _pass_fails(config: PreTrainedConfig, attention: str) -> str | None:
             ids, places = torch.zeros(1, TOKENS, dtype=torch.int64), torch.arange(TOKENS)[None]
             model(input_ids=ids, position_ids=places, use_cache=False, return_dict=False)
     except Exception as error:  # whatever the model's code makes of it
-        return next(iter(str(error).splitlines()), type(error).__name__)
+        return first_line(error)
     return None
 
 

@@ -31,7 +31,7 @@ from fisherfold.inputs.records import (
     open_text,
     read_records,
 )
-from fisherfold.run.errors import InputError
+from fisherfold.run.errors import InputError, first_line
 from fisherfold.run.params import PrepareParams
 from fisherfold.run.workspace import Workspace
 
@@ -228,9 +228,8 @@ def _hub_entries(corpus: Corpus) -> Iterator[Entry]:
         )
         yield from (_entry(row, corpus, f"row {number}") for number, row in enumerate(rows, start=1))
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"Corpus {corpus.source.name!r} cannot be read from the hub ({reason}). It is written "
+            f"Corpus {corpus.source.name!r} cannot be read from the hub ({first_line(error)}). It is written "
             "OWNER/NAME:CONFIG@SPLIT; configuration and split are on the dataset's page."
         ) from error
 

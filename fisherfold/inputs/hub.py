@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-from fisherfold.run.errors import InputError
+from fisherfold.run.errors import InputError, first_line
 
 TIMEOUT = 20.0  # seconds to wait for the hub's answer
 
@@ -75,8 +75,7 @@ def _resolve(kind: str, name: str, revision: str | None) -> HubEntry:
     except RepositoryNotFoundError:
         raise HubUnknown(f"the hub has no {kind} of this name that you may read") from None
     except Exception as error:  # whatever the hub client's HTTP library raises: there was no answer
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise HubUnknown(f"the hub cannot be asked ({reason})") from None
+        raise HubUnknown(f"the hub cannot be asked ({first_line(error)})") from None
     return HubEntry(info.sha or "", info.card_data.get("license") if info.card_data else None)
 
 

@@ -17,18 +17,11 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 
 from fisherfold.network.layers import linear_modules
 from fisherfold.network.weight_check import check_weight
-from fisherfold.run.checkpoint import read_tensors
+from fisherfold.run.checkpoint import NAMES, read_tensors
 from fisherfold.run.errors import InputError
 
 COUNTED = ("F64", "F32", "F16", "BF16", "I64")  # ids and positions are I64
 """What numbers of a checkpoint are stored as that is not packed in some way."""
-TORCH_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-}
 DEQUANTISED: dict[str, Callable[..., Any]] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 """Methods of quantisation whose weights transformers multiplies out as it loads them."""
 
@@ -76,7 +69,7 @@ def _of_safetensors(path: Path) -> Iterator[tuple[str, str, Sequence[int]]]:
 def _of_pickle(path: Path) -> Iterator[tuple[str, str, Sequence[int]]]:
     for name, value in torch.load(path, mmap=True, weights_only=True).items():
         if isinstance(value, torch.Tensor):
-            yield name, TORCH_NAMES.get(value.dtype, str(value.dtype)), value.shape
+            yield name, NAMES[value.dtype] if NAMES.get(value.dtype) in COUNTED else str(value.dtype), value.shape
 
 
 @torch.no_grad()

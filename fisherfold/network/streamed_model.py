@@ -72,7 +72,8 @@ class StreamedModel:
         self._tensors, self.dtype = read_tensors(folder), dtype
         self._resident: dict[int, Source] = {}
         self._standing_in: dict[int, tuple[torch.Tensor, Source]] = {}
-        self.device = torch.device("cuda" if usable_device() == "auto" else usable_device())
+        device = usable_device()
+        self.device = torch.device("cuda" if device == "auto" else device)
         self.model = _skeleton(folder, dtype).eval().requires_grad_(False)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.layers import forward_hooks, removed
 from fisherfold.network.shortcuts import attempt
-from fisherfold.run.errors import InputError
+from fisherfold.run.errors import InputError, first_line
 
 WRITTEN = 3  # tokens: the first without a cache, the others with one
 ROUNDINGS = 1024  # of the dtype, in the norm: another order of the sums moves y by a few, another function by far more
@@ -136,10 +136,9 @@ def _plain_pass(model: PreTrainedModel, ids: torch.Tensor) -> None:
         result = gradient_pass(model, ids)
     except Exception as error:
         logging.getLogger(__name__).debug("the plain pass failed", exc_info=True)
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise InputError(
             f"{type(model).__name__} cannot be measured: a pass over token ids alone, with the gradient of its loss, fails "
-            f"({type(error).__name__}: {reason}). Choose a model that reads text by itself."
+            f"({type(error).__name__}: {first_line(error)}). Choose a model that reads text by itself."
         ) from error
     if not result.finite.all():
         raise InputError(

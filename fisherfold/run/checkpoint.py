@@ -96,26 +96,21 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_file(path: Path) -> dict[str, StoredTensor]:
-    with safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  a handle, not a mapping
-        begins = _begins(path)
-        return {
-            name: StoredTensor(
-                tuple(part.get_shape()),
-                CODES[part.get_dtype()],
-                partial(_read_tensor, path, name),
-                (path, begins[name]),
-            )
-            for name, part in slices.items()
-        }
-
-
-def _begins(path: Path) -> dict[str, int]:
-    """Where the bytes of every tensor of a file begin."""
+    with safe_open(path, framework="pt"):  # which checks that the file is whole
+        pass
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+    return {
+        name: StoredTensor(
+            tuple(entry["shape"]),
+            CODES[entry["dtype"]],
+            partial(_read_tensor, path, name),
+            (path, 8 + length + entry["data_offsets"][0]),
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _read_tensor(path: Path, name: str) -> torch.Tensor:

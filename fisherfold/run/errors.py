@@ -48,6 +48,11 @@ class EngineError(FisherfoldError):
     """The engine, its cluster or the Prefect API cannot be used as asked."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind if it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def system_number(error: BaseException) -> int | None:
     """The number (errno) of what the system refused, if that is what the error tells of."""
     if isinstance(error, OSError) and error.errno:

@@ -16,7 +16,7 @@ from fisherfold.network.blocks import list_blocks
 from fisherfold.network.experts import ExpertLinear, expert_modules, experts_a_token, unfold_experts
 from fisherfold.network.layers import LinearLayer, describe_layers, find_layers, linear_modules, read_layers
 from fisherfold.network.shortcuts import attempt
-from fisherfold.run.errors import FisherfoldError, InputError
+from fisherfold.run.errors import FisherfoldError, InputError, first_line
 from fisherfold.run.workspace import Workspace
 from fisherfold.run.yaml_text import parse_yaml
 
@@ -80,7 +80,7 @@ def find_shapes(workspace: Workspace, name: str) -> ModelShapes:
         known = ", ".join(sorted(path.stem for path in workspace.recipes("shapes").glob("*.yaml")))
         raise InputError(
             f"--model {name!r} is none of data/shapes ({known}), no folder with a config.json and no hub name that can be read here "
-            f"({next(iter(str(error).splitlines()), type(error).__name__)})."
+            f"({first_line(error)})."
         ) from None
 
 

@@ -1,5 +1,7 @@
 """What stages took and how fast models are: kept for the output that it belongs to, lost by no interruption."""
 
+import time
+
 import pytest
 
 from fisherfold.run import times
