@@ -83,12 +83,14 @@ def _track_live(stage: str, doing: str, items: Iterable[Item], total: int) -> It
 
 
 def track_lines(stage: str, doing: str, items: Iterable[Item], total: int) -> Iterator[Item]:
-    """Like `track`, always in plain lines: for work inside an item that a live bar counts already."""
+    """Like `track`, always in plain lines: for work inside an item that a live bar counts already. One item is told when it begins."""
+    if total == 1 and not is_quiet():
+        print(f"{stage}: {doing}", file=sys.stderr, flush=True)
     start = last = time.monotonic()
     for done, item in enumerate(_recorded(stage, doing, items, total), start=1):
         yield item
         now = time.monotonic()
-        if not is_quiet() and (done == total or now - last >= PLAIN_INTERVAL):
+        if total > 1 and not is_quiet() and (done == total or now - last >= PLAIN_INTERVAL):
             left = timedelta(seconds=round((now - start) / done * (total - done)))
             print(f"{stage}: {doing} {done}/{total}, {left} left", file=sys.stderr, flush=True)
             last = now
