@@ -169,7 +169,7 @@ def _resume(points: Savepoints, optimizer: torch.optim.Optimizer, factors: Mappi
     for name, factor in factors.items():
         factor.copy_(read_array(folder / STATE, f"{name}/value"))
         moments = {key: read_array(folder / STATE, f"{name}/{key}").to(factor.device) for key in MOMENTS}
-        optimizer.state[factor] = {"step": torch.tensor(float(step)), **moments}
+        optimizer.state[factor] = {"step": torch.tensor(float(step), device=factor.device), **moments}
     close_groups()
     return step
 
