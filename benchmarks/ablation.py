@@ -38,7 +38,7 @@ AXES: dict[str, dict[str, tuple[str, ...]]] = {
     "allocation": {"uniform": ("ranks.allocator=uniform",), "fermigrad": ("ranks.allocator=fermigrad",)},
     "gauge": {"plain factors": ("ranks.storage=factors",)},
     "inputs": {"shared": ("subspace.share_inputs=true",)},
-    "refinement": {"none": ("factorize.refine.passes=0",), "two passes": ("factorize.refine.passes=2",)},
+    "refinement": {"none": ("factorize.refine.passes=0",), "one pass": ("factorize.refine.passes=1",)},
     "heal": {
         "one pass": ("factorize.heal.passes=1",),
         "over 2048 others": ("factorize.heal.passes=1", "prepare.healing_sequences=2048"),

@@ -18,7 +18,7 @@ WAYS = {
     "few bits under the metric": ("dense-2", "dense-3", "dense-4", "dense-8"),
     "llama.cpp: Q2_K, Q4_K_M": ("q2_k", "q4_k_m"),
     "few bits to nearest": ("dense-3-nearest", "dense-4-nearest", "dense-8-nearest"),
-    "40 % of the numbers cut, 16, 8 and 4 bits": ("rank-9.6", "rank-5.1", "rank-2.7"),
+    "40 % of the numbers cut, 16, 8 and 4 bits": ("rank-9.6", "rank-9.6-8", "rank-9.6-4"),
 }
 """Rows of each line; one that ends with "-" stands for all that begin so."""
 MOST = 2.0  # nats: what is worse lies above the picture

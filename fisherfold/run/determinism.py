@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from fisherfold.run.errors import ParameterError
+from fisherfold.run.freed_memory import give_back_freed
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,9 @@ def chosen_placement() -> str:
 
 @contextmanager
 def placed(placement: str) -> Iterator[None]:
-    """Inside, models are loaded so."""
+    """Inside, models are loaded so; streamed, the process holds no more than it needs."""
+    if placement == STREAMED:
+        give_back_freed()
     before = _placement.set(placement)
     try:
         yield

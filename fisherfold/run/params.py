@@ -211,7 +211,7 @@ class RefineParams(Block):
     """Of stage factorize: the training of decoder blocks after truncation."""
 
     threads: Count = 2
-    passes: Annotated[int, Field(ge=0)] = 1
+    passes: Annotated[int, Field(ge=0)] = 2
     rate: Annotated[float, Field(gt=0)] = 4e-4
     batch_size: Count = 2
 

@@ -20,7 +20,7 @@ BALANCED: Values = {
     ("capture", "knowledge_questions"): 32,
     ("kronecker", "dependence_draws"): 60,
     ("ranks", "allocator"): "fisher",
-    ("factorize", "refine", "passes"): 1,
+    ("factorize", "refine", "passes"): 2,
     ("evaluate", "answer_tokens"): 64,
 }
 """The shipped values."""
