@@ -34,7 +34,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from fisherfold.allocators.cost import DENSE
 from fisherfold.allocators.widths import SIXTEENTHS, UNROUNDED, Option, cheapest_loss, options_of
 from fisherfold.evaluation.losses import compare_tokens
-from fisherfold.evaluation.own_answers import conversations
+from fisherfold.evaluation.own_answers import Conversation, conversations
 from fisherfold.export.gauges import gauge, product
 from fisherfold.linalg.factor_rounding import round_inputs_pivoted, round_outputs_pivoted, round_plain
 from fisherfold.linalg.group_grid import GROUP, Rounded, round_nearest
@@ -211,8 +211,8 @@ def measure(moved: OffGrid, folder: Path, name: str, texts: dict[str, torch.Tens
     found["measured"] = sum(losses.values())
     found["layers"] = {module: [*found["layers"][module], loss] for module, loss in losses.items()}
     found |= {f"perplexity_{text}": perplexity(model, ids) for text, ids in texts.items()}
-    if moved.workspace.table("answers").exists():  # a chat model's
-        found["own_answers_kl"] = divergence(moved, model)
+    if answers := conversations(pq.read_table(moved.workspace.table("answers")), None)[:ANSWERS]:  # a chat model's
+        found["own_answers_kl"] = divergence(moved, model, answers)
     found["seconds"] = time.monotonic() - started
     return found
 
@@ -293,11 +293,10 @@ def perplexity(model: PreTrainedModel, sequences: torch.Tensor) -> float:
     return math.exp(sum(losses) / len(sequences))
 
 
-def divergence(moved: OffGrid, model: PreTrainedModel) -> float:
+def divergence(moved: OffGrid, model: PreTrainedModel, answers: Iterable[Conversation]) -> float:
     """KL(dense ‖ row) a token over the dense model's own answers."""
-    rows = conversations(pq.read_table(moved.workspace.table("answers")), None)[:ANSWERS]
     total = tokens = 0.0
-    for row in rows:
+    for row in answers:
         found = compare_tokens(moved.model, model, torch.tensor(row.prompt + row.answer)[None])
         total += float(found["divergence"][0, len(row.prompt) - 1 :].double().sum())
         tokens += len(row.answer)
