@@ -327,10 +327,12 @@ def print_layers(moved: OffGrid, names: list[str]) -> None:
 
 
 def second_text(path: Path, workspace: Workspace, length: int) -> torch.Tensor:
-    """Sequences spread over a text file."""
-    ids = AutoTokenizer.from_pretrained(workspace.model)(path.read_text(encoding="utf-8"))["input_ids"]
-    starts = np.linspace(0, len(ids) - length, TEXT, dtype=int)
-    return torch.tensor([ids[start : start + length] for start in starts])
+    """Sequences spread over a text file, each with the token that the tokenizer begins a text with."""
+    tokenizer = AutoTokenizer.from_pretrained(workspace.model)
+    ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
+    begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    starts = np.linspace(len(begin), len(ids) - length, TEXT, dtype=int)
+    return torch.tensor([(begin + ids[start : start + length])[:length] for start in starts])
 
 
 DEADLINE = [math.inf]
