@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from fisherfold.linalg.factor_rounding import LayerMetric
 from fisherfold.network.models import load_model, read_weight
@@ -196,7 +196,7 @@ KINDS = {"llama": Rotated, "gemma3_text": Scaled}
 
 def off_grid(workspace: Workspace) -> OffGrid:
     """The project's model in the coordinates that its architecture allows."""
-    return KINDS[load_model(workspace.model, torch.float32).config.model_type](workspace)
+    return KINDS[AutoConfig.from_pretrained(workspace.model).model_type](workspace)
 
 
 def own_name(name: str) -> str:

@@ -2,7 +2,7 @@
 
 glibc maps large blocks of memory one by one and gives them back when they are freed, but it takes for large what is larger than any block that was freed
 before (up to 32 MiB): after the first tensor of some megabytes all others come from a heap, whose holes stay with the process. Block after block of
-a model that is read one block at a time the process then holds more: of a random model of 0.4 B parameters 1.74 GB instead of 1.21
+a model that is read one block at a time the process then holds more: of a random model of 0.4 B parameters 1.74 GB instead of 1.24
 (`python benchmarks/memory.py`).
 """
 
