@@ -9,7 +9,7 @@ Shapes: E experts of n outputs and m inputs; E_c of class c.
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,6 +47,8 @@ class Factors(Protocol):
     def factors(self) -> dict[str, StoredTensor]: ...
 
     def product(self) -> np.ndarray: ...
+
+    def moved(self, folder: Path) -> "Factors": ...
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,10 @@ class Stack:
             "classes": [{"kind": kind, "rank": rank} for kind, rank in self.classes],
             "of": [place[each] for each in self.kinds],
         }
+
+    def moved(self, folder: Path) -> "Stack":
+        """The same with experts read from below `folder`."""
+        return replace(self, found={number: each.moved(folder) for number, each in self.found.items()})
 
     def tensors(self, dense: StoredTensor, dtype: torch.dtype) -> dict[str, StoredTensor]:
         """Those of all classes, instead of the `dense` one."""

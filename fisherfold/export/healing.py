@@ -25,7 +25,7 @@ from torch import nn
 
 from fisherfold.export.expert_tensors import Stack
 from fisherfold.export.free_factors import free_factors, pivot_again
-from fisherfold.export.refined_blocks import PARTS, LowRank, compress_block, write_layers_of
+from fisherfold.export.refined_blocks import PARTS, LowRank, compress_block, put_rest, write_layers_of
 from fisherfold.export.refinement import adamw, batches_of, descend
 from fisherfold.export.trained_experts import factor_names, take_experts
 from fisherfold.network.divergence import divergence
@@ -78,8 +78,7 @@ def heal_unit(
         dense = load_model(workspace.model, torch.float32)
         changed = {name: tensor for file in rest for name, tensor in read_tensors(file).items()}
         compressed = compress_block(dense, "", layers, stacks, changed)
-        others = changed.keys() - {stack.name for stack in stacks}
-        compressed.load_state_dict({name: changed[name].read() for name in sorted(others)}, strict=False)
+        put_rest(compressed, "", changed, stacks)
         vocabulary = len(input_embedding(dense))
         fresh, calibration, tuning = (read_sequences(workspace.table(name), vocabulary) for name in ("healing", *PARTS))
         text = fresh if len(fresh) else calibration

@@ -1,15 +1,19 @@
-"""The blocks of a compressed model refined in turn: units of stage `factorize`, each of which reads what the one before wrote.
+"""The blocks of a compressed model refined in turn: a unit of stage `factorize`.
 
-<unit>/layers/<layer>/model.safetensors   the block's low-rank layers
-<unit>/rest/model.safetensors             its other tensors (norms, biases, layers that stay dense), if it has any
-<unit>/dense, <unit>/compressed           (until the next block is done) x [S, T, h] of either network after the block, a sequence an array
-<unit>/refinement.json                    the block, and what `refine_block` says of it
+<unit>/<block>/layers/<layer>/model.safetensors   the block's low-rank layers
+<unit>/<block>/rest/model.safetensors             its other tensors (norms, biases, layers that stay dense), if it has any
+<unit>/<block>/dense, <unit>/<block>/compressed   (until the next block is done, and only of much text) hidden states after the block
+<unit>/<block>/refinement.json                    the block, and what `refine_block` says of it
+
+A block that is done becomes durable about once a minute. After a kill, hidden states that were in memory are made again by the blocks that are
+done, forward alone: the same bits.
 """
 
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +23,17 @@ from torch import nn
 
 from fisherfold.export.expert_tensors import Stack
 from fisherfold.export.free_factors import free_factors, pivot_again
+from fisherfold.export.hidden_states import (
+    COMPRESSED,
+    DENSE,
+    HELD,
+    NETWORKS,
+    Batches,
+    HeldStates,
+    LeftStates,
+    States,
+    StoredStates,
+)
 from fisherfold.export.refinement import Batch, Sequences, left_alone, refine_block
 from fisherfold.export.trained_experts import put_experts, take_experts
 from fisherfold.network.blocks import BlockCall, find_blocks
@@ -27,13 +42,11 @@ from fisherfold.network.models import StaysLoaded, load_model
 from fisherfold.network.weights_on_call import held
 from fisherfold.run.checkpoint import StoredTensor, read_tensors, write_tensors
 from fisherfold.run.determinism import computing_threads
-from fisherfold.run.engine import Unit
 from fisherfold.run.errors import InputError
-from fisherfold.run.group_writer import GroupWriter, group_file
 from fisherfold.run.params import RefineParams
-from fisherfold.run.progress import announce
+from fisherfold.run.progress import announce, track_lines
+from fisherfold.run.savepoints import SavepointPlace, Savepoints
 from fisherfold.run.scratch import Scratch
-from fisherfold.run.store import read_array
 from fisherfold.run.tables import in_batches, read_sequences
 from fisherfold.run.workspace import Workspace
 from fisherfold.runtime.modeling_fisherfold import replace_layers
@@ -42,7 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PARTS = ("calibration", "tuning")
-NETWORKS = (DENSE, COMPRESSED) = ("dense", "compressed")
+RECORD = "refinement.json"
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,21 @@ class LowRank:
     bias: str | None
 
 
+@dataclass(frozen=True)
+class Step:
+    """A decoder block of the dense model by name, and what of it is low-rank: layers by name, and stacks of experts."""
+
+    block: str
+    layers: Mapping[str, LowRank]
+    stacks: tuple[Stack, ...]
+
+    @classmethod
+    def of(cls, block: str, layers: Mapping[str, LowRank], stacks: Sequence[Stack]) -> "Step":
+        """Those that lie in the block."""
+        own = {name: found for name, found in layers.items() if name.startswith(f"{block}.")}
+        return cls(block, own, tuple(stack for stack in stacks if stack.name.startswith(f"{block}.")))
+
+
 def refine(
     scratch: Scratch,
     workspace: Workspace,
@@ -61,10 +89,15 @@ def refine(
     stacks: Sequence[Stack],
     params: RefineParams,
 ) -> dict[str, Path]:
-    """Refine every block; return the folder of each block's unit, by the block's name. None, where blocks cannot be run by themselves."""
+    """Refine every block; return the folder of each, by the block's name. None, where blocks cannot be run by themselves."""
     try:
         names = _block_names(workspace.model)
-        return _refined(scratch, workspace, names, layers, stacks, params) if names else {}
+        if not names:
+            return {}
+        steps = tuple(Step.of(name, layers, stacks) for name in names)
+        unit = (scratch.savepoints("refined"), workspace, steps, params)
+        folder = scratch.map("refining", refine_unit, {"refined": unit})["refined"]
+        return {name: folder / name for name in names}
     finally:
         _dense.cache_clear()
 
@@ -77,65 +110,86 @@ def _block_names(model: Path) -> list[str]:
         return []
 
 
-def _refined(
-    scratch: Scratch,
-    workspace: Workspace,
-    names: list[str],
-    layers: Mapping[str, LowRank],
-    stacks: Sequence[Stack],
-    params: RefineParams,
-) -> dict[str, Path]:
-    units: dict[str, Unit] = {}
-    before: str | None = None
-    for name in names:
-        own = {layer: found for layer, found in layers.items() if layer.startswith(f"{name}.")}
-        experts = tuple(stack for stack in stacks if stack.name.startswith(f"{name}."))
-        unit = f"refined.{name}"
-        source = scratch.units / before if before else None
-        units[unit] = Unit(refine_unit, (workspace, name, own, experts, source, params), (before,) if before else ())
-        before = unit
-    done: list[str] = []
-    for unit in scratch.run("refining blocks", units):
-        for earlier in done[-1:]:
-            for network in NETWORKS:  # the next block alone has read it
-                scratch.drop(earlier, group_file(Path(network)).name)
-        done.append(unit)
-    return {name: scratch.units / f"refined.{name}" for name in names}
-
-
 def refine_unit(
+    folder: Path, place: SavepointPlace, workspace: Workspace, steps: Sequence[Step], params: RefineParams
+) -> None:
+    """Unit of work: all blocks, one after the other.
+
+    Args:
+        place: of its savepoints.
+        steps: the blocks in their order.
+    """
+    points = Savepoints(place, folder)
+    points.restore()
+    model = _dense(workspace.model)
+    device = input_embedding(model).device
+    ids = {part: read_sequences(workspace.table(part), len(input_embedding(model))).to(device) for part in PARTS}
+    with computing_threads(params.threads):
+        first = BlockCall(model, model.get_submodule(steps[0].block), ids[PARTS[0]][:1]).entered
+        few = len(NETWORKS) * sum(map(len, ids.values())) * first.nbytes <= HELD
+        left: list[LeftStates] = [HeldStates() if few else StoredStates(folder / step.block, device) for step in steps]
+        stored = [number for number, states in enumerate(left) if isinstance(states, StoredStates) and states.complete]
+        begin = max(stored, default=-1) + 1  # what came before has been read by nobody since
+        saved = sum(_done(folder, step) for step in steps)
+        for number in track_lines("factorize", "refining block", range(begin, len(steps)), len(steps) - begin):
+            if number > saved and points.due():
+                with points.save(number):
+                    saved = number
+            entered = left[number - 1] if number else EmbeddedStates(model, steps[0].block, ids)
+            pass_on = _pass_on if _done(folder, steps[number]) else refine_step
+            pass_on(folder / steps[number].block, model, steps[number], ids, entered, left[number], params)
+            if number:
+                left[number - 1].drop()
+        left[-1].drop()
+
+
+def _done(folder: Path, step: Step) -> bool:
+    return (folder / step.block / RECORD).exists()
+
+
+def refine_step(
     folder: Path,
-    workspace: Workspace,
-    name: str,
-    layers: dict[str, LowRank],
-    stacks: tuple[Stack, ...],
-    before: Path | None,
+    model: "PreTrainedModel",
+    step: Step,
+    ids: Mapping[str, torch.Tensor],
+    entered: States,
+    left: LeftStates,
     params: RefineParams,
 ) -> None:
-    """Unit of work: one block, its low-rank layers and its stacks of experts. A block without any stays the dense model's: its hidden states are
-    handed on, and nothing is trained.
-    """
-    model = _dense(workspace.model)
-    dense = model.get_submodule(name)
-    with computing_threads(params.threads), held(dense):
-        compressed = compress_block(model, name, layers, stacks)
-        embedding = input_embedding(model)
-        ids = {part: read_sequences(workspace.table(part), len(embedding)).to(embedding.device) for part in PARTS}
-        call = BlockCall(model, dense, ids["calibration"][:1])
-        entered = Entered(model, dense, ids, before)
-        write_left(folder, DENSE, lambda x: call(dense, x), entered, params.batch_size)
+    """Refine one block and hand the hidden states on. One without any low-rank layer stays the dense model's, and nothing is trained."""
+    dense = model.get_submodule(step.block)
+    with held(dense):
+        compressed = compress_block(model, step.block, step.layers, step.stacks)
+        call = BlockCall(model, dense, ids[PARTS[0]][:1])
+        left.take(DENSE, through(partial(call, dense), DENSE, entered, ids, params.batch_size))
         pivoted = free_factors(compressed)
-        training, held_out = ((pairs(folder, part, entered), len(ids[part])) for part in PARTS)
-        if layers or stacks:
+        training, held_out = ((pairs(entered, left, part), len(ids[part])) for part in PARTS)
+        if step.layers or step.stacks:
             found = refine_block(compressed, call, training, held_out, params)
         else:
             found = left_alone(compressed, call, held_out, params)
         pivot_again(compressed, pivoted, trained=found.accepted)
-        write_left(folder, COMPRESSED, lambda x: call(compressed, x), entered, params.batch_size)
-        write_block(folder, compressed, name, layers, dense, stacks)
-        (folder / "refinement.json").write_text(
-            json.dumps({"block": name, **asdict(found)}, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        left.take(COMPRESSED, through(partial(call, compressed), COMPRESSED, entered, ids, params.batch_size))
+        write_block(folder, compressed, step, dense)
+    record = json.dumps({"block": step.block, **asdict(found)}, sort_keys=True)
+    (folder / RECORD).write_text(f"{record}\n", encoding="utf-8")
+
+
+def _pass_on(
+    folder: Path,
+    model: "PreTrainedModel",
+    step: Step,
+    ids: Mapping[str, torch.Tensor],
+    entered: States,
+    left: LeftStates,
+    params: RefineParams,
+) -> None:
+    """Hand the hidden states on through a block that is refined already."""
+    dense = model.get_submodule(step.block)
+    with held(dense):
+        call = BlockCall(model, dense, ids[PARTS[0]][:1])
+        for network, block in ((DENSE, dense), (COMPRESSED, read_block(folder, model, step))):
+            left.take(network, through(partial(call, block), network, entered, ids, params.batch_size))
 
 
 @StaysLoaded
@@ -164,7 +218,7 @@ def compress_block(
     for layer, found in layers.items():
         own = layer.removeprefix(prefix)
         tensors = {key: tensor.read().float() if tensor.dtype.is_floating_point else tensor.read()
-                   for key, tensor in (read_tensors(found.folder).items() if found.entry["rank"] else ())}  # fmt: skip
+                   for key, tensor in read_tensors(found.folder).items()}  # fmt: skip
         if found.bias:
             tensors.setdefault(found.bias, biases[own].data.float())
         block.get_submodule(own).load_state_dict(tensors, strict=False)
@@ -172,61 +226,66 @@ def compress_block(
     return block.eval().requires_grad_(False)
 
 
-class Entered:
-    """Hidden states before a block: those that the unit before wrote, or the embedding's, which both networks share."""
+class EmbeddedStates:
+    """What enters the first block, of both networks: the embeddings."""
 
-    def __init__(
-        self, model: "PreTrainedModel", block: nn.Module, ids: Mapping[str, torch.Tensor], before: Path | None
-    ) -> None:
-        self.model, self.block, self.ids, self.before = model, block, ids, before
+    def __init__(self, model: "PreTrainedModel", block: str, ids: Mapping[str, torch.Tensor]) -> None:
+        self._model, self._block, self._ids = model, model.get_submodule(block), ids
 
     def read(self, network: str, part: str, numbers: list[int]) -> torch.Tensor:
-        """x [B, T, h] of the sequences of these numbers."""
-        if self.before is None:
-            return BlockCall(self.model, self.block, self.ids[part][numbers]).entered
-        return _read_left(self.before, network, part, numbers).to(self.ids[part].device)
+        """See `States`."""
+        return BlockCall(self._model, self._block, self._ids[part][numbers]).entered
 
 
-def write_left(
-    folder: Path, network: str, run: Callable[[torch.Tensor], torch.Tensor], entered: Entered, size: int
-) -> None:
-    """Write what a network's block makes of all that enters it, `size` sequences at a time."""
-    with torch.no_grad(), GroupWriter(folder / network) as writer:
-        for part, ids in entered.ids.items():
-            for numbers in in_batches(list(range(len(ids))), size):
-                for number, left in zip(numbers, run(entered.read(network, part, numbers)), strict=True):
-                    writer.write(f"{part}.{number}", left)
+def through(
+    block: Callable[[torch.Tensor], torch.Tensor],
+    network: str,
+    entered: States,
+    ids: Mapping[str, torch.Tensor],
+    size: int,
+) -> Batches:
+    """What a network's block makes of all that enters it, `size` sequences at a time."""
+    for part, sequences in ids.items():
+        for numbers in in_batches(list(range(len(sequences))), size):
+            with torch.no_grad():
+                x = block(entered.read(network, part, numbers))
+            yield part, numbers, x
 
 
-def _read_left(folder: Path, network: str, part: str, numbers: list[int]) -> torch.Tensor:
-    return torch.stack([read_array(folder / network, f"{part}.{number}") for number in numbers])
-
-
-def pairs(folder: Path, part: str, entered: Entered) -> Sequences:
+def pairs(entered: States, left: States, part: str) -> Sequences:
     """x of the compressed network before the block, and y of the dense one after it."""
 
     def read(numbers: list[int]) -> Batch:
-        x = entered.read(COMPRESSED, part, numbers)
-        return x, _read_left(folder, DENSE, part, numbers).to(x.device)
+        return entered.read(COMPRESSED, part, numbers), left.read(DENSE, part, numbers)
 
     return read
 
 
-def write_block(
-    folder: Path,
-    block: nn.Module,
-    name: str,
-    layers: Mapping[str, LowRank],
-    dense: nn.Module,
-    stacks: Sequence[Stack],
-) -> None:
+def write_block(folder: Path, block: nn.Module, step: Step, dense: nn.Module) -> None:
     """The tensors of a block: each low-rank layer's by itself, and each expert's, then all others."""
+    prefix = f"{step.block}."
     state = {key: value.cpu() for key, value in block.state_dict().items()}
-    mixed = take_experts(folder / "layers", state, f"{name}.", dense, stacks)
-    write_layers_of(folder, state, f"{name}.", layers)
-    rest = {f"{name}.{key}": value for key, value in state.items()} | mixed
-    (folder / "rest").mkdir()
+    mixed = take_experts(folder / "layers", state, prefix, dense, step.stacks)
+    write_layers_of(folder, state, prefix, step.layers)
+    rest = {f"{prefix}{key}": value for key, value in state.items()} | mixed
+    (folder / "rest").mkdir(parents=True)
     write_tensors(folder / "rest", {key: StoredTensor.of(value) for key, value in sorted(rest.items())})
+
+
+def read_block(folder: Path, model: "PreTrainedModel", step: Step) -> nn.Module:
+    """The block that `write_block` wrote."""
+    layers = {name: replace(found, folder=folder / "layers" / name) for name, found in step.layers.items()}
+    stacks = [stack.moved(folder / "layers") for stack in step.stacks]
+    rest = read_tensors(folder / "rest")
+    block = compress_block(model, step.block, layers, stacks, rest)
+    put_rest(block, f"{step.block}.", rest, stacks)
+    return block
+
+
+def put_rest(block: nn.Module, prefix: str, rest: Mapping[str, StoredTensor], stacks: Sequence[Stack]) -> None:
+    """Set the tensors of a block (or model) that are neither low-rank nor experts to those of `rest`, which have the dense model's names."""
+    own = sorted(rest.keys() - {stack.name for stack in stacks})
+    block.load_state_dict({name.removeprefix(prefix): rest[name].read() for name in own}, strict=False)
 
 
 def write_layers_of(folder: Path, state: dict[str, torch.Tensor], prefix: str, layers: Mapping[str, LowRank]) -> None:

@@ -48,6 +48,10 @@ class StoredLayer:
         """Its tensors but for the bias, which a refined layer has among them."""
         return {name: tensor for name, tensor in self.tensors.items() if name not in ("bias", "up.bias")}
 
+    def moved(self, folder: Path) -> "StoredLayer":
+        """The same with tensors read from below `folder`, by the layer's name; those of its source, too."""
+        return replace(self, folder=folder / self.layer.name, source=self.source and self.source.moved(folder))
+
     def product(self) -> np.ndarray:
         """Its weight multiplied out, float64 [n, m]."""
         read = {name: tensor.read() for name, tensor in self.factors.items()}

@@ -18,7 +18,7 @@ from fisherfold.run.disk import link_or_copy, sync_folder, sync_tree
 from fisherfold.run.errors import ParameterError
 
 SETTING = "FISHERFOLD_SAVE_SECONDS"
-SECONDS = 60.0
+SECONDS = 180.0
 FILES = "files"
 
 

@@ -12,7 +12,7 @@ from tiny_subspace import mixed_ranks, publish_ranks, stacked_weight, subspace_w
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fisherfold.allocators.cost import FORMATS
-from fisherfold.export import healing, refined_blocks, sizes
+from fisherfold.export import healing, hidden_states, refined_blocks, sizes
 from fisherfold.export.architecture import dense_architecture
 from fisherfold.export.lineage import damaged_files, read_lineage
 from fisherfold.export.multiplied_out import export
@@ -303,14 +303,18 @@ def test_too_little_disk_is_noticed_before_the_start(unfinished, monkeypatch):
 REFINE = {"passes": 3, "rate": 1e-3, "batch_size": 2}
 
 
-@pytest.fixture
-def calibrated(unfinished):
+def with_sequences(workspace):
     """The same with calibration and tuning sequences."""
     for table, seed in (("calibration", 1), ("tuning", 2)):
         ids = random_ids(6, 12, seed).numpy()
-        write_sequences(unfinished.table(table), ids, [["a"]] * 6, VOCABULARY)
-    write_sequences(unfinished.table("healing"), ids[:0], [], VOCABULARY)
-    return unfinished
+        write_sequences(workspace.table(table), ids, [["a"]] * 6, VOCABULARY)
+    write_sequences(workspace.table("healing"), ids[:0], [], VOCABULARY)
+    return workspace
+
+
+@pytest.fixture
+def calibrated(unfinished):
+    return with_sequences(unfinished)
 
 
 def hidden_errors(workspace):
@@ -352,8 +356,15 @@ def orders_of(workspace):
     return {name: tensor for name, tensor in saved.items() if name.endswith("order")}
 
 
-def test_a_kill_between_blocks_changes_no_bit(calibrated, monkeypatch):
-    whole, _ = factorized(calibrated, refine=REFINE)
+@pytest.mark.parametrize("held", [hidden_states.HELD, 0], ids=["in memory", "on the disk"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_a_kill_between_blocks_changes_no_bit(tmp_path, monkeypatch, family, held):
+    """A block that is done is not trained again, wherever hidden states were; biases and experts come back with it."""
+    monkeypatch.setattr(refined_blocks, "HELD", held)
+    monkeypatch.setenv("FISHERFOLD_SAVE_SECONDS", "0")
+    workspace = with_sequences(subspace_workspace(tmp_path, family))
+    publish_ranks(workspace, mixed_ranks(workspace))
+    whole, _ = factorized(workspace, refine=REFINE)
     expected = digests_and_nothing_left(whole)
     real, calls = refined_blocks.refine_block, []
 
@@ -365,9 +376,9 @@ def test_a_kill_between_blocks_changes_no_bit(calibrated, monkeypatch):
 
     monkeypatch.setattr(refined_blocks, "refine_block", killed)
     with pytest.raises(KeyboardInterrupt):
-        factorized(calibrated, refine=REFINE)
-    monkeypatch.setattr(refined_blocks, "refine_block", real)
-    again, _ = factorized(calibrated, refine=REFINE)
+        factorized(workspace, refine=REFINE)
+    again, _ = factorized(workspace, refine=REFINE)
+    assert len(calls) == 3
     assert digests(again.out("factorize")) == expected
 
 
@@ -381,10 +392,8 @@ def test_refined_with_one_dense_block_in_memory_the_files_are_the_same(calibrate
 
 
 def test_refined_blocks_of_layers_with_biases(tmp_path):
-    workspace = subspace_workspace(tmp_path, "gpt2")
+    workspace = with_sequences(subspace_workspace(tmp_path, "gpt2"))
     publish_ranks(workspace, mixed_ranks(workspace))
-    for table, seed in (("calibration", 1), ("tuning", 2)):
-        write_sequences(workspace.table(table), random_ids(6, 12, seed).numpy(), [["a"]] * 6, VOCABULARY)
     refined, _ = factorized(workspace, refine=REFINE)
     rows = pq.read_table(refined.out("factorize") / "refinement.parquet").to_pylist()
     assert rows[0]["accepted"]
