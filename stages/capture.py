@@ -13,7 +13,7 @@ One forward and backward pass per sequence gives, for every linear layer and in 
 questions.parquet: what some knowledge questions ask of every layer, see ``fisherfold.statistics.knowledge``.
 
 A unit is a leaf: capture.leaves runs of shards (times slices of the layers, if capture.layers_per_pass bounds the sums in memory). It adds
-its sequences to sums that stay in memory, and makes them durable once a minute or so. Leaves may be in work side by side; their sums are
+its sequences to sums that stay in memory, and makes them durable every few minutes. Leaves may be in work side by side; their sums are
 added along a fixed tree. So neither memory nor the disk for sums grows with the sequences, and the bits depend neither on where
 leaves are computed nor on how often they were interrupted.
 

@@ -4,7 +4,7 @@
 
 One pass over text that nothing else has read is what pays (``prepare.healing_sequences``): several over little text lower the loss on that
 text and raise it elsewhere. Without such text it is that of the calibration. What is trained is kept only
-if it lowers the divergence on held-out sequences. The state (factors, moments of AdamW) becomes durable about once a minute and is exact.
+if it lowers the divergence on held-out sequences. The state (factors, moments of AdamW) becomes durable every few minutes and is exact.
 
 <unit>/layers/<layer>/model.safetensors   the trained layers, if they were kept
 <unit>/healing.json                       what `Healing` says

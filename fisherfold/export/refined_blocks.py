@@ -5,7 +5,7 @@
 <unit>/<block>/dense, <unit>/<block>/compressed   (until the next block is done, and only of much text) hidden states after the block
 <unit>/<block>/refinement.json                    the block, and what `refine_block` says of it
 
-A block that is done becomes durable about once a minute. After a kill, hidden states that were in memory are made again by the blocks that are
+A block that is done becomes durable within minutes (``fisherfold.run.savepoints``). After a kill, hidden states that were in memory are made again by the blocks that are
 done, forward alone: the same bits.
 """
 

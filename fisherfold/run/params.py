@@ -102,7 +102,7 @@ class CaptureParams(ComputeBlock):
     sketch_rank: Count = 32
     layers_per_pass: Count | None = None
     skip_nonfinite: bool = False
-    tokens_per_sequence: Annotated[int, Field(ge=0)] = 16
+    tokens_per_sequence: Annotated[int, Field(ge=0)] = 8
     token_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     knowledge_questions: Annotated[int, Field(ge=0)] = 32
     seed: Seed = 0
