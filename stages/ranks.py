@@ -20,8 +20,8 @@ from fisherfold.allocators import (
     measured_allocation,  # noqa: F401  these enter their allocators
     zero_sum,  # noqa: F401  these enter their allocators
 )
-from fisherfold.allocators.allocation import ALLOCATORS, Allocation, allocate, pose
-from fisherfold.allocators.budget import BUDGETS
+from fisherfold.allocators.allocation import ALLOCATORS, Allocation, allocate, beyond_reach, pose
+from fisherfold.allocators.budget import BUDGETS, Budget
 from fisherfold.allocators.cost import DENSE, Choice, choose_storage
 from fisherfold.allocators.dropped_experts import DROPPED
 from fisherfold.allocators.expert_classes import into_classes
@@ -90,7 +90,7 @@ def run(workspace: Workspace, params: RanksParams) -> None:
         task = replace(pose(sites, spectra, params, limits, budget), workspace=workspace, scratch=scratch)
         compared, line = {}, None
         if params.widths:
-            choices, loss, simpler = choose_widths(scratch, workspace, task, budget.unit.weight, blind)
+            choices, loss, simpler = choose_widths(scratch, workspace, task, budget, blind)
             compared = {"rivals": [asdict(rival) for rival in simpler]}
             line = rivals_line(loss, sum(choice.cost for choice in choices), simpler)
         else:
@@ -123,27 +123,33 @@ def run(workspace: Workspace, params: RanksParams) -> None:
 
 
 def choose_widths(
-    scratch: Scratch, workspace: Workspace, task: Allocation, weight_bytes: int, blind: Collection[str]
+    scratch: Scratch, workspace: Workspace, task: Allocation, budget: Budget, blind: Collection[str]
 ) -> tuple[list[Choice], float, list[Rival]]:
     """Rank and bits of every site in one knapsack, half the loss that they predict, and simpler plans; see ``fisherfold.allocators.widths``.
 
     A site in `blind`, about which the metric says nothing, keeps its numbers as they are.
+
+    Raises:
+        ParameterError: not even the cheapest options fit.
     """
     params, outs = task.params, [workspace.out(stage) for stage in ("capture", "kronecker", "subspace")]
     seen = {site.name: (site, sigma) for site, sigma in zip(task.sites, task.spectra) if site.name not in blind}
     units = {name: (workspace.model, outs, site, sigma.tolist()) for name, (site, sigma) in seen.items()}
     folders = scratch.map("predicting losses of rounding", predict_rounding, units)
-    unrounded = 8 * weight_bytes
+    unrounded = 8 * budget.unit.weight
     options = []
     for site, sigma, allowed in zip(task.sites, task.spectra, task.allowed):
         folder = folders.get(site.name)
         losses = read_units(folder, sigma) if folder else RoundingUnits(0.0, np.zeros_like(sigma), sigma)
         widths = (unrounded, *params.widths) if folder else (unrounded,)
         options.append(options_of(site, sigma, losses, widths, np.flatnonzero(allowed), params.storage))
-    budget = task.budget * SIXTEENTHS
-    chosen = cheapest_loss(options, budget)
+    sixteenths = task.budget * SIXTEENTHS
+    least = -(-sum(min(option.cost for option in own) for own in options) // SIXTEENTHS)
+    if least > task.budget:
+        raise beyond_reach(params.ratio, least, task.budget, budget)
+    chosen = cheapest_loss(options, sixteenths)
     loss = 0.5 * sum(option.loss for option in chosen)
-    return [as_choice(site, option) for site, option in zip(task.sites, chosen)], loss, rivals(options, budget)
+    return [as_choice(site, option) for site, option in zip(task.sites, chosen)], loss, rivals(options, sixteenths)
 
 
 def predict_rounding(folder: Path, model: Path, outs: Sequence[Path], site: Site, sigma: Sequence[float]) -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 from fisherfold.allocators.budget import Budget, parameters
 from fisherfold.allocators.cost import rank_costs
 from fisherfold.allocators.limits import Limits
+from fisherfold.allocators.widths import SIXTEENTHS, unit_of
 from fisherfold.linalg import knapsack
 from fisherfold.linalg.knapsack import Knapsack, pick
 from fisherfold.network.sites import Site
@@ -189,16 +190,23 @@ def _no_rank(site: Site, wanted: np.ndarray) -> ParameterError:
     return ParameterError(f"Stage 'ranks', module {site.name!r}: {reason}.")
 
 
+def beyond_reach(ratio: float, least: int, left: int, budget: Budget) -> ParameterError:
+    """The error that targeted layers need at `least` more than what is `left` for them."""
+    return ParameterError(
+        f"Stage 'ranks': ranks.ratio = {ratio} leaves {left + budget.untargeted} of {budget.whole} {budget.what}, but the "
+        f"smallest possible allocation needs {least + budget.untargeted} (ratio {budget.ratio(least):.6f}). Lower ranks.ratio, "
+        "ranks.floor or ranks.fixed, or exclude fewer modules."
+    )
+
+
 def _check_ratio(task: Allocation, budget: Budget) -> None:
     ratio = task.params.ratio
     least = int(np.where(task.allowed, task.costs, np.iinfo(np.int64).max).min(axis=1).sum())
     most = int(np.where(task.allowed, task.costs, -1).max(axis=1).sum())
+    if task.params.widths:  # at least, were all in the narrowest; what is met is known when widths are chosen
+        least = least * unit_of(min(task.params.widths)).weight // (SIXTEENTHS * budget.unit.weight)
     if least > task.budget:
-        raise ParameterError(
-            f"Stage 'ranks': ranks.ratio = {ratio} leaves {task.budget + budget.untargeted} of {budget.whole} {budget.what}, but the "
-            f"smallest possible allocation needs {least + budget.untargeted} (ratio {budget.ratio(least):.6f}). Lower ranks.ratio, "
-            "ranks.floor or ranks.fixed, or exclude fewer modules."
-        )
+        raise beyond_reach(ratio, least, task.budget, budget)
     if most <= task.budget:
         raise ParameterError(
             f"Stage 'ranks': ranks.ratio = {ratio} is met already: the largest allowed allocation stores {most + budget.untargeted} "

@@ -16,6 +16,7 @@ from fisherfold.export.packed import matrices, pack, packed_tensors, unpacked
 from fisherfold.linalg.group_grid import round_nearest
 from fisherfold.network.layers import find_layers, write_dense_layers, write_layers
 from fisherfold.network.models import load_model
+from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import KroneckerParams, PrepareParams, RanksParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.tables import write_sequences
@@ -116,3 +117,15 @@ def test_ranks_and_bits_are_chosen_together_and_kept_to_the_byte(tmp_path):
         assert model(random_ids(2, 9)).logits.isfinite().all()
     assert losses[0] < losses[1]
     assert len(kept) > 1
+
+
+def test_ranks_that_may_not_be_cut_get_few_bits(tmp_path):
+    """`ranks.floor` of nearly one: every layer whole, in the bits that the file has room for; what not even 4 bits meet is refused."""
+    workspace = workspace_of(tmp_path)
+    params = {"budget": "model_bytes", "widths": (8, 4), "round_to": 32, "floor": 0.99}
+    ranks.run(workspace, RanksParams(ratio=0.6, **params))
+    rows = pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()
+    assert {row["storage"] for row in rows} == {"dense"} and {row["bits"] for row in rows} <= {8, 4}
+    assert 4 in {row["bits"] for row in rows}
+    with pytest.raises(ParameterError, match="smallest possible allocation"):
+        ranks.run(workspace, RanksParams(ratio=0.95, **params))
