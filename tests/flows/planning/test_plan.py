@@ -166,7 +166,7 @@ def test_the_recorded_demo_run_was_foreseen(demo_shapes):
     params = load_params(ROOT / "params.yaml")
     recorded = {  # what has changed since among the defaults
         "prepare": {"calibration_sequences": 48, "self_written": 0.0, "held_out_prompts": 0},
-        "capture": DEMO["capture"],
+        "capture": DEMO["capture"] | {"tokens_per_sequence": 16},
         "subspace": {
             "input_damping": "ledoit_wolf",
             "output_damping": "ledoit_wolf",
