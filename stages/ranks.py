@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fisherfold.allocators import (
+    corrected,  # noqa: F401  these enter their allocators
     dropped_experts,  # noqa: F401  these enter their allocators
     fermi_descent,  # noqa: F401  these enter their allocators
     measured_allocation,  # noqa: F401  these enter their allocators

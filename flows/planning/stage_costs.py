@@ -175,10 +175,12 @@ def ranks_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
     return StageCost({"ranks": (table + Demand(model=model), ())}, memory=3 * held, loads=loads)  # both factors, whole
 
 
+KINDS = 7  # of layers in a decoder block, as most have
 NETWORK_PASSES: dict[str, Callable[[Params, int], int]] = {
     "fermigrad": lambda params, layers: (
         8 * params.ranks.fermigrad.steps * params.ranks.fermigrad.batches * params.ranks.fermigrad.sequences
     ),
+    "corrected": lambda params, layers: 2 * KINDS * params.prepare.tuning_sequences,
     "sensitivity": lambda params, layers: layers * params.ranks.measured.levels * params.ranks.measured.sequences,
     "ilp": lambda params, layers: layers * params.ranks.measured.levels * params.ranks.measured.sequences,
 }
