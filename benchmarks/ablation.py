@@ -35,7 +35,11 @@ AXES: dict[str, dict[str, tuple[str, ...]]] = {
         "svd_llm": ("subspace.metric=svd_llm",),
         "gfwsvd, every token": ("subspace.metric=gfwsvd", "kronecker.estimator=every_token"),
     },
-    "allocation": {"uniform": ("ranks.allocator=uniform",), "fermigrad": ("ranks.allocator=fermigrad",)},
+    "allocation": {
+        "uniform": ("ranks.allocator=uniform",),
+        "corrected": ("ranks.allocator=corrected",),
+        "fermigrad": ("ranks.allocator=fermigrad",),
+    },
     "gauge": {"plain factors": ("ranks.storage=factors",)},
     "inputs": {"shared": ("subspace.share_inputs=true",)},
     "refinement": {"none": ("factorize.refine.passes=0",), "one pass": ("factorize.refine.passes=1",)},
