@@ -130,66 +130,61 @@ def refine_unit(
         left: list[LeftStates] = [HeldStates() if few else StoredStates(folder / step.block, device) for step in steps]
         stored = [number for number, states in enumerate(left) if isinstance(states, StoredStates) and states.complete]
         begin = max(stored, default=-1) + 1  # what came before has been read by nobody since
-        saved = sum(_done(folder, step) for step in steps)
+        saved = sum((folder / step.block / RECORD).exists() for step in steps)
         for number in track_lines("factorize", "refining block", range(begin, len(steps)), len(steps) - begin):
             if number > saved and points.due():
                 with points.save(number):
                     saved = number
             entered = left[number - 1] if number else EmbeddedStates(model, steps[0].block, ids)
-            pass_on = _pass_on if _done(folder, steps[number]) else refine_step
-            pass_on(folder / steps[number].block, model, steps[number], ids, entered, left[number], params)
+            go_through(folder / steps[number].block, model, steps[number], ids, entered, left[number], params)
             if number:
                 left[number - 1].drop()
         left[-1].drop()
 
 
-def _done(folder: Path, step: Step) -> bool:
-    return (folder / step.block / RECORD).exists()
+def go_through(
+    folder: Path,
+    model: "PreTrainedModel",
+    step: Step,
+    ids: Mapping[str, torch.Tensor],
+    entered: States,
+    left: LeftStates,
+    params: RefineParams,
+) -> None:
+    """Hand the hidden states of both networks on through one block, which is refined first if it is not yet."""
+    dense = model.get_submodule(step.block)
+    with held(dense):
+        call = BlockCall(model, dense, ids[PARTS[0]][:1])
+        left.take(DENSE, through(partial(call, dense), DENSE, entered, ids, params.batch_size))
+        if (folder / RECORD).exists():
+            compressed = read_block(folder, model, step)
+        else:
+            training, held_out = ((pairs(entered, left, part), len(ids[part])) for part in PARTS)
+            compressed = refine_step(folder, model, step, call, training, held_out, params)
+        left.take(COMPRESSED, through(partial(call, compressed), COMPRESSED, entered, ids, params.batch_size))
 
 
 def refine_step(
     folder: Path,
     model: "PreTrainedModel",
     step: Step,
-    ids: Mapping[str, torch.Tensor],
-    entered: States,
-    left: LeftStates,
+    call: BlockCall,
+    training: tuple[Sequences, int],
+    held_out: tuple[Sequences, int],
     params: RefineParams,
-) -> None:
-    """Refine one block and hand the hidden states on. One without any low-rank layer stays the dense model's, and nothing is trained."""
-    dense = model.get_submodule(step.block)
-    with held(dense):
-        compressed = compress_block(model, step.block, step.layers, step.stacks)
-        call = BlockCall(model, dense, ids[PARTS[0]][:1])
-        left.take(DENSE, through(partial(call, dense), DENSE, entered, ids, params.batch_size))
-        pivoted = free_factors(compressed)
-        training, held_out = ((pairs(entered, left, part), len(ids[part])) for part in PARTS)
-        if step.layers or step.stacks:
-            found = refine_block(compressed, call, training, held_out, params)
-        else:
-            found = left_alone(compressed, call, held_out, params)
-        pivot_again(compressed, pivoted, trained=found.accepted)
-        left.take(COMPRESSED, through(partial(call, compressed), COMPRESSED, entered, ids, params.batch_size))
-        write_block(folder, compressed, step, dense)
+) -> nn.Module:
+    """Refine one block and write it. One without any low-rank layer stays the dense model's, and nothing is trained."""
+    compressed = compress_block(model, step.block, step.layers, step.stacks)
+    pivoted = free_factors(compressed)
+    if step.layers or step.stacks:
+        found = refine_block(compressed, call, training, held_out, params)
+    else:
+        found = left_alone(compressed, call, held_out, params)
+    pivot_again(compressed, pivoted, trained=found.accepted)
+    write_block(folder, compressed, step, model.get_submodule(step.block))
     record = json.dumps({"block": step.block, **asdict(found)}, sort_keys=True)
     (folder / RECORD).write_text(f"{record}\n", encoding="utf-8")
-
-
-def _pass_on(
-    folder: Path,
-    model: "PreTrainedModel",
-    step: Step,
-    ids: Mapping[str, torch.Tensor],
-    entered: States,
-    left: LeftStates,
-    params: RefineParams,
-) -> None:
-    """Hand the hidden states on through a block that is refined already."""
-    dense = model.get_submodule(step.block)
-    with held(dense):
-        call = BlockCall(model, dense, ids[PARTS[0]][:1])
-        for network, block in ((DENSE, dense), (COMPRESSED, read_block(folder, model, step))):
-            left.take(network, through(partial(call, block), network, entered, ids, params.batch_size))
+    return compressed
 
 
 @StaysLoaded
