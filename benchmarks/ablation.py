@@ -54,8 +54,13 @@ COLUMNS = {
     "unseen, × dense": lambda row: row["times_dense"],
     "own answers, nats": lambda row: row.get("own_answers_kl"),
     "empty": lambda row: row.get("empty_answers"),
-    "points lost": lambda row: 100 * (row["knowledge_accuracy_dense"] - row["knowledge_accuracy"]),
+    "points lost": lambda row: _points_lost(row),
 }
+
+
+def _points_lost(row: dict) -> float | None:
+    asked = row["knowledge_accuracy_dense"]
+    return None if asked is None else 100 * (asked - row["knowledge_accuracy"])
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,7 @@ def inference_times(dense: PreTrainedModel, options: argparse.Namespace) -> list
 
 def replayed(model: PreTrainedModel, ids: torch.Tensor, compiled: bool) -> Callable[[], object]:
     """A pass over `ids`, compiled if asked, as a CUDA graph; as it is on other devices."""
+    torch.compiler.reset()  # else layers of other ranks count as recompilations of these, of which eight are allowed
     network = torch.compile(model.model, dynamic=False) if compiled else model.model
 
     def run() -> object:

@@ -34,8 +34,10 @@ from fisherfold.inputs.questions import (
 )
 from fisherfold.inputs.recipes import Source
 from fisherfold.inputs.self_written import (
+    BATCH,
     MOST_ROUNDS,
-    batches,
+    Turns,
+    batch_size,
     conversation_split,
     conversations,
     split_prompts,
@@ -124,10 +126,11 @@ def self_written(
     if not prompts or not has_chat_format(_tokenizer(model)):
         return {}
     split = split_prompts(prompts, params.held_out_prompts, params.seed)
-    held_out = batches(split.evaluation, rounds=1)
-    found = {"evaluation": tuple(_answer(scratch, model, "evaluation", held_out, params))}
-    calibration = batches(split.calibration, rounds=MOST_ROUNDS)  # healing goes on behind it: other answers
-    asked = {"tuning": batches(split.tuning, rounds=MOST_ROUNDS), "calibration": calibration, "healing": calibration}
+    held_out = Turns(split.evaluation, rounds=1)
+    batches = iter(lambda: held_out.take(BATCH), None)
+    found = {"evaluation": tuple(_answer(scratch, model, "evaluation", batches, params))}
+    calibration = Turns(split.calibration, MOST_ROUNDS)  # healing goes on behind it: other answers
+    asked = {"tuning": Turns(split.tuning, MOST_ROUNDS), "calibration": calibration, "healing": calibration}
     for name, size in _self_written_sequences(params).items():
         found[name] = tuple(_answer_until(scratch, model, name, asked[name], size * params.sequence_length, params))
     return found
@@ -137,19 +140,20 @@ def _answer_until(
     scratch: Scratch,
     model: Path,
     name: str,
-    numbered: Iterator[tuple[int, tuple[str, ...]]],
+    turns: Turns,
     tokens: int,
     params: PrepareParams,
 ) -> Iterator[Path]:
-    """Answers to numbered batches of prompts until they hold `tokens`."""
-    held = 0
+    """Answers to the next prompts until they hold `tokens`."""
+    held = answered = 0
     while held < tokens:
-        batch = next(numbered, None)
+        batch = turns.take(batch_size(tokens - held, answered, held, params.answer_tokens))
         if batch is None:
             return
         (file,) = _answer(scratch, model, name, [batch], params, f", {held} of {tokens} tokens written")
         yield file
         held += sum(len(ids) for _, ids in conversations([read_table(file)]))
+        answered += len(batch[1])
 
 
 def _answer(

@@ -53,9 +53,10 @@ class Prompt:
 def answer_units(models: dict[str, ModelRun], table: pa.Table, longest: int) -> dict[str, tuple[Any, ...]]:
     """Arguments of `answer_prompts` by name of unit: prompts of like length on one model, the dense one first."""
     prompts = [Prompt(row, tuple(tokens)) for row, tokens in enumerate(table["prompt_ids"].to_pylist()) if tokens]
+    most = models["dense"].pass_tokens
     runs = [
         run[start : start + MOST_ROWS]
-        for run in runs_of_like_length(prompts, len, models["dense"].pass_tokens)
+        for run in runs_of_like_length(prompts, len, most, worth=most)
         for start in range(0, len(run), MOST_ROWS)
     ]
     return {

@@ -235,12 +235,14 @@ def _tokens(requests: list[Pair], batch: list[Group]) -> int:
     return len(batch) * len(batch[0][0]) + len(numbers) * max(len(requests[i][2]) for i in numbers)
 
 
-def runs_of_like_length(rows: Iterable[Row], length: Callable[[Row], int], most: int) -> Iterator[list[Row]]:
-    """Rows by falling length, in runs of at most `most` tokens that waste little on padding but are worth a pass."""
+def runs_of_like_length(
+    rows: Iterable[Row], length: Callable[[Row], int], most: int, worth: int | None = None
+) -> Iterator[list[Row]]:
+    """Rows by falling length, in runs of at most `most` tokens that waste little on padding but are worth a pass (WORTH_A_PASS tokens, or `worth`)."""
     run: list[Row] = []
     for row in sorted(rows, key=length, reverse=True):
         longest = length(run[0]) if run else 0
-        shorter = length(row) < LIKE_LENGTH * longest and len(run) * longest >= WORTH_A_PASS
+        shorter = length(row) < LIKE_LENGTH * longest and len(run) * longest >= (worth or WORTH_A_PASS)
         if run and (shorter or (len(run) + 1) * longest > most):
             yield run
             run = []

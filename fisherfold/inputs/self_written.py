@@ -8,10 +8,11 @@ A batch of prompts is a unit: its bits depend on the seed, its number and its pr
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, repeat
+from itertools import chain, count, islice, repeat
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from fisherfold.run.errors import InputError
 from fisherfold.run.tables import ANSWERS
 
 SELF = "self-written"
-BATCH = 32  # prompts answered together
+BATCH = 64  # prompts answered together, at most: 64 are a quarter faster than 32 on two cores, twice the cache of their tokens
 TUNING = 8  # every so many-th prompt is tuning's
 MOST_ROUNDS = 64  # samples of one prompt
+SPARE = 1.1
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,25 @@ def _draw(logits: torch.Tensor) -> torch.Tensor:
     return torch.multinomial(logits.float().softmax(-1), 1).squeeze(-1)
 
 
-def batches(prompts: Sequence[str], rounds: int) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Numbered batches of all prompts, over and over: every round is another sample of each."""
-    starts = range(0, len(prompts), BATCH)
-    for number, low in enumerate(chain.from_iterable(repeat(starts, rounds))):
-        yield number, tuple(prompts[low : low + BATCH])
+class Turns:
+    """Prompts asked over and over, in numbered batches: every round is another sample of each."""
+
+    def __init__(self, prompts: Sequence[str], rounds: int) -> None:
+        self._turns = chain.from_iterable(repeat(prompts, rounds))
+        self._numbers = count()
+
+    def take(self, size: int) -> tuple[int, tuple[str, ...]] | None:
+        """The next `size` prompts and their batch's number; None after the last."""
+        prompts = tuple(islice(self._turns, size))
+        return (next(self._numbers), prompts) if prompts else None
+
+
+def batch_size(missing: int, answered: int, held: int, longest: int) -> int:
+    """Prompts to answer together where `missing` tokens are missing and `answered` prompts gave `held`.
+
+    By their mean length and a tenth more, since one more batch takes as many steps for a few prompts; the first by `longest`.
+    """
+    return min(BATCH, ceil(SPARE * missing / max(1, held / answered) if answered else missing / longest))
 
 
 def conversations(tables: Sequence[pa.Table]) -> list[tuple[str, list[int]]]:

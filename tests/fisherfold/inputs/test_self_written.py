@@ -1,0 +1,30 @@
+"""How many prompts are answered together."""
+
+import pytest
+
+from fisherfold.inputs.self_written import BATCH, Turns, batch_size
+
+
+def test_prompts_come_again_after_the_last_in_numbered_batches() -> None:
+    turns = Turns(["a", "b", "c"], rounds=2)
+    assert [turns.take(2), turns.take(3), turns.take(5), turns.take(1)] == [
+        (0, ("a", "b")),
+        (1, ("c", "a", "b")),
+        (2, ("c",)),
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("missing", "answered", "held", "expected"),
+    [
+        (4096, 0, 0, 43),  # of 96 tokens at most
+        (100_000, 0, 0, BATCH),
+        (88, 43, 4008, 2),  # of 93 tokens, and a tenth more
+        (1, 43, 4008, 1),
+        (5000, 43, 4008, 60),
+        (100, 40, 0, BATCH),  # nothing but empty answers
+    ],
+)
+def test_a_batch_is_as_large_as_what_is_missing(missing: int, answered: int, held: int, expected: int) -> None:
+    assert batch_size(missing, answered, held, longest=96) == expected
