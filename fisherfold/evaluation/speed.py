@@ -19,9 +19,9 @@ import torch
 from fisherfold.evaluation.model_run import ModelRun
 from fisherfold.run.tables import read_table
 
-READ, PROMPT, WRITTEN = 512, 32, 32
+READ, PROMPT, WRITTEN = 512, 32, 16
 REPEATS = 3
-PATIENCE = 6.0  # seconds of both models and one use, the turn that warms up included
+PATIENCE = 5.0  # seconds of both models and one use, the turn that warms up included
 FILE = "speed.json"
 
 

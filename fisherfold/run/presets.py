@@ -29,13 +29,13 @@ PRESETS: dict[str, Values] = {
     "fast": BALANCED
     | {
         ("prepare", "calibration_sequences"): 32,
-        ("prepare", "tuning_sequences"): 8,
-        ("prepare", "evaluation_sequences"): 16,
+        ("prepare", "tuning_sequences"): 4,
+        ("prepare", "evaluation_sequences"): 12,
         ("prepare", "unseen_sequences"): 8,
         ("prepare", "question_count"): 60,
         ("prepare", "held_out_prompts"): 8,
-        ("prepare", "answer_tokens"): 96,
-        ("capture", "knowledge_questions"): 8,
+        ("prepare", "answer_tokens"): 64,
+        ("capture", "knowledge_questions"): 4,
         ("kronecker", "dependence_draws"): 0,
         ("factorize", "refine", "passes"): 0,
         ("evaluate", "answer_tokens"): 32,
