@@ -2,6 +2,7 @@
 
     python benchmarks/ablation.py                                       # every axis, draws 0, 1 and 2: a day on two cores
     python benchmarks/ablation.py --axes refinement,heal --seeds 0
+    python benchmarks/ablation.py --axes metric --values "svd_llm|every"
     python benchmarks/ablation.py --set preset=fast --set prepare.corpus=MINE.txt --ratio 0.4
 
 A sweep of the project (flows/sweep.py): what arms have in common is computed once, what is finished stays, the project's own outputs do not change.
@@ -10,6 +11,7 @@ token; empty answers; points of knowledge lost. Each is the mean over draws and,
 """
 
 import argparse
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,9 @@ from fisherfold.run.workspace import Workspace
 from flows.sweep import Cell, sweep
 from flows.tables import print_table
 
-AXES: dict[str, dict[str, tuple[str, ...]]] = {
+Axes = dict[str, dict[str, tuple[str, ...]]]
+
+AXES: Axes = {
     "draw": {
         "64 sequences": ("prepare.calibration_sequences=64",),
         "1024 sequences": ("prepare.calibration_sequences=1024",),
@@ -84,23 +88,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--project", type=Path, default=Path())
     parser.add_argument("--axes", default=",".join(AXES), help=", ".join(AXES))
+    parser.add_argument("--values", default="", help="regular expression of those to measure, of these axes")
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--seeds", default="0,1,2", help="draws")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of all arms")
     options = parser.parse_args()
     workspace = Workspace(options.project.resolve())
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    rows = sweep(workspace, list(arms(workspace, options.axes.split(","), options.ratio, seeds)), options.set)
+    axes = {
+        axis: {value: settings for value, settings in AXES[axis].items() if re.search(options.values, value)}
+        for axis in options.axes.split(",")
+    }
+    rows = sweep(workspace, list(arms(workspace, axes, options.ratio, seeds)), options.set)
     print_table(["axis", "value", *COLUMNS], list(table(rows)), right=list(COLUMNS))
 
 
-def arms(workspace: Workspace, axes: Iterable[str], ratio: float, seeds: Iterable[int]) -> Iterable[Arm]:
+def arms(workspace: Workspace, axes: Axes, ratio: float, seeds: Iterable[int]) -> Iterable[Arm]:
     """What is shipped, and each value of each axis, in every draw; draw by draw, since a draw has most in common."""
     params = load_params(workspace.root / "params.yaml")
     shipped = (params.subspace.metric, params.ranks.allocator, ratio)
     for seed in seeds:
         yield Arm(*shipped, seed)
-        yield from (Arm(*shipped, seed, axis, *arm) for axis in axes for arm in AXES[axis].items())
+        yield from (Arm(*shipped, seed, axis, *arm) for axis, values in axes.items() for arm in values.items())
 
 
 def table(rows: Sequence[dict]) -> Iterable[list[str]]:
