@@ -31,8 +31,8 @@ from llama_cpp_rows import layer_names, quantise, read_layers, write_whole
 from off_grid import Layer, OffGrid, off_grid, same_function
 from transformers import AutoTokenizer, PreTrainedModel
 
-from fisherfold.allocators.cost import DENSE
-from fisherfold.allocators.widths import SIXTEENTHS, UNROUNDED, Option, cheapest_loss, options_of
+from fisherfold.allocators.cost import DENSE, SIXTEENTHS
+from fisherfold.allocators.widths import UNROUNDED, Option, cheapest_loss, options_of
 from fisherfold.evaluation.losses import compare_tokens
 from fisherfold.evaluation.own_answers import Conversation, conversations
 from fisherfold.export.gauges import gauge, product

@@ -11,6 +11,7 @@ that of the truncated network itself: no checkpoint is written, as the pivoted g
 """
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -110,7 +111,10 @@ def draw(project: Path, folder: Path, params: Params) -> Workspace:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(source.out("prepare"), workspace.out("prepare"), copy_function=os.link)
         corpora, questions = find_corpora(source, params.prepare), find_questions(source, params.prepare)
-        prepare.write_tables(folder, workspace.model, corpora, questions, params.prepare, {})
+        facts = json.loads((source.out("prepare") / "prepare.json").read_text(encoding="utf-8"))
+        (folder / "facts.json").write_text(json.dumps(facts["model"]), encoding="utf-8")
+        (folder / "model").symlink_to(workspace.model)  # beside its facts, where the stage has it too
+        prepare.write_tables(folder, folder / "model", corpora, questions, params.prepare, {})
         shutil.copytree(folder / "tables", workspace.table("tuning").parent)
     sums = {"gradients": "none", "knowledge_questions": 0, "tokens_per_sequence": 0}
     capture.run(workspace, params.capture.model_copy(update=sums))

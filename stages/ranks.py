@@ -23,13 +23,13 @@ from fisherfold.allocators import (
 )
 from fisherfold.allocators.allocation import ALLOCATORS, Allocation, allocate, beyond_reach, pose
 from fisherfold.allocators.budget import BUDGETS, Budget
-from fisherfold.allocators.cost import DENSE, Choice, choose_storage
+from fisherfold.allocators.cost import DENSE, SIXTEENTHS, Choice, choose_storage
 from fisherfold.allocators.dropped_experts import DROPPED
 from fisherfold.allocators.expert_classes import into_classes
 from fisherfold.allocators.format_price import format_price, price_line
 from fisherfold.allocators.limits import Limits, matches
 from fisherfold.allocators.rivals import Rival, rivals, rivals_line
-from fisherfold.allocators.widths import SIXTEENTHS, as_choice, cheapest_loss, options_of
+from fisherfold.allocators.widths import as_choice, cheapest_loss, options_of
 from fisherfold.linalg.rounding_losses import RoundingUnits, rounding_units
 from fisherfold.network.layers import DENSE_FILE, LinearLayer, read_dense_layers, read_layers
 from fisherfold.network.models import read_weight

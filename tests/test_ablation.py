@@ -14,7 +14,7 @@ def test_every_arm_changes_the_shipped_parameters(monkeypatch):
     ablation = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(__import__("sys").modules, "ablation", ablation)
     spec.loader.exec_module(ablation)
-    shipped, *arms = ablation.arms(Workspace(ROOT), list(ablation.AXES), 0.2, [0])
+    shipped, *arms = ablation.arms(Workspace(ROOT), ablation.AXES, 0.2, [0])
     found = [overridden(ROOT / "params.yaml", arm.overrides())[1] for arm in arms]
     assert overridden(ROOT / "params.yaml", shipped.overrides())[1] == load_params(ROOT / "params.yaml")
     assert all(params != load_params(ROOT / "params.yaml") for params in found)

@@ -7,9 +7,8 @@ import numpy as np
 import pyarrow as pa
 
 from fisherfold.allocators.budget import Budget, parameters
-from fisherfold.allocators.cost import rank_costs
+from fisherfold.allocators.cost import SIXTEENTHS, rank_costs, unit_of
 from fisherfold.allocators.limits import Limits
-from fisherfold.allocators.widths import SIXTEENTHS, unit_of
 from fisherfold.linalg import knapsack
 from fisherfold.linalg.knapsack import Knapsack, pick
 from fisherfold.network.sites import Site

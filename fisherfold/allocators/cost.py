@@ -10,10 +10,15 @@ from functools import partial
 
 import numpy as np
 
+from fisherfold.linalg.group_grid import GROUP, SCALE_BYTES
 from fisherfold.network.sites import Site
 from fisherfold.run.registry import Registry
 
 DENSE = "dense"
+MOST_BITS = 8
+"""Of a number that is rounded to a whole one."""
+SIXTEENTHS = 16
+"""Costs are counted in sixteenths of a byte: a number of b bits and its share of a scale take 2 b + 1 of them."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,17 @@ class Unit:
 
     weight: int = 1
     index: int = 1
+
+
+def is_rounded(bits: int) -> bool:
+    """Whether numbers of so many bits are rounded to whole ones."""
+    return bits <= MOST_BITS
+
+
+def unit_of(bits: int, index_bytes: int = 8) -> Unit:
+    """The price of a number of so many bits, with its share of a scale, and of an index."""
+    scale = SCALE_BYTES * SIXTEENTHS // GROUP if is_rounded(bits) else 0
+    return Unit(bits * SIXTEENTHS // 8 + scale, index_bytes * SIXTEENTHS)
 
 
 @dataclass(frozen=True)

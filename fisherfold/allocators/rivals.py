@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fisherfold.allocators.cost import DENSE
-from fisherfold.allocators.widths import SIXTEENTHS, Option, cheapest_loss, is_rounded
+from fisherfold.allocators.cost import DENSE, SIXTEENTHS, is_rounded
+from fisherfold.allocators.widths import Option, cheapest_loss
 
 
 @dataclass(frozen=True)

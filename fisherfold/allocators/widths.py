@@ -12,21 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fisherfold.allocators.cost import ALLOWED_FORMATS, DENSE, FORMATS, Choice, Unit
+from fisherfold.allocators.cost import ALLOWED_FORMATS, DENSE, FORMATS, SIXTEENTHS, Choice, Unit, is_rounded, unit_of
 from fisherfold.linalg import knapsack
-from fisherfold.linalg.group_grid import GROUP, SCALE_BYTES
 from fisherfold.linalg.knapsack import Knapsack
 from fisherfold.linalg.rounding_losses import RoundingUnits
 from fisherfold.network.sites import Site
 
 UNROUNDED = 16
 """The width of numbers that are not rounded to whole ones; 32 is another."""
-MOST_BITS = 8
-"""Of a number that is rounded to a whole one."""
 SHAPE_BYTES = 16
 """Of what a matrix of few bits stores besides its numbers: its shape."""
-SIXTEENTHS = 16
-"""Costs are counted in sixteenths of a byte: a number of b bits and its share of a scale take 2 b + 1 of them."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +33,6 @@ class Option:
     bits: int
     cost: int
     loss: float
-
-
-def is_rounded(bits: int) -> bool:
-    """Whether numbers of so many bits are rounded to whole ones."""
-    return bits <= MOST_BITS
-
-
-def unit_of(bits: int, index_bytes: int = 8) -> Unit:
-    """The price of a number of so many bits, with its share of a scale, and of an index."""
-    scale = SCALE_BYTES * SIXTEENTHS // GROUP if is_rounded(bits) else 0
-    return Unit(bits * SIXTEENTHS // 8 + scale, index_bytes * SIXTEENTHS)
 
 
 def options_of(

@@ -5,8 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from fisherfold.allocators.cost import DENSE
-from fisherfold.allocators.widths import UNROUNDED, cheapest_loss, options_of, unit_of
+from fisherfold.allocators.cost import DENSE, unit_of
+from fisherfold.allocators.widths import UNROUNDED, cheapest_loss, options_of
 from fisherfold.linalg.factor_rounding import LayerMetric, round_plain
 from fisherfold.linalg.group_grid import GROUP, stored_bytes
 from fisherfold.linalg.kronecker_rounding import round_under, side_of
