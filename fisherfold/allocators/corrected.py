@@ -1,18 +1,19 @@
-"""Allocator `corrected`: `fisher` with what a cut is predicted to cost corrected by what it was measured to cost, kind of layer by kind of layer.
+"""Allocator `corrected`: `fisher` with what a cut is predicted to cost corrected by what it was measured to cost, group of layers by group.
 
-    w_k = KL(p ‖ p_k) / ½ Σ_{l in k} Σ_{i>r_l} σ_li²,   then the ranks of most Σ_l w_k(l) Σ_{i<=r_l} σ_li² for the budget
+    w_g = √(KL(p ‖ p_g) / ½ Σ_{l in g} Σ_{i>r_l} σ_li²),   then the ranks of most Σ_l w_g(l) Σ_{i<=r_l} σ_li² for the budget
 
-p is what the dense model predicts on the tuning sequences, p_k what it predicts with the layers of one kind k alone cut to the ranks r of `fisher`. A kind
-are the layers whose names differ in numbers alone: all query projections, say. A Fisher matrix is of the dense model: where curvature grows
-with the cut, as of queries, whose softmax is nearly settled, it predicts too little. Each w_k is held within MOST of that of all kinds together, since it is
-measured on little text; a kind that `fisher` cuts nothing of has that of all.
+p is what the dense model predicts on tuning sequences, p_g what it predicts with the layers of one group g alone cut to the ranks r of `fisher`. A group
+are the layers of one third of the depth whose names differ in numbers alone: the query projections of the first ten of thirty blocks, say. A Fisher matrix is
+of the dense model: where curvature grows with the cut, as of queries, whose softmax is nearly settled, or where many blocks come after, it predicts too
+little. The root halves what is corrected, since it is measured on little text; a w_g is held within MOST of that of all groups together, and a group
+that `fisher` cuts nothing of has that of all.
 
 Shapes: L sites.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,54 +23,68 @@ import torch
 from fisherfold.allocators.allocation import ALLOCATORS, Allocation, fisher
 from fisherfold.allocators.fermi_descent import SHARP, Softened, softened_model
 from fisherfold.allocators.fermigrad import mean_divergence, set_ranks
+from fisherfold.network.sites import Site
 from fisherfold.run.errors import NumericalError
+from fisherfold.run.tables import read_table
 
-MOST = 4.0  # how many times the weight of all kinds together, or what part of it, that of one may be
-DIVERGENCE = "divergence.json"
+MOST = 2.0  # how many times the weight of all groups together, or what part of it, that of one may be
+PARTS = 3  # of the depth
+SEQUENCES = 8  # of the tuning text, at most
+DIVERGENCES = "divergences.json"
+
+Group = tuple[str, int]
+"""A kind of layer, and which part of the depth."""
 
 
 @ALLOCATORS.register("corrected")
 def corrected(allocation: Allocation) -> np.ndarray:
-    """See the module. Leaves kind, predicted (in the unit of the metric), measured (nats a token) and weight in ``allocation.tables["corrections"]``.
+    """See the module. ``allocation.tables["corrections"]``: kind, part, predicted (in the unit of the metric), measured (nats a token), weight.
 
     Raises:
-        NumericalError: a divergence is not finite; names the kind.
+        NumericalError: a divergence is not finite; names the group.
     """
     ranks = fisher(allocation)
-    kinds = [kind_of(site.name) for site in allocation.sites]
+    groups = groups_of(allocation.sites)
     dropped = np.array([float(np.square(sigma[rank:]).sum()) for sigma, rank in zip(allocation.spectra, ranks)])
-    members = {kind: [row for row, own in enumerate(kinds) if own == kind] for kind in dict.fromkeys(kinds)}
-    predicted = {kind: 0.5 * float(dropped[rows].sum()) for kind, rows in members.items()}
-    cut = {kind: rows for kind, rows in members.items() if predicted[kind] > 0}
-    measured = measure_kinds(allocation, cut, ranks)
+    predicted = {group: 0.5 * float(dropped[rows].sum()) for group, rows in groups.items()}
+    measured = measure_groups(allocation, {group: groups[group] for group in groups if predicted[group] > 0}, ranks)
     weights = weights_of(predicted, measured)
     allocation.tables["corrections"] = pa.table(
         {
-            "kind": list(members),
+            "kind": [kind for kind, _ in groups],
+            "part": [part for _, part in groups],
             "predicted": list(predicted.values()),
-            "measured": [measured.get(kind, 0.0) for kind in members],
-            "weight": [weights[kind] for kind in members],
+            "measured": [measured.get(group, 0.0) for group in groups],
+            "weight": [weights[group] for group in groups],
         }
     )
-    return allocation.spend(np.array([weights[kind] for kind in kinds])[:, None] * allocation.energies())
+    of_sites = np.ones(len(allocation.sites))
+    for group, rows in groups.items():
+        of_sites[rows] = weights[group]
+    return allocation.spend(of_sites[:, None] * allocation.energies())
 
 
-def kind_of(name: str) -> str:
-    """The name of a layer with every number in it as ``*``: ``model.layers.*.mlp.up_proj``."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+def groups_of(sites: Sequence[Site]) -> dict[Group, list[int]]:
+    """The rows of every group, by kind (the name with each number as ``*``) and part of the depth (by the first number)."""
+    blocks = [int(next(iter(re.findall(r"\.(\d+)(?=\.|$)", site.name)), 0)) for site in sites]
+    groups: dict[Group, list[int]] = {}
+    for row, (site, block) in enumerate(zip(sites, blocks, strict=True)):
+        kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", site.name)
+        groups.setdefault((kind, block * PARTS // (1 + max(blocks))), []).append(row)
+    return groups
 
 
-def weights_of(predicted: dict[str, float], measured: dict[str, float]) -> dict[str, float]:
-    """w of every kind, by that of all kinds that were measured; 1 where nothing was, or nothing was lost."""
-    together = sum(measured.values()) / (sum(predicted[kind] for kind in measured) or 1.0)
+def weights_of(predicted: dict[Group, float], measured: dict[Group, float]) -> dict[Group, float]:
+    """w of every group, by that of all that were measured; 1 where nothing was, or nothing was lost."""
+    together = sum(measured.values()) / (sum(predicted[group] for group in measured) or 1.0)
     if together <= 0:
         return dict.fromkeys(predicted, 1.0)
-    own = {kind: measured[kind] / predicted[kind] / together for kind in measured}
-    return {kind: float(np.clip(own.get(kind, 1.0), 1 / MOST, MOST)) for kind in predicted}
+    own = {group: max(measured[group], 0.0) / predicted[group] / together for group in measured}
+    return {group: float(np.clip(own.get(group, 1.0) ** 0.5, 1 / MOST, MOST)) for group in predicted}
 
 
-def measure_kinds(allocation: Allocation, kinds: dict[str, list[int]], ranks: np.ndarray) -> dict[str, float]:
-    """The divergence with the sites of each kind alone at their ranks, in nats a token; a kind is a restartable unit.
+def measure_groups(allocation: Allocation, groups: dict[Group, list[int]], ranks: np.ndarray) -> dict[Group, float]:
+    """The divergence with the sites of each group alone at their ranks, in nats a token; a sequence is a restartable unit.
 
     Raises:
         NumericalError: one is not finite.
@@ -77,33 +92,37 @@ def measure_kinds(allocation: Allocation, kinds: dict[str, list[int]], ranks: np
     scratch, workspace = allocation.scratch, allocation.workspace
     assert scratch is not None and workspace is not None
     softened = Softened(workspace, allocation.params.measured.dtype, tuple(site.name for site in allocation.sites))
-    units = {f"kind-{number}": (softened, rows, ranks[rows].tolist()) for number, rows in enumerate(kinds.values())}
-    folders = scratch.map("measuring kinds of layers", measure_kind, units)
-    found = {}
-    for kind, folder in zip(kinds, folders.values(), strict=True):
-        found[kind] = json.loads((folder / DIVERGENCE).read_text(encoding="utf-8"))
-        if found[kind] is None:
+    sequences = min(SEQUENCES, len(read_table(workspace.table("tuning"))))
+    units = {
+        f"sequence-{number}": (softened, number, list(groups.values()), ranks.tolist()) for number in range(sequences)
+    }
+    folders = scratch.map("measuring groups of layers", measure_sequence, units)
+    found = [json.loads((folder / DIVERGENCES).read_text(encoding="utf-8")) for folder in folders.values()]
+    means = dict(zip(groups, np.array(found, float).mean(0).tolist(), strict=True)) if groups else {}
+    for (kind, part), mean in means.items():
+        if not np.isfinite(mean):
             raise NumericalError(
-                f"Stage 'ranks', corrected: with {kind} alone cut, what the model predicts is not finite. Set ranks.measured.dtype to "
-                "float32, or use allocator 'fisher'."
+                f"Stage 'ranks', corrected: with {kind} alone cut in part {part + 1} of {PARTS} of the depth, what the model predicts is not "
+                "finite. Set ranks.measured.dtype to float32, or use allocator 'fisher'."
             )
-    return found
+    return means
 
 
 @torch.inference_mode()
-def measure_kind(folder: Path, softened: Softened, rows: Sequence[int], ranks: Sequence[int]) -> None:
-    """Unit of work: the mean divergence over the tuning sequences with the sites of these numbers at these ranks; null if not finite."""
+def measure_sequence(
+    folder: Path, softened: Softened, number: int, groups: Sequence[Sequence[int]], ranks: Sequence[int]
+) -> None:
+    """Unit of work: the divergence over one tuning sequence with the sites of each group at their ranks; null if not finite."""
     model, sites, _, table = softened_model(softened)
-    own = [sites[row] for row in rows]
-    set_ranks(own, torch.tensor(ranks), SHARP)
+    set_ranks(sites, torch.tensor(ranks), SHARP)
+    ids = table[number : number + 1].to(model.device)
 
-    def predicted(ids: torch.Tensor, cut: bool) -> torch.Tensor:
-        for site in sites:
-            site.soft = False
-        for site, rank in zip(own, ranks, strict=True):
-            site.soft = cut and rank < site.full_rank
-        return model(input_ids=ids.to(model.device), use_cache=False).logits
+    def predicted(cut: Collection[int]) -> torch.Tensor:
+        for row, site in enumerate(sites):
+            site.soft = row in cut and ranks[row] < site.full_rank
+        return model(input_ids=ids, use_cache=False).logits
 
-    total = sum(float(mean_divergence(predicted(ids, False), predicted(ids, True), ids)) for ids in table.split(1))
-    mean = total / len(table)
-    (folder / DIVERGENCE).write_text(json.dumps(mean if np.isfinite(mean) else None), encoding="utf-8")
+    dense = predicted(())
+    divergences = [float(mean_divergence(dense, predicted(set(rows)), ids)) for rows in groups]
+    finite = [value if np.isfinite(value) else None for value in divergences]
+    (folder / DIVERGENCES).write_text(json.dumps(finite), encoding="utf-8")

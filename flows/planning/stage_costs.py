@@ -8,6 +8,7 @@ Shapes: S sequences of T tokens, N = S T; n outputs, m inputs, r = min(n, m), k 
 
 from collections.abc import Callable, Mapping, Sequence
 
+from fisherfold.allocators.corrected import PARTS, SEQUENCES
 from fisherfold.allocators.cost import PIVOTED_SIDES
 from fisherfold.evaluation.knowledge import QUESTIONS_PER_UNIT
 from fisherfold.evaluation.text import BATCHES_PER_SHARD
@@ -175,12 +176,12 @@ def ranks_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
     return StageCost({"ranks": (table + Demand(model=model), ())}, memory=3 * held, loads=loads)  # both factors, whole
 
 
-KINDS = 7  # of layers in a decoder block, as most have
+GROUPS = 7 * PARTS  # of layers: as many kinds in a decoder block as most have
 NETWORK_PASSES: dict[str, Callable[[Params, int], int]] = {
     "fermigrad": lambda params, layers: (
         8 * params.ranks.fermigrad.steps * params.ranks.fermigrad.batches * params.ranks.fermigrad.sequences
     ),
-    "corrected": lambda params, layers: 2 * KINDS * params.prepare.tuning_sequences,
+    "corrected": lambda params, layers: (1 + GROUPS) * min(SEQUENCES, params.prepare.tuning_sequences),
     "sensitivity": lambda params, layers: layers * params.ranks.measured.levels * params.ranks.measured.sequences,
     "ilp": lambda params, layers: layers * params.ranks.measured.levels * params.ranks.measured.sequences,
 }

@@ -177,47 +177,55 @@ def test_with_one_decoder_block_in_memory_the_ranks_are_the_same(workspace, allo
     assert len([name for name, _ in tensors if name.endswith((".left", ".right"))]) == 28
 
 
-def test_what_cutting_a_kind_of_layer_costs_is_measured_as_the_cut_model_says(workspace):
-    """`corrected`: the divergence of a model whose weights of one kind are the truncated products."""
+def test_what_cutting_a_group_of_layers_costs_is_measured_as_the_cut_model_says(workspace):
+    """`corrected`: the divergence of a model whose weights of one kind, in one part of the depth, are the truncated products."""
     ranks.run(workspace, parameters("fisher"))
     chosen = {row["module"]: row["rank"] for row in pq.read_table(workspace.out("ranks") / "ranks.parquet").to_pylist()}
     ranks.run(workspace, parameters("corrected"))
     table = pq.read_table(workspace.out("ranks") / "corrections.parquet").to_pylist()
-    assert len(table) == 7 and len({row["weight"] for row in table}) > 1
+    assert len(table) == 14 and len({row["weight"] for row in table}) > 1
     dense, cut = load_model(workspace.model, torch.float32), load_model(workspace.model, torch.float32)
     for site in read_sites(workspace.out("subspace")):
-        if site.name.endswith("up_proj") and chosen[site.name] < site.full_rank:
+        if site.name.endswith("layers.1.mlp.up_proj"):
+            assert chosen[site.name] < site.full_rank
             (left,), right = site.read_basis(workspace.out("subspace") / "bases", chosen[site.name])
             cut.get_submodule(site.name).weight.data.copy_(left @ right)
     ids = read_sequences(workspace.table("tuning"), tiny.VOCABULARY)
     expected = divergence(dense(ids).logits, cut(ids).logits).mean().item()
-    (row,) = [row for row in table if row["kind"].endswith("up_proj")]
-    assert row["kind"] == "model.layers.*.mlp.up_proj" and row["predicted"] > 0
-    assert row["measured"] == pytest.approx(expected, rel=0.02) and expected > 0  # a divergence of 1e-7 from logits in float32
+    (row,) = [row for row in table if row["kind"] == "model.layers.*.mlp.up_proj" and row["part"] == 1]
+    assert (
+        row["measured"] == pytest.approx(expected, rel=0.02) and expected > 0
+    )  # a divergence of 1e-7 from logits in float32
 
 
-def test_kinds_that_lose_more_than_predicted_keep_more(monkeypatch):
-    """Losses as predicted give the ranks of `fisher`; the weight of a kind is held within bounds."""
+def test_groups_that_lose_more_than_predicted_keep_more(monkeypatch):
+    """Losses as predicted give the ranks of `fisher`; the weight of a group is held within bounds."""
     names = [f"blocks.{i}.{kind}" for i in range(2) for kind in ("a", "b")]
     sites = find_sites([LinearLayer(name, 8, 8, False, False, name) for name in names], shared=False)
     task = pose(sites, [np.linspace(1, 0.3, 8)] * 4, RanksParams(ratio=0.4, storage="factors", floor=0.1))
 
     def measured(factors):
-        def measure(allocation, kinds, ranks_):
+        def measure(allocation, groups, ranks_):
             tails = [np.square(sigma[rank:]).sum() for sigma, rank in zip(allocation.spectra, ranks_)]
-            return {kind: factors[kind[-1]] * sum(tails[row] for row in rows) for kind, rows in kinds.items()}
+            return {group: factors[group[0][-1]] * sum(tails[row] for row in rows) for group, rows in groups.items()}
 
-        monkeypatch.setattr(corrected, "measure_kinds", measure)
+        monkeypatch.setattr(corrected, "measure_groups", measure)
         return corrected.corrected(task).reshape(2, 2).sum(0)
 
     assert measured({"a": 3.0, "b": 3.0}).tolist() == fisher(task).reshape(2, 2).sum(0).tolist()
     a, b = measured({"a": 3.0, "b": 1.0})
     assert a > b
-    assert task.tables["corrections"]["kind"].to_pylist() == ["blocks.*.a", "blocks.*.b"]
-    assert corrected.weights_of({"a": 1.0, "b": 1.0, "c": 0.0}, {"a": 99.0, "b": 1.0}) == pytest.approx(
-        {"a": 1.98, "b": 0.25, "c": 1.0}
+    assert corrected.groups_of(sites) == {
+        ("blocks.*.a", 0): [0],
+        ("blocks.*.b", 0): [1],
+        ("blocks.*.a", 1): [2],
+        ("blocks.*.b", 1): [3],
+    }
+    a, b, c = ("a", 0), ("b", 0), ("c", 0)
+    assert corrected.weights_of({a: 1.0, b: 1.0, c: 0.0}, {a: 99.0, b: 1.0}) == pytest.approx(
+        {a: 1.98**0.5, b: 0.5, c: 1.0}
     )
-    assert corrected.weights_of({"a": 0.0}, {}) == {"a": 1.0}
+    assert corrected.weights_of({a: 0.0}, {}) == {a: 1.0}
 
 
 @pytest.mark.parametrize("allocator", MEASURING)
@@ -240,13 +248,13 @@ def test_killed_allocator_resumes_with_the_same_bytes(workspace, allocator, monk
     for module, name in (
         (fermi_descent, "measure_batch"),
         (measured_allocation, "measure_site"),
-        (corrected, "measure_kind"),
+        (corrected, "measure_sequence"),
     ):
         work = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *arguments, work=work: (calls.append(arguments), work(*arguments)))
     ranks.run(workspace, parameters(allocator))
     assert read_manifest(workspace.out("ranks")) == expected
-    assert len(calls) == {"fermigrad": 8, "corrected": 5}.get(allocator, 14) - 3
+    assert len(calls) == {"fermigrad": 8, "corrected": 8}.get(allocator, 14) - 3
 
 
 @pytest.mark.parametrize("allocator", OF_ANY_MODEL)
