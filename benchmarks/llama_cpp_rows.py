@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from fisherfold.export.gguf_export import write_gguf
+from fisherfold.export.gguf_export import gguf_format, write_gguf
 from fisherfold.run.checkpoint import StoredTensor
 
 FILE_TYPES = {"Q8_0": 7, "Q4_K_M": 15, "Q2_K": 10}
@@ -63,19 +63,20 @@ def _importance_data(llama_cpp, importance: Mapping[str, np.ndarray]):
 
 def layer_names(config, modules) -> dict[str, str]:
     """GGUF's name of the weight of each layer."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf_format(config.to_dict()).architecture, config.num_hidden_layers)
     return {module: names.get_name(f"{module}.weight", try_suffixes=(".weight",)) for module in modules}
 
 
 def read_layers(path: Path, config, modules) -> dict[str, tuple[np.ndarray, int, str]]:
-    """(weight [n, m], bytes, type) of every layer, as transformers' llama has them."""
+    """(weight [n, m], bytes, type) of every layer, as transformers has them."""
+    interleaved = gguf_format(config.to_dict()).interleaved
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     found = {}
     for module, name in layer_names(config, modules).items():
         tensor = stored[name]
         weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.split(".")[-1])
-        if heads:
+        if heads and interleaved:
             weight = weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         found[module] = weight, int(tensor.n_bytes), tensor.tensor_type.name
     return found

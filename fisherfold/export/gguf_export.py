@@ -2,7 +2,7 @@
 
 GGUF has a name for every tensor of an architecture, and its readers compute that architecture alone: there is none for a low-rank
 layer, so products are multiplied out. Its llama readers pair the two halves of a head's rotated features by neighbours, so the rows
-of q and k are interleaved; matrices keep the checkpoint's dtype, vectors are float32.
+of q and k are interleaved; Gemma's norms, which multiply by 1 + w, are written as 1 + w; matrices keep the checkpoint's dtype, vectors are float32.
 
 The vocabulary is written for byte-level BPE tokenizers (``gguf_vocabulary``). With any other the file says that it has none, and tokens
 come from the tokenizer beside the dense export.
@@ -35,17 +35,21 @@ FILE_TYPES = {
 
 @dataclass(frozen=True)
 class Format:
-    """How GGUF holds an architecture: its name there, and whether the rows of q and k are interleaved."""
+    """How GGUF holds an architecture: its name there, whether the rows of q and k are interleaved, and what a norm's weight is less by."""
 
     architecture: gguf.MODEL_ARCH
-    interleaved: bool
+    interleaved: bool = False
+    norm_shift: float = 0.0
 
 
 FORMATS = {
-    "llama": Format(gguf.MODEL_ARCH.LLAMA, True),
-    "qwen2": Format(gguf.MODEL_ARCH.QWEN2, False),
+    "llama": Format(gguf.MODEL_ARCH.LLAMA, interleaved=True),
+    "qwen2": Format(gguf.MODEL_ARCH.QWEN2),
+    "gemma3_text": Format(gguf.MODEL_ARCH.GEMMA3, norm_shift=1.0),
 }
-"""By model_type. Others (norms shifted by one, transposed weights …) would need conversions of their own."""
+"""By model_type. Others (transposed weights …) would need conversions of their own."""
+LOCAL_THETA = 10000.0
+"""Of rotary embeddings under a sliding window: llama.cpp takes no other for Gemma 3."""
 
 
 def gguf_format(config: Mapping[str, Any]) -> Format:
@@ -54,14 +58,22 @@ def gguf_format(config: Mapping[str, Any]) -> Format:
     Raises:
         InputError: its architecture, or its rotary embedding, is none that is written here.
     """
-    kind = config["model_type"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if kind not in FORMATS or rope.get("rope_type", "default") != "default":
+    kind, ropes = config["model_type"], _ropes(config)
+    scaled = {name for rope in ropes.values() if (name := rope.get("rope_type", "default")) != "default"}
+    local = ropes.get("sliding_attention", {}).get("rope_theta", LOCAL_THETA)
+    scores = config.get("query_pre_attn_scalar")
+    if kind not in FORMATS or scaled or local != LOCAL_THETA or (scores and scores != head_size(config)):
         raise InputError(
-            f"Stage 'factorize', factorize.gguf_export: {kind!r} with rotary embedding {rope.get('rope_type', 'default')!r} cannot be "
-            f"written as GGUF here (only {', '.join(FORMATS)}, unscaled). Convert artifacts/factorize/dense with llama.cpp's own script."
+            f"Stage 'factorize', factorize.gguf_export: {kind!r} with rotary embedding {', '.join(sorted(scaled)) or 'default'!r} cannot be "
+            f"written as GGUF here (only {', '.join(FORMATS)}, unscaled, with scores over √head_dim). Convert artifacts/factorize/dense with llama.cpp's own script."
         )
     return FORMATS[kind]
+
+
+def _ropes(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The rotary embeddings, by the kind of attention where there are several."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return dict(rope) if any(isinstance(own, Mapping) for own in rope.values()) else {"full_attention": rope}
 
 
 def check_gguf(config: Mapping[str, Any], tokenizer: Path) -> None:
@@ -88,6 +100,8 @@ def write_gguf(
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
         if heads and form.interleaved:
             values = _interleave(values, config[heads])
+        if values.dim() == 1 and name.endswith("norm.weight"):
+            values = values.float() + form.norm_shift
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise InputError(
@@ -110,9 +124,14 @@ def _write_tensor(writer: gguf.GGUFWriter, name: str, values: torch.Tensor, dtyp
     writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(values.float().numpy()), kind), raw_dtype=kind)
 
 
+def head_size(config: Mapping[str, Any]) -> int:
+    """Dimensions of a head."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
 def _write_sizes(writer: gguf.GGUFWriter, config: Mapping[str, Any], dtype: torch.dtype) -> None:
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    rope = config.get("rope_parameters") or config
+    head = head_size(config)
+    rope = _ropes(config)["full_attention"] or config
     writer.add_file_type(FILE_TYPES[dtype])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -126,3 +145,5 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Mapping[str, Any], dtype: torc
     writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
+    if "sliding_attention" in config.get("layer_types", ()):
+        writer.add_sliding_window(config["sliding_window"])

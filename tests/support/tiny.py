@@ -28,7 +28,7 @@ FAMILIES = {
     "qwen2": {"num_key_value_heads": 2},  # biases on q, k, v
     "qwen3": {"num_key_value_heads": 1, "head_dim": 8},
     "mistral": {"num_key_value_heads": 1},
-    "gemma3_text": {"num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True},
+    "gemma3_text": {"num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True},
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},  # Conv1D, biases
 }
 COMMON = {

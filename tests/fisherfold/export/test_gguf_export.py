@@ -19,14 +19,20 @@ from fisherfold.run.errors import InputError
 from stages import factorize
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("qwen2", "float32"), ("llama", "bfloat16")])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", "float32"), ("qwen2", "float32"), ("gemma3_text", "float32"), ("llama", "bfloat16")],
+)
 def test_it_computes_what_the_dense_export_computes(tmp_path, family, dtype):
     workspace = subspace_workspace(tmp_path, family)
     publish_ranks(workspace, mixed_ranks(workspace))
     factorize.run(workspace, as_truncated(dtype=dtype, dense_export=True, gguf_export=True))
     out = workspace.out("factorize")
     dense = AutoModelForCausalLM.from_pretrained(out / "dense", dtype=torch.float32)
-    again = AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", dtype=torch.float32)
+    unsaid = (
+        {"query_pre_attn_scalar": 8} if family == "gemma3_text" else {}
+    )  # transformers takes 256, llama.cpp head_dim
+    again = AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", dtype=torch.float32, **unsaid)
     with torch.no_grad():
         torch.testing.assert_close(again(random_ids(2, 9)).logits, dense(random_ids(2, 9)).logits, atol=1e-6, rtol=1e-5)
     card = (out / "model" / "README.md").read_text()
@@ -36,10 +42,19 @@ def test_it_computes_what_the_dense_export_computes(tmp_path, family, dtype):
     assert "the folder `dense`" in card
 
 
-@pytest.mark.parametrize("change", [{"model_type": "gpt2"}, {"rope_parameters": {"rope_type": "yarn"}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "gpt2"},
+        {"rope_parameters": {"rope_type": "yarn"}},
+        {"query_pre_attn_scalar": 256},
+        {"rope_parameters": {"full_attention": {"rope_type": "linear"}, "sliding_attention": {}}},
+        {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": 1e6}}},
+    ],
+)
 def test_what_it_cannot_hold_is_refused(change):
     with pytest.raises(InputError, match=r"factorize\.gguf_export"):
-        gguf_format({"model_type": "llama"} | change)
+        gguf_format({"model_type": "llama", "head_dim": 64} | change)
 
 
 TOKENIZER = {
@@ -188,7 +203,7 @@ def odd_texts(count):
 
 
 @pytest.mark.llama_cpp
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
 def test_llama_cpp_computes_what_transformers_compute(tmp_path, family):
     from llama_cpp import Llama
 
