@@ -17,6 +17,9 @@ Beside it what `fisherfold plan` says of each stage on two cores: seconds, with 
 of its output.
 """
 
+import flows  # noqa: F401  before torch, which reads then how threads wait: as those of the stages do
+
+# isort: split
 import argparse
 import os
 import statistics
