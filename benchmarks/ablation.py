@@ -54,17 +54,19 @@ AXES: Axes = {
 }
 """By axis, by what is another than shipped: its parameters."""
 SHIPPED = "as shipped"
+
+
+def points_lost(row: dict) -> float | None:
+    asked = row.get("knowledge_accuracy_dense")  # without questions there is none
+    return None if asked is None else 100 * (asked - row["knowledge_accuracy"])
+
+
 COLUMNS = {
     "unseen, × dense": lambda row: row["times_dense"],
     "own answers, nats": lambda row: row.get("own_answers_kl"),
     "empty": lambda row: row.get("empty_answers"),
-    "points lost": lambda row: _points_lost(row),
+    "points lost": points_lost,
 }
-
-
-def _points_lost(row: dict) -> float | None:
-    asked = row["knowledge_accuracy_dense"]
-    return None if asked is None else 100 * (asked - row["knowledge_accuracy"])
 
 
 @dataclass(frozen=True)
