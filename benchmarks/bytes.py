@@ -56,6 +56,7 @@ class Row:
     Attributes:
         widths: that an allocation chooses from, or the one of all layers.
         bits: a weight may take on average; None: full rank and the one width.
+        whole: no rank is cut, bits alone are shared out.
         nearest: rounded to nearest, not by feedback.
         ranks_of: another row, whose ranks and storage it has; its widths are one.
         room_of: another row, of whose bits it takes the share `bits`.
@@ -66,6 +67,7 @@ class Row:
 
     widths: tuple[int, ...] = ()
     bits: float | None = None
+    whole: bool = False
     nearest: bool = False
     ranks_of: str | None = None
     room_of: str | None = None
@@ -103,6 +105,7 @@ ROWS = {
     "q2_k": Row(tool="llama.cpp", mixture="Q2_K"),
     "q2_k-importance": Row(tool="llama.cpp", mixture="Q2_K", importance=True),
     "ours-q4_k_m": Row((UNROUNDED, 8, 4), 1.0, room_of="q4_k_m"),
+    "bits-q4_k_m": Row((UNROUNDED, 8, 4), 1.0, whole=True, room_of="q4_k_m"),
     "ours-q2_k": Row((UNROUNDED, 8, 4), 1.0, room_of="q2_k"),
     "ours-0.6-q4_k_m": Row((UNROUNDED, 8, 4), 0.6, room_of="q4_k_m"),
     "ours-0.6-q4_k_m-all": Row((8, 4, 3, 2), 0.6, room_of="q4_k_m"),
@@ -136,7 +139,7 @@ def plan_row(moved: OffGrid, folder: Path, row: Row) -> dict[str, Option]:
     options = []
     for name, site in moved.sites.items():
         ranks = np.append(np.arange(0, site.full_rank, GROUP), site.full_rank)
-        ranks = ranks[-1:] if row.bits is None else ranks
+        ranks = ranks[-1:] if row.whole or row.bits is None else ranks
         ranks = np.array([same[name].rank]) if same else ranks
         own = options_of(site, moved.sigma[name], units[name], row.widths, ranks, STORAGE)
         options.append([option for option in own if not same or option.storage == same[name].storage])
