@@ -125,8 +125,8 @@ def test_training_on_the_device_gives_the_model_of_the_cpu(tmp_path, monkeypatch
     }
     of_heal = [json.loads((each.out("factorize") / "factorize.json").read_text())["healing"] for each in made.values()]
     assert of_heal[0]["steps"] == of_heal[1]["steps"] > 0
-    # quadratic in what the logits differ by, which are all but equal here: 2e-7 nats
-    assert of_heal[1]["held_out_after"] == pytest.approx(of_heal[0]["held_out_after"], rel=0.1)
+    # some 2e-7 nats of logits that are all but equal, of which float32 rounds 1e-8 away
+    assert of_heal[1]["held_out_after"] == pytest.approx(of_heal[0]["held_out_after"], rel=1e-2, abs=1e-8)
     torch.testing.assert_close(logits(made["cuda"]), logits(made["cpu"]), rtol=1e-2, atol=1e-2)
 
 

@@ -12,7 +12,6 @@ Shapes: L sites.
 """
 
 import json
-import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import torch
 from fisherfold.allocators.allocation import ALLOCATORS, Allocation, fisher
 from fisherfold.allocators.fermi_descent import SHARP, Softened, softened_model
 from fisherfold.allocators.fermigrad import mean_divergence, set_ranks
+from fisherfold.network.layers import NUMBER, kind_of
 from fisherfold.network.sites import Site
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.tables import read_table
@@ -66,11 +66,11 @@ def corrected(allocation: Allocation) -> np.ndarray:
 
 def groups_of(sites: Sequence[Site]) -> dict[Group, list[int]]:
     """The rows of every group, by kind (the name with each number as ``*``) and part of the depth (by the first number)."""
-    blocks = [int(next(iter(re.findall(r"\.(\d+)(?=\.|$)", site.name)), 0)) for site in sites]
+    numbers = [NUMBER.search(site.name) for site in sites]
+    blocks = [int(number.group()) if number else 0 for number in numbers]
     groups: dict[Group, list[int]] = {}
     for row, (site, block) in enumerate(zip(sites, blocks, strict=True)):
-        kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", site.name)
-        groups.setdefault((kind, block * PARTS // (1 + max(blocks))), []).append(row)
+        groups.setdefault((kind_of(site.name), block * PARTS // (1 + max(blocks))), []).append(row)
     return groups
 
 

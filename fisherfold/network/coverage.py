@@ -1,6 +1,5 @@
 """How much of a model its targets are, and what stays dense: in figures for the report, in lines for the reader."""
 
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
@@ -9,10 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fisherfold.network.layers import kind_of
 from fisherfold.network.targets import Targets
 from fisherfold.run.progress import millions
-
-INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$")
 
 
 def measure_coverage(model: PreTrainedModel, targets: Targets, unknown: Collection[str] = ()) -> dict[str, Any]:
@@ -38,7 +36,7 @@ def measure_coverage(model: PreTrainedModel, targets: Targets, unknown: Collecti
         "targeted_layers": len(targets.layers),
         "dense": _by_reason(model, targets.dense),
         **{part: parts[part] for part in ("embeddings", "stacked_matrices", "other")},
-        **({"unknown_stacks": sorted({INDEX.sub("*", name) for name in unknown})} if unknown else {}),
+        **({"unknown_stacks": sorted({kind_of(name) for name in unknown})} if unknown else {}),
     }
 
 
@@ -64,7 +62,7 @@ def _by_reason(model: nn.Module, dense: Mapping[str, str]) -> list[dict[str, Any
             "reason": reason,
             "layers": len(names),
             "parameters": sum({id(w): w.numel() for w in map(weight, names)}.values()),
-            "names": sorted({INDEX.sub("*", name) for name in names}),
+            "names": sorted({kind_of(name) for name in names}),
         }
         for reason, names in found.items()
     ]

@@ -24,6 +24,15 @@ LAYER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*(\.[A-Za-z0-9_][A-Za-z0-9_\
 PROBE_LENGTH = 8  # tokens of the pass that shows which layers share an input
 
 
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$")
+"""In a module's name: of a block or an expert."""
+
+
+def kind_of(name: str) -> str:
+    """The name of a module with every number in it as ``*``: ``model.layers.*.mlp.up_proj``."""
+    return NUMBER.sub("*", name)
+
+
 @dataclass(frozen=True)
 class LinearLayer:
     """One targeted linear layer.

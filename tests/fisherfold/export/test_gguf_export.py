@@ -29,9 +29,8 @@ def test_it_computes_what_the_dense_export_computes(tmp_path, family, dtype):
     factorize.run(workspace, as_truncated(dtype=dtype, dense_export=True, gguf_export=True))
     out = workspace.out("factorize")
     dense = AutoModelForCausalLM.from_pretrained(out / "dense", dtype=torch.float32)
-    unsaid = (
-        {"query_pre_attn_scalar": 8} if family == "gemma3_text" else {}
-    )  # transformers takes 256, llama.cpp head_dim
+    # which GGUF has no key for: transformers takes 256, llama.cpp head_dim
+    unsaid = {"query_pre_attn_scalar": 8} if family == "gemma3_text" else {}
     again = AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", dtype=torch.float32, **unsaid)
     with torch.no_grad():
         torch.testing.assert_close(again(random_ids(2, 9)).logits, dense(random_ids(2, 9)).logits, atol=1e-6, rtol=1e-5)
