@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +31,18 @@ from llama_cpp_rows import layer_names, quantise, read_layers, write_whole
 from off_grid import Layer, OffGrid, off_grid, same_function
 from transformers import AutoTokenizer, PreTrainedModel
 
+from fisherfold.allocators.corrected import SEQUENCES, groups_of
 from fisherfold.allocators.cost import DENSE, SIXTEENTHS
+from fisherfold.allocators.loss_weights import KINDS, UNWEIGHTED, LossWeights, divergences, foresee, site_weights
 from fisherfold.allocators.widths import UNROUNDED, Option, cheapest_loss, options_of
 from fisherfold.evaluation.losses import compare_tokens
 from fisherfold.evaluation.own_answers import Conversation, conversations
 from fisherfold.export.gauges import gauge, product
 from fisherfold.linalg.factor_rounding import round_inputs_pivoted, round_outputs_pivoted, round_plain
 from fisherfold.linalg.group_grid import GROUP, Rounded, round_nearest
-from fisherfold.linalg.kronecker_rounding import round_under
+from fisherfold.linalg.kronecker_rounding import round_under, rounding_errors
 from fisherfold.linalg.rounding_losses import RoundingUnits, rounding_units
+from fisherfold.run.determinism import seeded_generator
 from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
 
@@ -47,6 +50,7 @@ NF4_BLOCK = 64  # of bitsandbytes
 ANSWERS = 16  # own answers that are compared
 TEXT = 16  # sequences of each text
 STORAGE = "pivoted"
+MEASURED_BITS = 4  # whose cost is measured; of 8 it is a part of 4⁻⁴
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Row:
         whole: no rank is cut, bits alone are shared out.
         nearest: rounded to nearest, not by feedback.
         ranks_of: another row, whose ranks and storage it has; its widths are one.
+        corrected: chosen by what each group of layers was measured to lose, as by allocator `corrected`.
         room_of: another row, of whose bits it takes the share `bits`.
         tool: another than ours, which makes the row alone; of TOOLS.
         mixture: of llama.cpp's quantiser.
@@ -70,6 +75,7 @@ class Row:
     whole: bool = False
     nearest: bool = False
     ranks_of: str | None = None
+    corrected: bool = False
     room_of: str | None = None
     tool: str | None = None
     mixture: str = ""
@@ -109,6 +115,11 @@ ROWS = {
     "ours-q2_k": Row((UNROUNDED, 8, 4), 1.0, room_of="q2_k"),
     "ours-0.6-q4_k_m": Row((UNROUNDED, 8, 4), 0.6, room_of="q4_k_m"),
     "ours-0.6-q4_k_m-all": Row((8, 4, 3, 2), 0.6, room_of="q4_k_m"),
+    "corrected-4.5": Row((UNROUNDED, 8, 4), 4.5, corrected=True),
+    "corrected-q4_k_m": Row((UNROUNDED, 8, 4), 1.0, corrected=True, room_of="q4_k_m"),
+    "corrected-q2_k": Row((UNROUNDED, 8, 4), 1.0, corrected=True, room_of="q2_k"),
+    "corrected-0.6-q4_k_m": Row((UNROUNDED, 8, 4), 0.6, corrected=True, room_of="q4_k_m"),
+    "corrected-0.6-q4_k_m-all": Row((8, 4, 3, 2), 0.6, corrected=True, room_of="q4_k_m"),
 }
 
 
@@ -129,24 +140,67 @@ def kept_units(moved: OffGrid, folder: Path) -> dict[str, dict]:
     return found
 
 
-def plan_row(moved: OffGrid, folder: Path, row: Row) -> dict[str, Option]:
-    """How every layer is kept."""
-    same = plan_row(moved, folder, ROWS[row.ranks_of]) if row.ranks_of else None
-    units = {
+def kept_weights(moved: OffGrid, folder: Path) -> dict[str, LossWeights]:
+    """Measured costs of cutting and of rounding to MEASURED_BITS, as allocator `corrected` of stage `ranks` measures them, in the new coordinates."""
+    path, names, sites = folder / "corrections.json", list(moved.sites), list(moved.sites.values())
+    units, groups = predicted_units(moved, folder), groups_of(sites)
+    foreseen = {
+        row: foresee(moved.sigma[name], np.arange(0, sites[row].full_rank + 1, GROUP), units[name], MEASURED_BITS)
+        for row, name in enumerate(names)
+    }
+    if not path.exists():
+        model, measured = moved.whole(), []
+        tuning = read_sequences(moved.workspace.table("tuning"), model.config.vocab_size)[:SEQUENCES]
+        for rows in groups.values():
+            errors: dict[str, dict] = {kind: {} for kind in KINDS}
+            for row in rows:
+                layer, rank = moved.layer(names[row]), foreseen[row].rank
+                generator = seeded_generator(0, names[row])
+                drawn = rounding_errors(layer.W, MEASURED_BITS, layer.metric.inputs, layer.metric.outputs, generator)
+                for kind, error in zip(KINDS, (layer.left[:, :rank] @ layer.right[:rank] - layer.W, drawn)):
+                    errors[kind][names[row]] = torch.from_numpy(error).float()
+            measured.append(divergences(model, tuning, errors))
+            yield_time()
+        path.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    found = site_weights(groups, foreseen, dict(zip(groups, json.loads(path.read_text(encoding="utf-8")))))
+    return {name: found.of_sites[row] for row, name in enumerate(names)}
+
+
+def predicted_units(moved: OffGrid, folder: Path) -> dict[str, RoundingUnits]:
+    """Predicted losses of rounding, of every layer."""
+    return {
         name: RoundingUnits(float(own["dense"]), own["components"], moved.sigma[name])
         for name, own in kept_units(moved, folder).items()
     }
-    options = []
-    for name, site in moved.sites.items():
-        ranks = np.append(np.arange(0, site.full_rank, GROUP), site.full_rank)
-        ranks = ranks[-1:] if row.whole or row.bits is None else ranks
-        ranks = np.array([same[name].rank]) if same else ranks
-        own = options_of(site, moved.sigma[name], units[name], row.widths, ranks, STORAGE)
-        options.append([option for option in own if not same or option.storage == same[name].storage])
+
+
+def plan_row(moved: OffGrid, folder: Path, row: Row) -> dict[str, Option]:
+    """How every layer is kept."""
+    same = plan_row(moved, folder, ROWS[row.ranks_of]) if row.ranks_of else None
+    weights = kept_weights(moved, folder) if row.corrected else dict.fromkeys(moved.sites, UNWEIGHTED)
+    options = [
+        [option for option in own if not same or is_alike(option, same[name])]
+        for name, own in offered(moved, folder, row, weights).items()
+    ]
     most = sum(max(option.cost for option in own) for own in options)
     bits = row.bits and row.bits * (read_row(folder, row.room_of)["bits"] if row.room_of else 1)
     budget = most if bits is None else int(moved.numbers * bits * SIXTEENTHS / 8)
     return dict(zip(moved.sites, cheapest_loss(options, budget)))
+
+
+def is_alike(one: Option, other: Option) -> bool:
+    """In all but bits."""
+    return (one.rank, one.storage) == (other.rank, other.storage)
+
+
+def offered(moved: OffGrid, folder: Path, row: Row, weights: Mapping[str, LossWeights]) -> dict[str, list[Option]]:
+    """Every option of every layer."""
+    units, found = predicted_units(moved, folder), {}
+    for name, site in moved.sites.items():
+        ranks = np.append(np.arange(0, site.full_rank, GROUP), site.full_rank)
+        ranks = ranks[-1:] if row.whole or (row.bits is None and not row.ranks_of) else ranks
+        found[name] = options_of(site, moved.sigma[name], units[name], row.widths, ranks, STORAGE, weights[name])
+    return found
 
 
 def kept_weight(layer: Layer, option: Option, nearest: bool) -> np.ndarray:
@@ -231,13 +285,18 @@ def rounded_by_plan(moved: OffGrid, folder: Path, name: str) -> Made:
     for _ in kept_layers(moved, folder, plan, row.nearest):
         pass  # before a second model is in memory
     cost = sum(option.cost for option in plan.values())
+    unweighted = offered(moved, folder, row, dict.fromkeys(moved.sites, UNWEIGHTED))
+    losses = {
+        module: next(own.loss for own in unweighted[module] if is_alike(own, option) and own.bits == option.bits)
+        for module, option in plan.items()
+    }
     return kept_layers(moved, folder, plan, row.nearest), {
         "bits": 8 * cost / SIXTEENTHS / moved.numbers,
         "dense_layers": sum(option.storage == DENSE for option in plan.values()),
         "widths": {str(bits): sum(option.bits == bits for option in plan.values()) for bits in row.widths},
-        "predicted": sum(option.loss for option in plan.values()),
-        "layers": {module: [option.rank, option.bits, option.loss] for module, option in plan.items()},
-    }
+        "predicted": sum(losses.values()),
+        "layers": {module: [option.rank, option.bits, losses[module]] for module, option in plan.items()},
+    } | ({"nats": sum(option.loss for option in plan.values()) / 2} if row.corrected else {})
 
 
 def quantised_by_llama_cpp(moved: OffGrid, folder: Path, name: str) -> Made:

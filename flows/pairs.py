@@ -132,10 +132,12 @@ def few_bits(params: Params) -> str | None:
     if not asked:
         return None
     group = importlib.import_module("fisherfold.linalg.group_grid").GROUP
-    if widths and (params.factorize.bits or params.ranks.budget != "model_bytes" or params.ranks.allocator != "fisher"):
+    weighers = importlib.import_module("fisherfold.allocators.loss_weights").WEIGHERS
+    alone = not params.factorize.bits and params.ranks.budget == "model_bytes"
+    if widths and not (alone and params.ranks.allocator in weighers):
         return (
             f"{asked} chooses the bits of every layer by what they cost in bytes: set ranks.budget = 'model_bytes', ranks.allocator = "
-            "'fisher' and factorize.bits = null."
+            f"{' or '.join(map(repr, weighers))} and factorize.bits = null."
         )
     if params.ranks.round_to % group:
         return f"{asked} rounds numbers in groups of {group}, which ranks have to be multiples of: set ranks.round_to = {group}."

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,15 @@ from fisherfold.allocators.dropped_experts import DROPPED
 from fisherfold.allocators.expert_classes import into_classes
 from fisherfold.allocators.format_price import format_price, price_line
 from fisherfold.allocators.limits import Limits, matches
+from fisherfold.allocators.loss_weights import KINDS, WEIGHERS
 from fisherfold.allocators.rivals import Rival, rivals, rivals_line
 from fisherfold.allocators.widths import as_choice, cheapest_loss, options_of
+from fisherfold.linalg.kronecker_rounding import rounding_errors
 from fisherfold.linalg.rounding_losses import RoundingUnits, rounding_units
 from fisherfold.network.layers import DENSE_FILE, LinearLayer, read_dense_layers, read_layers
 from fisherfold.network.models import read_weight
 from fisherfold.network.sites import Site, read_facts, read_sites
+from fisherfold.run.determinism import seeded_generator
 from fisherfold.run.errors import CorruptArtifact, NumericalError
 from fisherfold.run.files import digest_file, verify_output
 from fisherfold.run.long_tables import module_rows
@@ -137,13 +140,17 @@ def choose_widths(
     seen = {site.name: (site, sigma) for site, sigma in zip(task.sites, task.spectra) if site.name not in blind}
     units = {name: (workspace.model, outs, site, sigma.tolist()) for name, (site, sigma) in seen.items()}
     folders = scratch.map("predicting losses of rounding", predict_rounding, units)
+    losses = [
+        read_units(folders[site.name], sigma) if site.name in folders else None
+        for site, sigma in zip(task.sites, task.spectra)
+    ]
+    weights = WEIGHERS.lookup(params.allocator)(task, losses, DrawnErrors(workspace.model, tuple(outs)))
     unrounded = 8 * budget.unit.weight
     options = []
-    for site, sigma, allowed in zip(task.sites, task.spectra, task.allowed):
-        folder = folders.get(site.name)
-        losses = read_units(folder, sigma) if folder else RoundingUnits(0.0, np.zeros_like(sigma), sigma)
-        widths = (unrounded, *params.widths) if folder else (unrounded,)
-        options.append(options_of(site, sigma, losses, widths, np.flatnonzero(allowed), params.storage))
+    for site, sigma, allowed, own, weight in zip(task.sites, task.spectra, task.allowed, losses, weights):
+        widths = (unrounded, *params.widths) if own else (unrounded,)
+        own = own or RoundingUnits(0.0, np.zeros_like(sigma), sigma)
+        options.append(options_of(site, sigma, own, widths, np.flatnonzero(allowed), params.storage, weight))
     sixteenths = task.budget * SIXTEENTHS
     least = -(-sum(min(option.cost for option in own) for own in options) // SIXTEENTHS)
     if least > task.budget:
@@ -168,6 +175,27 @@ def predict_rounding(folder: Path, model: Path, outs: Sequence[Path], site: Site
     )
     text = json.dumps({"dense": found.dense, "components": found.components.tolist()})
     (folder / "units.json").write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class DrawnErrors:
+    """What a cut and a rounding change in the weight of one site, the latter drawn; see ``fisherfold.allocators.loss_weights``.
+
+    Attributes:
+        model: the prepared one.
+        outs: of stages capture, kronecker and subspace.
+    """
+
+    model: Path
+    outs: tuple[Path, ...]
+
+    def __call__(self, site: Site, rank: int, bits: int) -> dict[str, np.ndarray]:
+        """E [n, m] by KINDS."""
+        (layer,) = site.layers
+        (left,), right = site.read_basis(self.outs[-1] / "bases", rank)
+        W, metric = read_weight(self.model, layer).double().numpy(), DampedMetrics(*self.outs).of(layer)
+        drawn = rounding_errors(W, bits, metric.inputs, metric.outputs, seeded_generator(0, site.name))
+        return dict(zip(KINDS, ((left.double() @ right.double()).numpy() - W, drawn)))
 
 
 def read_units(folder: Path, sigma: np.ndarray) -> RoundingUnits:

@@ -2,9 +2,9 @@
 
 A site may have any of some ranks, in 16 bits or in any of some widths, in any format of its storage; full rank is the dense weight. An option costs its bytes and loses
 
-    Σ_{i >= r} σ_i² (truncation)  +  the predicted loss of rounding (``fisherfold.linalg.rounding_losses``),
+    w_t Σ_{i >= r} σ_i² (truncation)  +  w_r times the predicted loss of rounding (``fisherfold.linalg.rounding_losses``),
 
-both in the unit of the metric, so that the least sum under the budget is one Lagrangian problem (``fisherfold.linalg.knapsack``).
+both in the unit of the metric where the weights w are 1, in nats where they are measured (``loss_weights``), so that the least sum under the budget is one Lagrangian problem (``fisherfold.linalg.knapsack``).
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fisherfold.allocators.cost import ALLOWED_FORMATS, DENSE, FORMATS, SIXTEENTHS, Choice, Unit, is_rounded, unit_of
+from fisherfold.allocators.loss_weights import UNWEIGHTED, LossWeights
 from fisherfold.linalg import knapsack
 from fisherfold.linalg.knapsack import Knapsack
 from fisherfold.linalg.rounding_losses import RoundingUnits
@@ -36,24 +37,34 @@ class Option:
 
 
 def options_of(
-    site: Site, sigma: np.ndarray, units: RoundingUnits, widths: Sequence[int], ranks: np.ndarray, storage: str
+    site: Site,
+    sigma: np.ndarray,
+    units: RoundingUnits,
+    widths: Sequence[int],
+    ranks: np.ndarray,
+    storage: str,
+    weights: LossWeights = UNWEIGHTED,
 ) -> list[Option]:
     """Every option of a site; `ranks` are those it may have, multiples of GROUP below its full rank, and perhaps this."""
-    truncation = np.append(np.cumsum(np.square(sigma)[::-1])[::-1], 0.0)
-    return [option for bits in widths for option in _options(site, ranks, bits, truncation, units, storage)]
+    truncation = weights.truncation * np.append(np.cumsum(np.square(sigma)[::-1])[::-1], 0.0)
+    return [
+        option
+        for bits in widths
+        for option in _options(site, ranks, bits, truncation, weights.rounding * is_rounded(bits), units, storage)
+    ]
 
 
 def _options(
-    site: Site, ranks: np.ndarray, bits: int, truncation: np.ndarray, units: RoundingUnits, storage: str
+    site: Site, ranks: np.ndarray, bits: int, truncation: np.ndarray, weight: float, units: RoundingUnits, storage: str
 ) -> Iterator[Option]:
     """Every rank of a width in every format: plain factors take more bytes and round better; one that outgrows the matrix in as many bits is dense."""
-    unit, rounded = unit_of(bits), is_rounded(bits)
-    shape = SHAPE_BYTES * SIXTEENTHS if rounded else 0
+    unit = unit_of(bits)
+    shape = SHAPE_BYTES * SIXTEENTHS if is_rounded(bits) else 0
     dense = site.dense_numbers * unit.weight + shape
-    whole = Option(site.full_rank, DENSE, bits, dense, units.of_dense(bits) if rounded else 0.0)
+    whole = Option(site.full_rank, DENSE, bits, dense, weight * units.of_dense(bits))
     for name in ALLOWED_FORMATS[storage]:
         costs = FORMATS.lookup(name)(site, ranks).priced(unit) + 2 * shape * (ranks > 0)
-        losses = truncation + rounded * (units.of_plain(bits) if name == "factors" else units.of_pivoted(bits))
+        losses = truncation + weight * (units.of_plain(bits) if name == "factors" else units.of_pivoted(bits))
         for rank, cost in zip(ranks.tolist(), costs.tolist(), strict=True):
             if rank == site.full_rank or cost >= dense:
                 yield whole

@@ -19,7 +19,8 @@ Shapes: W, E [n, m]; A [m, m], B [n, n], positive definite up to rounding. Every
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import cholesky
+import torch
+from scipy.linalg import cholesky, solve_triangular
 
 from fisherfold.linalg.group_grid import Grid, Rounded, fit_grid, nearest_codes
 
@@ -73,6 +74,19 @@ def round_under(values: np.ndarray, bits: int, inputs: Side, outputs: Side) -> R
     codes = np.empty(values.shape, np.int8)
     codes[ordered] = _Feedback(values[ordered], grid.steps[ordered], bits, inputs.spread, outputs.spread).codes()
     return Rounded(grid, codes)
+
+
+def rounding_errors(
+    values: np.ndarray, bits: int, inputs: Side, outputs: Side, generator: torch.Generator
+) -> np.ndarray:
+    """E [n, m] as `round_under` leaves it, drawn instead of made, which takes two triangular solves: η uniform in a step, E = S_B⁻ᵀ η S_A⁻¹."""
+    ordered = np.ix_(outputs.order, inputs.order)
+    steps = fit_grid(values, bits, inputs.weights).steps[ordered]
+    drawn = torch.rand(values.shape, generator=generator, dtype=torch.float64).numpy() - 0.5
+    along = solve_triangular(outputs.spread, steps * drawn, trans="T", unit_diagonal=True)
+    errors = np.empty_like(values)
+    errors[ordered] = solve_triangular(inputs.spread, along.T, trans="T", unit_diagonal=True).T
+    return errors
 
 
 class _Feedback:

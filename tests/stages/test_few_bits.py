@@ -14,12 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fisherfold.export.multiplied_out import export
 from fisherfold.export.packed import matrices, pack, packed_tensors, unpacked
 from fisherfold.linalg.group_grid import round_nearest
+from fisherfold.network.divergence import divergence
 from fisherfold.network.layers import find_layers, write_dense_layers, write_layers
 from fisherfold.network.models import load_model
 from fisherfold.run.errors import ParameterError
 from fisherfold.run.params import KroneckerParams, PrepareParams, RanksParams
 from fisherfold.run.scratch import Scratch
-from fisherfold.run.tables import write_sequences
+from fisherfold.run.tables import read_sequences, write_sequences
 from fisherfold.run.workspace import Workspace
 from stages import factorize, ranks
 
@@ -117,6 +118,40 @@ def test_ranks_and_bits_are_chosen_together_and_kept_to_the_byte(tmp_path):
         assert model(random_ids(2, 9)).logits.isfinite().all()
     assert losses[0] < losses[1]
     assert len(kept) > 1
+
+
+def test_losses_of_either_kind_are_measured_by_group_and_weigh_in_the_choice(tmp_path, monkeypatch):
+    """`corrected`: what a model says whose weights have the errors; predicted losses are then in nats, and the bytes are kept to."""
+    workspace = workspace_of(tmp_path)
+    params = RanksParams(
+        ratio=0.6, budget="model_bytes", widths=(8, 4), round_to=32, storage="factors", allocator="corrected"
+    )
+    drawn, draw = {}, ranks.DrawnErrors.__call__
+
+    def keep(self, site, rank, bits):
+        drawn[site.name] = rank, draw(self, site, rank, bits)
+        return drawn[site.name][1]
+
+    monkeypatch.setattr(ranks.DrawnErrors, "__call__", keep)
+    ranks.run(workspace, params)
+    table = pq.read_table(workspace.out("ranks") / "corrections.parquet").to_pylist()
+    assert len(table) == 2 * 7
+    dense = load_model(workspace.model, torch.float32)
+    ids = read_sequences(workspace.table("tuning"), VOCABULARY)
+    for row in table:
+        name = row["kind"].replace("*", "0")
+        changed = load_model(workspace.model, torch.float32)
+        weight = changed.get_submodule(name).weight.data
+        weight += torch.from_numpy(drawn[name][1][row["error"]]).float()
+        expected = divergence(dense(ids).logits, changed(ids).logits).mean().item()
+        assert row["measured"] == pytest.approx(expected, rel=0.05, abs=1e-7)
+        assert drawn[name][0] < min(weight.shape) or row["error"] == "rounding"
+    (weight,) = {row["weight"] for row in table if row["kind"].endswith("up_proj") and row["error"] == "rounding"}
+    budget = json.loads((workspace.out("ranks") / "budget.json").read_text())
+    assert budget["spent"] <= budget["budget"]
+    rounded = sum(row["measured"] for row in table if row["error"] == "rounding")
+    (four,) = [rival["loss"] for rival in budget["rivals"] if rival["bits"] == 4]
+    assert weight > 0 and four == pytest.approx(rounded, rel=0.01)
 
 
 def test_ranks_that_may_not_be_cut_get_few_bits(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fisherfold.allocators.cost import DENSE, unit_of
+from fisherfold.allocators.loss_weights import UNWEIGHTED, LossWeights, weights_of
 from fisherfold.allocators.widths import UNROUNDED, cheapest_loss, options_of
 from fisherfold.linalg.factor_rounding import LayerMetric, round_plain
 from fisherfold.linalg.group_grid import GROUP, stored_bytes
@@ -35,10 +36,10 @@ def site(name: str) -> Site:
     return Site(name, (LinearLayer(name, N, M, False, False, name),))
 
 
-def options(seed: int, storage: str = "pivoted"):
+def options(seed: int, weights: LossWeights = UNWEIGHTED, storage: str = "pivoted"):
     W, left, right, sigma, metric = layer(seed)
     units = rounding_units(W, left, right, sigma, metric.inputs, metric.outputs)
-    return options_of(site(f"l{seed}"), sigma, units, WIDTHS, np.arange(0, M + 1, GROUP), storage)
+    return options_of(site(f"l{seed}"), sigma, units, WIDTHS, np.arange(0, M + 1, GROUP), storage, weights)
 
 
 def test_the_knapsack_finds_the_best_of_all_combinations():
@@ -108,3 +109,18 @@ def test_an_option_loses_what_is_cut_and_what_is_rounded():
         rounded = of_ranks(option.bits)[option.rank] if of_ranks else units.of_dense(option.bits)
         assert option.loss == pytest.approx(cut + (0.0 if option.bits == UNROUNDED else rounded))
     assert {option.storage for option in options(0)} >= {DENSE, "pivoted"}
+
+
+def test_weights_count_what_is_cut_and_what_is_rounded_for_more():
+    plain, weighted = options(0), options(0, LossWeights(3.0, 7.0))
+    sigma = layer(0)[3]
+    for one, other in zip(plain, weighted, strict=True):
+        cut = float(np.sum(sigma[one.rank :] ** 2))
+        assert other.loss == pytest.approx(3 * cut + 7 * (one.loss - cut))
+
+
+def test_weights_are_measured_over_predicted_within_bounds():
+    a, b, c = ("a", 0), ("b", 0), ("c", 0)
+    assert weights_of({a: 1.0, b: 3.0, c: 0.0}, {a: 2.0, b: 2.0, c: 5.0}) == pytest.approx({a: 2, b: 2 / 3, c: 1})
+    assert weights_of({a: 1.0, b: 1e6}, {a: 1e6, b: 1.0}) == pytest.approx({a: 32, b: 1 / 32}, rel=1e-4)
+    assert weights_of({a: 1.0}, {a: 0.0}) == {a: 1.0}

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from fisherfold.linalg.group_grid import GROUP, Rounded, fit_grid, round_nearest, stored_bytes
-from fisherfold.linalg.kronecker_rounding import BLOCK, expected_loss, kronecker_loss, round_under, side_of
+from fisherfold.linalg.kronecker_rounding import (
+    BLOCK,
+    expected_loss,
+    kronecker_loss,
+    round_under,
+    rounding_errors,
+    side_of,
+)
 
 
 def metric(size: int, seed: int) -> np.ndarray:
@@ -110,6 +117,21 @@ def test_the_expected_loss_is_that_of_many_numbers():
     rounded = round_under(W, 8, inputs, outputs)
     loss = kronecker_loss(rounded.values - W, A, B)
     assert loss == pytest.approx(expected_loss(rounded.grid, inputs, outputs), rel=0.15)
+
+
+def test_drawn_errors_are_those_of_rounding_on_average():
+    """Their loss, and how it is spread over directions: η of both has the same mean square in every row and column."""
+    W, A, B = problem(96, 128)
+    inputs, outputs = side_of(A, 128), side_of(B, 96)
+    made = round_under(W, 4, inputs, outputs).values - W
+    several = [rounding_errors(W, 4, inputs, outputs, torch.Generator().manual_seed(seed)) for seed in range(8)]
+    expected = expected_loss(fit_grid(W, 4, inputs.weights), inputs, outputs)
+    assert np.mean([kronecker_loss(E, A, B) for E in several]) == pytest.approx(expected, rel=0.02)
+    root_A, root_B = np.linalg.cholesky(A), np.linalg.cholesky(B)
+    for axis in (0, 1):
+        own = np.square(root_B.T @ made @ root_A).mean(axis)
+        drawn = np.mean([np.square(root_B.T @ E @ root_A).mean(axis) for E in several], axis=0)
+        assert np.corrcoef(np.log(own), np.log(drawn))[0, 1] > 0.5
 
 
 def test_a_grid_is_no_worse_than_the_widest_and_storable():

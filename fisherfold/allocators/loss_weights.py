@@ -1,0 +1,208 @@
+"""What errors of truncation and of rounding are measured to cost, group of layers by group, for the knapsack over bytes (``widths``).
+
+    w_g = KL(p ‖ p_g) / ½ Σ_{l in g} tr(B_l E_l A_l E_lᵀ)
+
+p is what the dense model predicts on tuning sequences, p_g what it predicts with errors E_l in the layers of one group g alone (``corrected.groups_of``): those
+of truncation, at the highest rank at which that is predicted to lose as much as rounding to the fewest bits; then
+those that such a rounding leaves, drawn and not made. With both weights of every group the loss of an option is in nats a token, and a cut can be compared to a rounding.
+
+A metric is wrong by group and by kind of error: it sums a few huge activations that the next norm levels out, so that layers which read them seem to lose
+ten times what they do, and it is of the dense model, whose nearly settled softmax it takes for one that no cut of a query will unsettle.
+
+Shapes: L sites, W and E [n, m] of a layer.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from fisherfold.allocators.allocation import Allocation
+from fisherfold.allocators.corrected import SEQUENCES, Group, groups_of
+from fisherfold.allocators.fermi_descent import Softened, softened_model
+from fisherfold.linalg.rounding_losses import RoundingUnits
+from fisherfold.network.divergence import divergence
+from fisherfold.network.layers import removed
+from fisherfold.network.sites import Site
+from fisherfold.run.errors import NumericalError
+from fisherfold.run.registry import Registry
+
+MOST = 32.0  # how many times the weight of all groups together, or what part of it, that of one may be
+MEASURED = "measured.json"
+KINDS = ("truncation", "rounding")
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What a site's predicted losses are multiplied by."""
+
+    truncation: float = 1.0
+    rounding: float = 1.0
+
+
+UNWEIGHTED = LossWeights()
+Drawing = Callable[[Site, int, int], Mapping[str, np.ndarray]]
+"""(site, rank, bits) -> E of its weight by KINDS, cut to the rank and rounded to the bits; can be pickled."""
+Weigher = Callable[[Allocation, Sequence[RoundingUnits | None], Drawing], list[LossWeights]]
+"""(allocation, what rounding each site is predicted to lose, errors) -> weights [L]; None: a site that is not rounded."""
+WEIGHERS: Registry[Weigher] = Registry("ranks.allocator")
+
+
+@WEIGHERS.register("fisher")
+def as_predicted(allocation: Allocation, units: Sequence[RoundingUnits | None], draw: Drawing) -> list[LossWeights]:
+    """Losses as the metric predicts them."""
+    return [UNWEIGHTED] * len(allocation.sites)
+
+
+@WEIGHERS.register("corrected")
+def as_measured(allocation: Allocation, units: Sequence[RoundingUnits | None], draw: Drawing) -> list[LossWeights]:
+    """See the module. ``allocation.tables["corrections"]``: kind, part, error, predicted (½ Σ), measured (nats a token), weight.
+
+    Raises:
+        NumericalError: a divergence is not finite; names the group.
+    """
+    bits = min(allocation.params.widths)
+    foreseen = {
+        row: foresee(allocation.spectra[row], np.flatnonzero(allocation.allowed[row]), own, bits)
+        for row, own in enumerate(units)
+        if own is not None
+    }
+    groups = {
+        group: seen
+        for group, rows in groups_of(allocation.sites).items()
+        if (seen := [row for row in rows if row in foreseen])
+    }
+    measured = measure_groups(allocation, groups, {row: own.rank for row, own in foreseen.items()}, bits, draw)
+    found = site_weights(groups, foreseen, measured)
+    allocation.tables["corrections"] = pa.Table.from_pylist(found.table)
+    return [found.of_sites.get(row, UNWEIGHTED) for row in range(len(allocation.sites))]
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """The rank that a site is cut to when it is measured, and what is predicted to be lost by KINDS."""
+
+    rank: int
+    losses: dict[str, float]
+
+
+def foresee(sigma: np.ndarray, ranks: np.ndarray, units: RoundingUnits, bits: int) -> Foreseen:
+    """Of a site that may have `ranks`: the highest at which it loses what rounding to `bits` does; the lowest, if it always loses less."""
+    lost, rounded = np.append(np.cumsum(np.square(sigma)[::-1])[::-1], 0.0), units.of_dense(bits)
+    enough = ranks[lost[ranks] >= rounded]
+    rank = int(enough[-1] if len(enough) else ranks[0])
+    return Foreseen(rank, dict(zip(KINDS, (float(lost[rank]), rounded))))
+
+
+class SiteWeights(NamedTuple):
+    """The weights of every site that was measured, and how they were found, a row a group and kind of error."""
+
+    of_sites: dict[int, LossWeights]
+    table: list[dict[str, Any]]
+
+
+def site_weights(
+    groups: Mapping[Group, Sequence[int]],
+    foreseen: Mapping[int, Foreseen],
+    measured: Mapping[Group, Mapping[str, float]],
+) -> SiteWeights:
+    """From the sites of each group, what was predicted of each, and what was measured of the group by KINDS."""
+    predicted, weights = {}, {}
+    for kind in KINDS:
+        predicted[kind] = {
+            group: 0.5 * sum(foreseen[site].losses[kind] for site in own) for group, own in groups.items()
+        }
+        weights[kind] = weights_of(predicted[kind], {group: found[kind] for group, found in measured.items()})
+    table = [
+        {"kind": group[0], "part": group[1], "error": kind, "predicted": predicted[kind][group]}
+        | {"measured": measured[group][kind], "weight": weights[kind][group]}
+        for kind in KINDS
+        for group in groups
+    ]
+    of_groups = {group: LossWeights(*(weights[kind][group] for kind in KINDS)) for group in groups}
+    return SiteWeights({site: of_groups[group] for group, own in groups.items() for site in own}, table)
+
+
+def weights_of(predicted: Mapping[Group, float], measured: Mapping[Group, float]) -> dict[Group, float]:
+    """w of every group, held within MOST of that of all groups together, which those have that nothing is predicted of."""
+    foreseen = sum(predicted.values())
+    together = sum(measured[group] for group in predicted if predicted[group] > 0) / (foreseen or 1.0)
+    if together <= 0:
+        return dict.fromkeys(predicted, 1.0)
+    own = {group: measured[group] / loss if loss > 0 else together for group, loss in predicted.items()}
+    return {group: float(np.clip(weight, together / MOST, together * MOST)) for group, weight in own.items()}
+
+
+def measure_groups(
+    allocation: Allocation, groups: Mapping[Group, Sequence[int]], ranks: Mapping[int, int], bits: int, draw: Drawing
+) -> dict[Group, dict[str, float]]:
+    """The divergence by either kind of errors in nats a token, of every group; a group is a restartable unit.
+
+    Raises:
+        NumericalError: one is not finite.
+    """
+    scratch, workspace = allocation.scratch, allocation.workspace
+    assert scratch is not None and workspace is not None
+    plain = Softened(workspace, allocation.params.measured.dtype, ())
+    units = {
+        f"group-{number}": (plain, [(allocation.sites[row], ranks[row]) for row in rows], bits, draw)
+        for number, rows in enumerate(groups.values())
+    }
+    folders = scratch.map("measuring groups of layers", measure_group, units)
+    measured = [json.loads((folder / MEASURED).read_text(encoding="utf-8")) for folder in folders.values()]
+    for group, found in zip(groups, measured, strict=True):
+        for kind in KINDS:
+            if found[kind] is None:
+                raise NumericalError(
+                    f"Stage 'ranks', corrected: with errors of {kind} in {group[0]} alone, part {group[1] + 1} of the depth, what the model predicts "
+                    "is not finite. Set ranks.measured.dtype to float32, or use allocator 'fisher'."
+                )
+    return dict(zip(groups, measured, strict=True))
+
+
+def measure_group(folder: Path, plain: Softened, sites: Sequence[tuple[Site, int]], bits: int, draw: Drawing) -> None:
+    """Unit of work: the divergence by either kind of errors of some sites, together; null if not finite."""
+    model, _, _, table = softened_model(plain)
+    errors: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in KINDS}
+    for site, rank in sites:
+        for kind, error in draw(site, rank, bits).items():
+            errors[kind][site.layers[0].name] = torch.from_numpy(error).float()
+    found = divergences(model, table[:SEQUENCES], errors)
+    finite = {kind: value if np.isfinite(value) else None for kind, value in found.items()}
+    (folder / MEASURED).write_text(json.dumps(finite), encoding="utf-8")
+
+
+@torch.inference_mode()
+def divergences(
+    model: nn.Module, sequences: torch.Tensor, errors: Mapping[str, Mapping[str, torch.Tensor]]
+) -> dict[str, float]:
+    """KL(p ‖ p̂) in nats a token over sequences [S, T], p̂ with every set of errors of layers in its turn; by the set's name."""
+    totals = dict.fromkeys(errors, 0.0)
+    for ids in sequences.split(1):
+        ids = ids.to(next(model.parameters()).device)
+        dense = model(input_ids=ids, use_cache=False).logits
+        for name, own in errors.items():
+            with with_errors(model, own):
+                totals[name] += float(divergence(dense, model(input_ids=ids, use_cache=False).logits).mean())
+    return {name: total / len(sequences) for name, total in totals.items()}
+
+
+@contextmanager
+def with_errors(model: nn.Module, errors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, a layer named in `errors` gives y + x Eᵀ, whether its weight is in memory now or only when it runs."""
+
+    def add(error: torch.Tensor) -> Callable[..., torch.Tensor]:
+        def after(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            return output + nn.functional.linear(inputs[0], error.to(inputs[0]))
+
+        return after
+
+    with removed(model.get_submodule(name).register_forward_hook(add(error)) for name, error in errors.items()):
+        yield
