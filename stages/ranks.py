@@ -179,7 +179,7 @@ def predict_rounding(folder: Path, model: Path, outs: Sequence[Path], site: Site
 
 @dataclass(frozen=True)
 class DrawnErrors:
-    """What a cut and a rounding change in the weight of one site, the latter drawn; see ``fisherfold.allocators.loss_weights``.
+    """What two cuts and a rounding change in the weight of one site, the latter drawn; see ``fisherfold.allocators.loss_weights``.
 
     Attributes:
         model: the prepared one.
@@ -189,13 +189,14 @@ class DrawnErrors:
     model: Path
     outs: tuple[Path, ...]
 
-    def __call__(self, site: Site, rank: int, bits: int) -> dict[str, np.ndarray]:
+    def __call__(self, site: Site, ranks: Sequence[int], bits: int) -> dict[str, np.ndarray]:
         """E [n, m] by KINDS."""
         (layer,) = site.layers
-        (left,), right = site.read_basis(self.outs[-1] / "bases", rank)
+        (left,), right = site.read_basis(self.outs[-1] / "bases")
         W, metric = read_weight(self.model, layer).double().numpy(), DampedMetrics(*self.outs).of(layer)
+        cut = [(left[:, :rank].double() @ right[:rank].double()).numpy() - W for rank in ranks]
         drawn = rounding_errors(W, bits, metric.inputs, metric.outputs, seeded_generator(0, site.name))
-        return dict(zip(KINDS, ((left.double() @ right.double()).numpy() - W, drawn)))
+        return dict(zip(KINDS, (*cut, drawn)))
 
 
 def read_units(folder: Path, sigma: np.ndarray) -> RoundingUnits:

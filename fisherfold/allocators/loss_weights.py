@@ -1,13 +1,13 @@
-"""What errors of truncation and of rounding are measured to cost, group of layers by group, for the knapsack over bytes (``widths``).
+"""What cuts and roundings are measured to cost, group of layers by group, for the knapsack over bytes (``widths``).
 
-    w_g = KL(p ‖ p_g) / ½ Σ_{l in g} tr(B_l E_l A_l E_lᵀ)
+    KL(p ‖ p_g) ≈ ½ Σ_{l in g} w_g τ_l (t_l / τ_l)^b_g   of truncation,     ½ Σ_{l in g} v_g ρ_l   of rounding
 
-p is what the dense model predicts on tuning sequences, p_g what it predicts with errors E_l in the layers of one group g alone (``corrected.groups_of``): those
-of truncation, at the highest rank at which that is predicted to lose as much as rounding to the fewest bits; then
-those that such a rounding leaves, drawn and not made. With both weights of every group the loss of an option is in nats a token, and a cut can be compared to a rounding.
+t_l = Σ_{i>r} σ_i² and ρ_l are what the metric predicts. p is what the dense model predicts on tuning sequences, p_g what it predicts with errors in the layers of one
+group g alone (``corrected.groups_of``): those of a shallow cut, at the highest rank at which t_l is at least ρ_l of the fewest bits, which is τ_l; of a deep one,
+DEEP times that; and those that rounding to the fewest bits leaves, drawn and not made. Every loss is then in nats a token, so that a cut can be compared to a rounding.
 
-A metric is wrong by group and by kind of error: it sums a few huge activations that the next norm levels out, so that layers which read them seem to lose
-ten times what they do, and it is of the dense model, whose nearly settled softmax it takes for one that no cut of a query will unsettle.
+A metric is wrong by group, by kind of error and by depth: it sums a few huge activations that the next norm levels out, so that layers which read them
+seem to lose ten times what they do, and it is of the dense model, whose nearly settled softmax it takes for one that no cut of a query will unsettle.
 
 Shapes: L sites, W and E [n, m] of a layer.
 """
@@ -36,20 +36,28 @@ from fisherfold.run.registry import Registry
 
 MOST = 32.0  # how many times the weight of all groups together, or what part of it, that of one may be
 MEASURED = "measured.json"
-KINDS = ("truncation", "rounding")
+KINDS = ("shallow cut", "deep cut", "rounding")
+DEEP = 8.0  # what a deep cut is predicted to lose by what a shallow one is
+STEEPEST = 3.0  # power of a group's losses
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What a site's predicted losses are multiplied by."""
+    """How predicted losses of a site become measured ones: w τ (t / τ)^b of truncation, v ρ of rounding."""
 
     truncation: float = 1.0
     rounding: float = 1.0
+    power: float = 1.0
+    shallow: float = 1.0
+
+    def of_truncation(self, lost: np.ndarray) -> np.ndarray:
+        """Of every t."""
+        return self.truncation * self.shallow * (lost / self.shallow) ** self.power
 
 
 UNWEIGHTED = LossWeights()
-Drawing = Callable[[Site, int, int], Mapping[str, np.ndarray]]
-"""(site, rank, bits) -> E of its weight by KINDS, cut to the rank and rounded to the bits; can be pickled."""
+Drawing = Callable[[Site, Sequence[int], int], Mapping[str, np.ndarray]]
+"""(site, ranks, bits) -> E of its weight by KINDS, cut to a shallow and to a deep rank, and rounded to the bits; can be pickled."""
 Weigher = Callable[[Allocation, Sequence[RoundingUnits | None], Drawing], list[LossWeights]]
 """(allocation, what rounding each site is predicted to lose, errors) -> weights [L]; None: a site that is not rounded."""
 WEIGHERS: Registry[Weigher] = Registry("ranks.allocator")
@@ -79,7 +87,7 @@ def as_measured(allocation: Allocation, units: Sequence[RoundingUnits | None], d
         for group, rows in groups_of(allocation.sites).items()
         if (seen := [row for row in rows if row in foreseen])
     }
-    measured = measure_groups(allocation, groups, {row: own.rank for row, own in foreseen.items()}, bits, draw)
+    measured = measure_groups(allocation, groups, {row: own.ranks for row, own in foreseen.items()}, bits, draw)
     found = site_weights(groups, foreseen, measured)
     allocation.tables["corrections"] = pa.Table.from_pylist(found.table)
     return [found.of_sites.get(row, UNWEIGHTED) for row in range(len(allocation.sites))]
@@ -87,18 +95,23 @@ def as_measured(allocation: Allocation, units: Sequence[RoundingUnits | None], d
 
 @dataclass(frozen=True)
 class Foreseen:
-    """The rank that a site is cut to when it is measured, and what is predicted to be lost by KINDS."""
+    """The ranks that a site is cut to when it is measured, a shallow and a deep one, and what is predicted to be lost by KINDS."""
 
-    rank: int
+    ranks: tuple[int, int]
     losses: dict[str, float]
 
 
 def foresee(sigma: np.ndarray, ranks: np.ndarray, units: RoundingUnits, bits: int) -> Foreseen:
-    """Of a site that may have `ranks`: the highest at which it loses what rounding to `bits` does; the lowest, if it always loses less."""
+    """Of a site that may have `ranks`: the highest at which it loses what rounding to `bits` does, or DEEP times that; the lowest, if it always loses less."""
     lost, rounded = np.append(np.cumsum(np.square(sigma)[::-1])[::-1], 0.0), units.of_dense(bits)
-    enough = ranks[lost[ranks] >= rounded]
-    rank = int(enough[-1] if len(enough) else ranks[0])
-    return Foreseen(rank, dict(zip(KINDS, (float(lost[rank]), rounded))))
+
+    def highest(least: float) -> int:
+        enough = ranks[lost[ranks] >= least]
+        return int(enough[-1] if len(enough) else ranks[0])
+
+    shallow = highest(rounded)
+    deep = highest(DEEP * lost[shallow])
+    return Foreseen((shallow, deep), dict(zip(KINDS, (float(lost[shallow]), float(lost[deep]), rounded))))
 
 
 class SiteWeights(NamedTuple):
@@ -126,8 +139,24 @@ def site_weights(
         for kind in KINDS
         for group in groups
     ]
-    of_groups = {group: LossWeights(*(weights[kind][group] for kind in KINDS)) for group in groups}
-    return SiteWeights({site: of_groups[group] for group, own in groups.items() for site in own}, table)
+    shallow, deep, rounding = KINDS
+    of_sites = {}
+    for group, own in groups.items():
+        power = power_of(
+            predicted[deep][group] / (predicted[shallow][group] or 1.0),
+            weights[deep][group] / weights[shallow][group],
+        )
+        for site in own:
+            least = foreseen[site].losses[shallow] or 1.0
+            of_sites[site] = LossWeights(weights[shallow][group], weights[rounding][group], power, least)
+    return SiteWeights(of_sites, table)
+
+
+def power_of(deeper: float, steeper: float) -> float:
+    """b where losses that are predicted `deeper` times as high have `steeper` times the weight: 1 + log steeper / log deeper, within 1 and STEEPEST."""
+    if deeper <= 1:
+        return 1.0
+    return float(np.clip(1 + np.log(steeper) / np.log(deeper), 1.0, STEEPEST))
 
 
 def weights_of(predicted: Mapping[Group, float], measured: Mapping[Group, float]) -> dict[Group, float]:
@@ -141,9 +170,13 @@ def weights_of(predicted: Mapping[Group, float], measured: Mapping[Group, float]
 
 
 def measure_groups(
-    allocation: Allocation, groups: Mapping[Group, Sequence[int]], ranks: Mapping[int, int], bits: int, draw: Drawing
+    allocation: Allocation,
+    groups: Mapping[Group, Sequence[int]],
+    ranks: Mapping[int, Sequence[int]],
+    bits: int,
+    draw: Drawing,
 ) -> dict[Group, dict[str, float]]:
-    """The divergence by either kind of errors in nats a token, of every group; a group is a restartable unit.
+    """The divergence by every kind of errors in nats a token, of every group; a group is a restartable unit.
 
     Raises:
         NumericalError: one is not finite.
@@ -161,18 +194,20 @@ def measure_groups(
         for kind in KINDS:
             if found[kind] is None:
                 raise NumericalError(
-                    f"Stage 'ranks', corrected: with errors of {kind} in {group[0]} alone, part {group[1] + 1} of the depth, what the model predicts "
+                    f"Stage 'ranks', corrected: with the errors of a {kind} in {group[0]} alone, part {group[1] + 1} of the depth, what the model predicts "
                     "is not finite. Set ranks.measured.dtype to float32, or use allocator 'fisher'."
                 )
     return dict(zip(groups, measured, strict=True))
 
 
-def measure_group(folder: Path, plain: Softened, sites: Sequence[tuple[Site, int]], bits: int, draw: Drawing) -> None:
-    """Unit of work: the divergence by either kind of errors of some sites, together; null if not finite."""
+def measure_group(
+    folder: Path, plain: Softened, sites: Sequence[tuple[Site, Sequence[int]]], bits: int, draw: Drawing
+) -> None:
+    """Unit of work: the divergence by every kind of errors of some sites, together; null if not finite."""
     model, _, _, table = softened_model(plain)
     errors: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in KINDS}
-    for site, rank in sites:
-        for kind, error in draw(site, rank, bits).items():
+    for site, ranks in sites:
+        for kind, error in draw(site, ranks, bits).items():
             errors[kind][site.layers[0].name] = torch.from_numpy(error).float()
     found = divergences(model, table[:SEQUENCES], errors)
     finite = {kind: value if np.isfinite(value) else None for kind, value in found.items()}

@@ -2,9 +2,9 @@
 
 A site may have any of some ranks, in 16 bits or in any of some widths, in any format of its storage; full rank is the dense weight. An option costs its bytes and loses
 
-    w_t Σ_{i >= r} σ_i² (truncation)  +  w_r times the predicted loss of rounding (``fisherfold.linalg.rounding_losses``),
+    Σ_{i >= r} σ_i² (truncation)  +  the predicted loss of rounding (``fisherfold.linalg.rounding_losses``),
 
-both in the unit of the metric where the weights w are 1, in nats where they are measured (``loss_weights``), so that the least sum under the budget is one Lagrangian problem (``fisherfold.linalg.knapsack``).
+both in the unit of the metric, or as they were measured in nats (``loss_weights``), so that the least sum under the budget is one Lagrangian problem (``fisherfold.linalg.knapsack``).
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ def options_of(
     weights: LossWeights = UNWEIGHTED,
 ) -> list[Option]:
     """Every option of a site; `ranks` are those it may have, multiples of GROUP below its full rank, and perhaps this."""
-    truncation = weights.truncation * np.append(np.cumsum(np.square(sigma)[::-1])[::-1], 0.0)
+    truncation = weights.of_truncation(np.append(np.cumsum(np.square(sigma)[::-1])[::-1], 0.0))
     return [
         option
         for bits in widths

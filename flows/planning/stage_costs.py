@@ -182,7 +182,7 @@ NETWORK_PASSES: dict[str, Callable[[Params, int], int]] = {
         8 * params.ranks.fermigrad.steps * params.ranks.fermigrad.batches * params.ranks.fermigrad.sequences
     ),
     "corrected": lambda params, layers: (
-        (3 * GROUPS if params.ranks.widths else 1 + GROUPS) * min(SEQUENCES, params.prepare.tuning_sequences)
+        (4 * GROUPS if params.ranks.widths else 1 + GROUPS) * min(SEQUENCES, params.prepare.tuning_sequences)
     ),
     "sensitivity": lambda params, layers: layers * params.ranks.measured.levels * params.ranks.measured.sequences,
     "ilp": lambda params, layers: layers * params.ranks.measured.levels * params.ranks.measured.sequences,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fisherfold.allocators.cost import DENSE, unit_of
-from fisherfold.allocators.loss_weights import UNWEIGHTED, LossWeights, weights_of
+from fisherfold.allocators.loss_weights import UNWEIGHTED, LossWeights, foresee, power_of, weights_of
 from fisherfold.allocators.widths import UNROUNDED, cheapest_loss, options_of
 from fisherfold.linalg.factor_rounding import LayerMetric, round_plain
 from fisherfold.linalg.group_grid import GROUP, stored_bytes
@@ -112,11 +112,11 @@ def test_an_option_loses_what_is_cut_and_what_is_rounded():
 
 
 def test_weights_count_what_is_cut_and_what_is_rounded_for_more():
-    plain, weighted = options(0), options(0, LossWeights(3.0, 7.0))
+    plain, weighted = options(0), options(0, LossWeights(3.0, 7.0, power=2.0, shallow=0.5))
     sigma = layer(0)[3]
     for one, other in zip(plain, weighted, strict=True):
         cut = float(np.sum(sigma[one.rank :] ** 2))
-        assert other.loss == pytest.approx(3 * cut + 7 * (one.loss - cut))
+        assert other.loss == pytest.approx(6 * cut**2 + 7 * (one.loss - cut))
 
 
 def test_weights_are_measured_over_predicted_within_bounds():
@@ -124,3 +124,21 @@ def test_weights_are_measured_over_predicted_within_bounds():
     assert weights_of({a: 1.0, b: 3.0, c: 0.0}, {a: 2.0, b: 2.0, c: 5.0}) == pytest.approx({a: 2, b: 2 / 3, c: 1})
     assert weights_of({a: 1.0, b: 1e6}, {a: 1e6, b: 1.0}) == pytest.approx({a: 32, b: 1 / 32}, rel=1e-4)
     assert weights_of({a: 1.0}, {a: 0.0}) == {a: 1.0}
+
+
+def test_a_power_fits_both_measured_losses():
+    """Eight times the predicted loss, thirty-two times the measured one, is 8^(5/3)."""
+    weights = LossWeights(2.0, power=power_of(8.0, 4.0), shallow=0.1)
+    assert weights.of_truncation(np.array([0.0, 0.1, 0.8])) == pytest.approx([0.0, 0.2, 0.2 * 32])
+    assert [power_of(8.0, 0.1), power_of(8.0, 1e9), power_of(1.0, 5.0)] == [1.0, 3.0, 1.0]
+
+
+def test_cuts_that_are_measured_lose_what_rounding_does_and_more():
+    W, left, right, sigma, metric = layer(0)
+    units = rounding_units(W, left, right, sigma, metric.inputs, metric.outputs)
+    found = foresee(sigma, np.arange(0, M + 1, 4), units, 4)
+    shallow, deep = found.ranks
+    tails = [float(np.sum(sigma[rank:] ** 2)) for rank in (*found.ranks, shallow + 4, deep + 4)]
+    assert list(found.losses.values()) == pytest.approx([*tails[:2], units.of_dense(4)])
+    assert tails[2] < units.of_dense(4) <= tails[0] and tails[3] < 8 * tails[0] <= tails[1]
+    assert foresee(sigma, np.array([64, 96]), units, 2).ranks == (64, 64)
