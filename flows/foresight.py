@@ -50,7 +50,7 @@ def refuse(params: Params, model: Path, found: Path) -> None:
     """Refuse what a later stage would refuse.
 
     Raises:
-        ParameterError: no allocation meets the budget, a limit's pattern matches nothing, or factorize.bits does not fit a layer.
+        ParameterError: no allocation meets the budget, a limit's pattern matches nothing, or factorize.bits does not fit a layer, or head_bits the head.
         InputError: the model cannot be written as GGUF, which `factorize.gguf_export` asks for, not run by the engine of `factorize.target`, or
             not be placed as `capture.placement` says.
     """
@@ -65,6 +65,8 @@ def refuse(params: Params, model: Path, found: Path) -> None:
         check_gguf(json.loads((model / "config.json").read_text(encoding="utf-8")), model)
     if params.factorize.bits or params.ranks.widths:
         check_groups(layers)
+    if params.factorize.head_bits:
+        check_head(model)
     check_budget(params, model, layers, read_dense_layers(found))
     check_placement(params, model, layers)
 
@@ -99,6 +101,28 @@ def check_groups(layers: Sequence["LinearLayer"]) -> None:
                 f"Numbers of few bits: {layer.name!r} {reason}. Set factorize.bits = null and ranks.widths = [], or leave such layers out of what is "
                 "compressed (prepare.experts = 'dense')."
             )
+
+
+def check_head(model: Path) -> None:
+    """Refuse to round a head that the format of few bits has no place for.
+
+    Raises:
+        ParameterError: it is tied to the input embedding, or its rows are no whole groups.
+    """
+    from fisherfold.export.architecture import dense_architecture
+    from fisherfold.linalg.group_grid import GROUP
+
+    architecture = dense_architecture(model)
+    head = architecture.own_head()
+    if head is None:
+        raise ParameterError(
+            "factorize.head_bits: the output embedding of this model is its input embedding, which transformers cannot read in few bits. Set factorize.head_bits = null."
+        )
+    inputs = architecture.empty_model().get_submodule(head).weight.shape[1]
+    if inputs % GROUP:
+        raise ParameterError(
+            f"factorize.head_bits: {head!r} has {inputs} inputs, which groups of {GROUP} do not divide. Set factorize.head_bits = null."
+        )
 
 
 def target_costs(params: Params, found: Path) -> Iterator[str]:

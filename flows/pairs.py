@@ -122,14 +122,17 @@ def _asked_bits(params: Params) -> str:
     """What asks for numbers of few bits; empty if nothing does."""
     if params.ranks.widths:
         return f"ranks.widths = {list(params.ranks.widths)}"
-    return f"factorize.bits = {params.factorize.bits}" if params.factorize.bits else ""
+    asked = [
+        f"factorize.{name} = {bits}" for name in ("bits", "head_bits") if (bits := getattr(params.factorize, name))
+    ]
+    return " and ".join(asked)
 
 
 @PAIRS.append
 def few_bits(params: Params) -> str | None:
-    """Numbers of few bits come in groups, are rounded under a metric on weights, and are read by a package of its own."""
+    """Layers of few bits come in groups, and are rounded under a metric on weights."""
     widths, asked = params.ranks.widths, _asked_bits(params)
-    if not asked:
+    if not (widths or params.factorize.bits):
         return None
     group = importlib.import_module("fisherfold.linalg.group_grid").GROUP
     weighers = importlib.import_module("fisherfold.allocators.loss_weights").WEIGHERS
@@ -143,6 +146,17 @@ def few_bits(params: Params) -> str | None:
         return f"{asked} rounds numbers in groups of {group}, which ranks have to be multiples of: set ranks.round_to = {group}."
     if importlib.import_module("stages.subspace").shares_inputs(params.subspace):
         return f"{asked} rounds each layer under its own metric: set subspace.share_inputs = false and a metric other than 'fasc'."
+    return None
+
+
+@PAIRS.append
+def packed_numbers(params: Params) -> str | None:
+    """Numbers of few bits are stored in one format, which a package reads."""
+    asked = _asked_bits(params)
+    if not asked:
+        return None
+    if params.factorize.head_bits and params.factorize.target != "transformers":
+        return f"{asked}: {params.factorize.target} reads the head itself, in the numbers of factorize.dtype. Set factorize.head_bits = null."
     if params.factorize.gguf_export:
         return f"{asked} is not what GGUF files have: set factorize.gguf_export = false and let llama.cpp quantize the dense export."
     if importlib.util.find_spec("compressed_tensors") is None:

@@ -36,7 +36,7 @@ from fisherfold.export.model_card import compressed_card, dense_card
 from fisherfold.export.original_names import original_tensors
 from fisherfold.export.packed import as_stored, packed_modules, quantization_config, unpacked_weights, with_packed
 from fisherfold.export.refined_blocks import refine
-from fisherfold.export.rounded_layers import in_few_bits
+from fisherfold.export.rounded_layers import head_in_few_bits, in_few_bits
 from fisherfold.export.sizes import count_sizes
 from fisherfold.export.stored_layer import StoredLayer, as_trained, bias_place, replaced, stored_site
 from fisherfold.network.layers import LinearLayer
@@ -91,6 +91,8 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         packed: dict[str, Path] = {}
         if bits := {name: width for name, row in plan.items() if (width := row.get("bits") or params.bits)}:
             compressed, packed = in_few_bits(scratch, workspace, layers, compressed, dense, bits)
+        if params.head_bits and (head := architecture.own_head()):
+            packed |= head_in_few_bits(scratch, head, dense, params.head_bits)
         stacks = find_stacks(layers, compressed)
         with scratch.publish() as out:
             pq.write_table(pa.Table.from_pylist(rows, REFINEMENT), out / "refinement.parquet")

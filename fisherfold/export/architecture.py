@@ -50,6 +50,14 @@ class DenseArchitecture:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.read_config())
 
+    def own_head(self) -> str | None:
+        """The module of the output embedding; None if there is none, or its weight is the input's."""
+        model = self.empty_model()
+        head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is None or head.weight is inputs.weight:
+            return None
+        return next(name for name, module in model.named_modules() if module is head)
+
     def read_config(self) -> PreTrainedConfig:
         """The configuration as transformers has it."""
         with TemporaryDirectory() as folder:  # classes read more forms from a file than they take from a dict

@@ -200,7 +200,8 @@ def _training(params: FactorizeParams) -> dict[str, Any]:
         for key in ("passes", "rate")
         if block.passes
     }
-    return found | ({"factorize.bits": params.bits} if params.bits else {})
+    rounded = {"factorize.bits": params.bits, "factorize.head_bits": params.head_bits}
+    return found | {name: bits for name, bits in rounded.items() if bits}
 
 
 def _kinds(ranks: list[dict[str, Any]], counts: dict[str, Any]) -> str:

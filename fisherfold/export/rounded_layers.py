@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fisherfold.export.gauges import product
-from fisherfold.export.packed import packed_tensors
+from fisherfold.export.packed import PACKED, SCALE, SHAPE, packed_tensors
 from fisherfold.export.stored_layer import StoredLayer
 from fisherfold.linalg.factor_rounding import (
     LayerMetric,
@@ -22,7 +22,7 @@ from fisherfold.linalg.factor_rounding import (
     round_outputs_pivoted,
     round_plain,
 )
-from fisherfold.linalg.group_grid import Rounded
+from fisherfold.linalg.group_grid import Rounded, round_nearest
 from fisherfold.linalg.kronecker_rounding import round_under
 from fisherfold.network.layers import LinearLayer
 from fisherfold.run.checkpoint import StoredTensor, write_tensors
@@ -31,6 +31,7 @@ from fisherfold.run.workspace import Workspace
 from fisherfold.subspaces.damped_metrics import DampedMetrics
 
 FACTORS = ("up", "down")
+ROWS = 4096  # of the head, in float64 at once
 Matrices = Mapping[str, np.ndarray]
 ROUNDINGS: dict[str, Callable[[Matrices, np.ndarray, int, LayerMetric], RoundedFactors]] = {
     "factors": lambda p, W, bits, metric: round_plain(p["up.weight"], p["down.weight"], W, bits, metric),
@@ -69,6 +70,22 @@ def in_few_bits(
     names = {unit: unit.removeprefix("rounded.") for unit in (*low_rank, *whole)}
     rounded = {names[unit]: _rounded_layer(compressed[names[unit]], folder) for unit, folder in factors.items()}
     return compressed | rounded, {names[unit]: folder for unit, folder in weights.items()}
+
+
+def head_in_few_bits(scratch: Scratch, head: str, dense: Mapping[str, StoredTensor], bits: int) -> dict[str, Path]:
+    """The folder of the output embedding's weight in `bits`, by its module's name."""
+    units = {f"rounded.{head}": (dense[f"{head}.weight"], bits)}
+    (folder,) = scratch.map("rounding the head", round_head, units).values()
+    return {head: folder}
+
+
+def round_head(folder: Path, weight: StoredTensor, bits: int) -> None:
+    """Unit: to nearest, since no statistics are taken of the head, which 8 bits leave as good as it was."""
+    W = weight.read()
+    parts = [packed_tensors(round_nearest(rows.double().numpy(), bits)) for rows in W.split(ROWS)]
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in (PACKED, SCALE)}
+    stored = {name: StoredTensor.of(tensor) for name, tensor in (tensors | {SHAPE: torch.tensor(W.shape)}).items()}
+    write_tensors(folder, dict(sorted(stored.items())))
 
 
 def round_low_rank(

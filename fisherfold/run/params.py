@@ -231,6 +231,7 @@ class FactorizeParams(ComputeBlock):
     threads: Count = 1
     dtype: Dtype | None = None
     bits: Literal[4, 8] | None = None
+    head_bits: Literal[8] | None = None
     target: Literal["transformers", "vllm", "gguf"] = "transformers"
     dense_export: bool = False
     gguf_export: bool = False

@@ -64,6 +64,8 @@ FISHER = {"capture": SKETCH, "kronecker": {"estimator": "sequence"}}
         ),
         ({"factorize": {"bits": 4}, "ranks": {"round_to": 32}, "subspace": {"share_inputs": True}}, "its own metric"),
         ({"factorize": {"bits": 8, "gguf_export": True}, "ranks": {"round_to": 64}}, "factorize.gguf_export = false"),
+        ({"factorize": {"head_bits": 8, "gguf_export": True}}, "head_bits = 8 is not what GGUF"),
+        ({"factorize": {"head_bits": 8, "target": "vllm"}}, "Set factorize.head_bits = null"),
     ],
 )
 def test_parameters_that_do_not_go_together(changed, says):

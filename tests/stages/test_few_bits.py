@@ -22,6 +22,7 @@ from fisherfold.run.params import KroneckerParams, PrepareParams, RanksParams
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.tables import read_sequences, write_sequences
 from fisherfold.run.workspace import Workspace
+from flows import foresight
 from stages import factorize, ranks
 
 SIZES = {
@@ -91,6 +92,39 @@ def test_the_checkpoint_loads_in_both_ways_as_what_was_rounded(tmp_path):
     for options in ({"trust_remote_code": True}, {}):
         model = AutoModelForCausalLM.from_pretrained(out / "model", **options).eval()
         torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=2e-4, rtol=1e-3)
+
+
+def test_a_head_of_its_own_is_stored_in_8_bits_and_read_by_transformers(tmp_path):
+    """To nearest: every number of the head within half a step; the checkpoint loads in both ways as what was rounded."""
+    pytest.importorskip("compressed_tensors")
+    workspace = workspace_of(tmp_path)
+    publish_ranks(workspace, {"model.layers.0.mlp.up_proj": 32}, "factors")
+    factorize.run(workspace, as_truncated(head_bits=8, dense_export=True))
+    out = workspace.out("factorize")
+    stored = load_file(out / "model" / "model.safetensors")
+    assert stored["lm_head.weight_packed"].shape == (VOCABULARY, 64 // 4) and "lm_head.weight" not in stored
+    exact = load_model(workspace.model, torch.float32).lm_head.weight
+    head = AutoModelForCausalLM.from_pretrained(out / "dense").lm_head.weight
+    steps = stored["lm_head.weight_scale"].float().repeat_interleave(32, dim=1)
+    assert ((head - exact).abs() <= steps * 0.51).all() and not torch.equal(head, exact)
+    ids = random_ids(2, 9)
+    expected = AutoModelForCausalLM.from_pretrained(out / "dense").eval()(ids).logits
+    for options in ({"trust_remote_code": True}, {}):
+        model = AutoModelForCausalLM.from_pretrained(out / "model", **options).eval()
+        torch.testing.assert_close(model(ids).logits, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_a_tied_or_uneven_head_is_refused_before_the_run(tmp_path):
+    workspace = workspace_of(tmp_path)
+    foresight.check_head(workspace.model)
+    config = json.loads((workspace.model / "config.json").read_text())
+    for change, message in (
+        ({"tie_word_embeddings": True}, "is its input embedding"),
+        ({"hidden_size": 60}, "60 inputs"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ParameterError, match=message):
+            foresight.check_head(tmp_path)
 
 
 def test_ranks_and_bits_are_chosen_together_and_kept_to_the_byte(tmp_path):
