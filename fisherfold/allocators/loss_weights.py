@@ -4,7 +4,8 @@
 
 t_l = Σ_{i>r} σ_i² and ρ_l are what the metric predicts. p is what the dense model predicts on tuning sequences, p_g what it predicts with errors in the layers of one
 group g alone (``corrected.groups_of``): those of a shallow cut, at the highest rank at which t_l is at least ρ_l of the fewest bits, which is τ_l; of a deep one,
-DEEP times that; and those that rounding to the fewest bits leaves, drawn and not made. Every loss is then in nats a token, so that a cut can be compared to a rounding.
+DEEP times that; and those that rounding to the fewest bits leaves, drawn and not made. So a cut can be compared to a rounding, both in nats a token. Of w and v
+themselves half is taken, √(w v̄) and √(v v̄) with v̄ the geometric mean of all v: they are measured on little text, and all of it loses on other text.
 
 A metric is wrong by group, by kind of error and by depth: it sums a few huge activations that the next norm levels out, so that layers which read them
 seem to lose ten times what they do, and it is of the dense model, whose nearly settled softmax it takes for one that no cut of a query will unsettle.
@@ -34,7 +35,7 @@ from fisherfold.network.sites import Site
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.registry import Registry
 
-MOST = 32.0  # how many times the weight of all groups together, or what part of it, that of one may be
+MOST = 32.0  # how many times that of the middle group, or what part of it, what is measured over what is predicted of one counts as
 MEASURED = "measured.json"
 KINDS = ("shallow cut", "deep cut", "rounding")
 DEEP = 8.0  # what a deep cut is predicted to lose by what a shallow one is
@@ -127,29 +128,42 @@ def site_weights(
     measured: Mapping[Group, Mapping[str, float]],
 ) -> SiteWeights:
     """From the sites of each group, what was predicted of each, and what was measured of the group by KINDS."""
-    predicted, weights = {}, {}
-    for kind in KINDS:
-        predicted[kind] = {
-            group: 0.5 * sum(foreseen[site].losses[kind] for site in own) for group, own in groups.items()
-        }
-        weights[kind] = weights_of(predicted[kind], {group: found[kind] for group, found in measured.items()})
+    predicted = {
+        kind: {group: 0.5 * sum(foreseen[site].losses[kind] for site in own) for group, own in groups.items()}
+        for kind in KINDS
+    }
+    quotients = {kind: quotients_of(predicted[kind], {g: own[kind] for g, own in measured.items()}) for kind in KINDS}
+    shallow, deep, rounding = KINDS
+    middle = float(np.exp(np.mean(np.log(list(quotients[rounding].values()) or [1.0]))))
+    weights = {
+        kind: {group: weight_of(quotients[kind].get(group, middle), middle) for group in groups} for kind in KINDS
+    }
     table = [
         {"kind": group[0], "part": group[1], "error": kind, "predicted": predicted[kind][group]}
         | {"measured": measured[group][kind], "weight": weights[kind][group]}
         for kind in KINDS
         for group in groups
     ]
-    shallow, deep, rounding = KINDS
     of_sites = {}
     for group, own in groups.items():
-        power = power_of(
-            predicted[deep][group] / (predicted[shallow][group] or 1.0),
-            weights[deep][group] / weights[shallow][group],
-        )
+        power = 1.0
+        if group in quotients[shallow] and group in quotients[deep]:
+            deeper = predicted[deep][group] / predicted[shallow][group]
+            power = power_of(deeper, quotients[deep][group] / quotients[shallow][group])
         for site in own:
             least = foreseen[site].losses[shallow] or 1.0
             of_sites[site] = LossWeights(weights[shallow][group], weights[rounding][group], power, least)
     return SiteWeights(of_sites, table)
+
+
+def quotients_of(predicted: Mapping[Group, float], measured: Mapping[Group, float]) -> dict[Group, float]:
+    """Measured by predicted, of every group of which something is either."""
+    return {group: measured[group] / loss for group, loss in predicted.items() if loss > 0 and measured[group] > 0}
+
+
+def weight_of(quotient: float, middle: float) -> float:
+    """√(middle · quotient): half of what is corrected, since it is measured on little text; no further from the middle than MOST."""
+    return float(np.sqrt(middle * np.clip(quotient, middle / MOST, middle * MOST)))
 
 
 def power_of(deeper: float, steeper: float) -> float:
@@ -157,16 +171,6 @@ def power_of(deeper: float, steeper: float) -> float:
     if deeper <= 1:
         return 1.0
     return float(np.clip(1 + np.log(steeper) / np.log(deeper), 1.0, STEEPEST))
-
-
-def weights_of(predicted: Mapping[Group, float], measured: Mapping[Group, float]) -> dict[Group, float]:
-    """w of every group, held within MOST of that of all groups together, which those have that nothing is predicted of."""
-    foreseen = sum(predicted.values())
-    together = sum(measured[group] for group in predicted if predicted[group] > 0) / (foreseen or 1.0)
-    if together <= 0:
-        return dict.fromkeys(predicted, 1.0)
-    own = {group: measured[group] / loss if loss > 0 else together for group, loss in predicted.items()}
-    return {group: float(np.clip(weight, together / MOST, together * MOST)) for group, weight in own.items()}
 
 
 def measure_groups(

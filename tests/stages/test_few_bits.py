@@ -182,7 +182,7 @@ def test_losses_of_either_kind_are_measured_by_group_and_weigh_in_the_choice(tmp
     (weight,) = {row["weight"] for row in table if row["kind"].endswith("up_proj") and row["error"] == "rounding"}
     budget = json.loads((workspace.out("ranks") / "budget.json").read_text())
     assert budget["spent"] <= budget["budget"]
-    rounded = sum(row["measured"] for row in table if row["error"] == "rounding")
+    rounded = sum(row["weight"] * row["predicted"] for row in table if row["error"] == "rounding")
     (four,) = [rival["loss"] for rival in budget["rivals"] if rival["bits"] == 4]
     assert weight > 0 and four == pytest.approx(rounded, rel=0.01)
 

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from fisherfold.allocators.cost import DENSE, unit_of
-from fisherfold.allocators.loss_weights import UNWEIGHTED, LossWeights, foresee, power_of, weights_of
+from fisherfold.allocators.loss_weights import (
+    KINDS,
+    UNWEIGHTED,
+    Foreseen,
+    LossWeights,
+    foresee,
+    power_of,
+    site_weights,
+    weight_of,
+)
 from fisherfold.allocators.widths import UNROUNDED, cheapest_loss, options_of
 from fisherfold.linalg.factor_rounding import LayerMetric, round_plain
 from fisherfold.linalg.group_grid import GROUP, stored_bytes
@@ -119,11 +128,22 @@ def test_weights_count_what_is_cut_and_what_is_rounded_for_more():
         assert other.loss == pytest.approx(6 * cut**2 + 7 * (one.loss - cut))
 
 
-def test_weights_are_measured_over_predicted_within_bounds():
-    a, b, c = ("a", 0), ("b", 0), ("c", 0)
-    assert weights_of({a: 1.0, b: 3.0, c: 0.0}, {a: 2.0, b: 2.0, c: 5.0}) == pytest.approx({a: 2, b: 2 / 3, c: 1})
-    assert weights_of({a: 1.0, b: 1e6}, {a: 1e6, b: 1.0}) == pytest.approx({a: 32, b: 1 / 32}, rel=1e-4)
-    assert weights_of({a: 1.0}, {a: 0.0}) == {a: 1.0}
+def test_weights_are_half_of_what_is_measured_over_what_is_predicted():
+    """In logarithms, around the middle of all roundings; a group of which nothing is measured has the middle."""
+    groups = {("a", 0): [0], ("b", 0): [1, 2], ("c", 0): [3]}
+    losses = dict(zip(KINDS, (2.0, 16.0, 4.0)))
+    nothing = dict.fromkeys(KINDS, 0.0)
+    foreseen = {site: Foreseen((8, 4), nothing if site == 3 else losses) for site in range(4)}
+    measured = {
+        ("a", 0): dict(zip(KINDS, (1.0, 16.0, 4.0))),  # quotients 1, 2, 2
+        ("b", 0): dict(zip(KINDS, (8.0, 64.0, 32.0))),  # 4, 4, 8
+        ("c", 0): dict(zip(KINDS, (1.0, 1.0, 1.0))),
+    }
+    found = site_weights(groups, foreseen, measured)
+    assert found.of_sites[0] == LossWeights(pytest.approx(2.0), pytest.approx(8**0.5), pytest.approx(4 / 3), 2.0)
+    assert found.of_sites[1] == found.of_sites[2] == LossWeights(4.0, pytest.approx(32**0.5), 1.0, 2.0)
+    assert found.of_sites[3] == LossWeights(4.0, 4.0)
+    assert len(found.table) == 9 and weight_of(1e9, 2.0) == pytest.approx(2 * 32**0.5)
 
 
 def test_a_power_fits_both_measured_losses():
