@@ -103,7 +103,7 @@ def unpacked_bits(params: Params) -> str | None:
         return None
     return (
         f"{_asked_bits(params)}: compressed-tensors keeps a model's unpacked weights in memory when it is evaluated, which "
-        f"capture.placement = {params.capture.placement!r} avoids. Set factorize.bits = null and ranks.widths = [], or capture.placement = 'whole'."
+        f"capture.placement = {params.capture.placement!r} avoids. Set factorize.bits = null, factorize.head_bits = null and ranks.widths = [], or capture.placement = 'whole'."
     )
 
 

@@ -10,6 +10,8 @@ themselves half is taken, √(w v̄) and √(v v̄) with v̄ the geometric mean 
 A metric is wrong by group, by kind of error and by depth: it sums a few huge activations that the next norm levels out, so that layers which read them
 seem to lose ten times what they do, and it is of the dense model, whose nearly settled softmax it takes for one that no cut of a query will unsettle.
 
+Memory: the model, and of the layers of one group three times their weights, in float32.
+
 Shapes: L sites, W and E [n, m] of a layer.
 """
 
