@@ -89,8 +89,10 @@ def test_the_command_is_the_users_to_end_first():
     """The watched command hears of the end before those that wait for it: a shell in between is looked through."""
     process = subprocess.Popen(["sh", "-c", "sleep 60; true"])
     try:
-        while "sleep" not in [member.name() for member in (family := watch._descendants(process.pid))]:
-            time.sleep(0.01)  # a child is a second shell until it has started what it is for
+        family = []
+        while "sleep" not in [member.name() for member in family]:  # a child is a second shell until it has started
+            time.sleep(0.01)
+            family = watch._descendants(process.pid)
         (root,) = [member for member in family if member.pid == process.pid]
         assert [member.name() for member in watch._at_work([psutil.Process(), *family])] == ["sleep"]
         assert root.name() == "sh"
