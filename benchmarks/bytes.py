@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,18 +31,24 @@ from llama_cpp_rows import layer_names, quantise, read_layers, write_whole
 from off_grid import Layer, OffGrid, off_grid, same_function
 from transformers import AutoTokenizer, PreTrainedModel
 
-from fisherfold.allocators.corrected import SEQUENCES, groups_of
+from fisherfold.allocators.corrected import groups_of
 from fisherfold.allocators.cost import DENSE, SIXTEENTHS
-from fisherfold.allocators.loss_weights import KINDS, UNWEIGHTED, LossWeights, divergences, foresee, site_weights
+from fisherfold.allocators.loss_weights import (
+    UNWEIGHTED,
+    LossWeights,
+    divergences,
+    errors_of,
+    foresee,
+    site_weights,
+)
 from fisherfold.allocators.widths import UNROUNDED, Option, cheapest_loss, options_of
 from fisherfold.evaluation.losses import compare_tokens
 from fisherfold.evaluation.own_answers import Conversation, conversations
 from fisherfold.export.gauges import gauge, product
 from fisherfold.linalg.factor_rounding import round_inputs_pivoted, round_outputs_pivoted, round_plain
 from fisherfold.linalg.group_grid import GROUP, Rounded, round_nearest
-from fisherfold.linalg.kronecker_rounding import round_under, rounding_errors
+from fisherfold.linalg.kronecker_rounding import round_under
 from fisherfold.linalg.rounding_losses import RoundingUnits, rounding_units
-from fisherfold.run.determinism import seeded_generator
 from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
 
@@ -154,21 +160,19 @@ def kept_weights(moved: OffGrid, folder: Path) -> dict[str, LossWeights]:
     }
     if not path.exists():
         model, measured = moved.whole(), []
-        tuning = read_sequences(moved.workspace.table("tuning"), model.config.vocab_size)[:SEQUENCES]
+        tuning = read_sequences(moved.workspace.table("tuning"), model.config.vocab_size)
         for rows in groups.values():
-            errors: dict[str, dict] = {kind: {} for kind in KINDS}
-            for row in rows:
-                layer, generator = moved.layer(names[row]), seeded_generator(0, names[row])
-                inputs, outputs = layer.metric.inputs, layer.metric.outputs
-                made = [layer.left[:, :rank] @ layer.right[:rank] - layer.W for rank in foreseen[row].ranks]
-                made.append(rounding_errors(layer.W, MEASURED_BITS, inputs, outputs, generator))
-                for kind, error in zip(KINDS, made):
-                    errors[kind][names[row]] = torch.from_numpy(error).float()
+            errors = {names[row]: errors_in(moved.layer(names[row]), foreseen[row].ranks) for row in rows}
             measured.append(divergences(model, tuning, errors))
             yield_time()
         path.write_text(json.dumps(measured) + "\n", encoding="utf-8")
     found = site_weights(groups, foreseen, dict(zip(groups, json.loads(path.read_text(encoding="utf-8")))))
     return {name: found.of_sites[row] for row, name in enumerate(names)}
+
+
+def errors_in(layer: Layer, ranks: Sequence[int]) -> dict[str, np.ndarray]:
+    """What is measured of a layer."""
+    return errors_of(layer.site.name, layer.W, layer.left, layer.right, ranks, MEASURED_BITS, layer.metric)
 
 
 def predicted_units(moved: OffGrid, folder: Path) -> dict[str, RoundingUnits]:

@@ -112,16 +112,16 @@ def check_head(model: Path) -> None:
     from fisherfold.export.architecture import dense_architecture
     from fisherfold.linalg.group_grid import GROUP
 
-    architecture = dense_architecture(model)
-    head = architecture.own_head()
+    head = dense_architecture(model).own_head()
     if head is None:
         raise ParameterError(
             "factorize.head_bits: the output embedding of this model is its input embedding, which transformers cannot read in few bits. Set factorize.head_bits = null."
         )
-    inputs = architecture.empty_model().get_submodule(head).weight.shape[1]
+    name, module = head
+    inputs = module.weight.shape[1]
     if inputs % GROUP:
         raise ParameterError(
-            f"factorize.head_bits: {head!r} has {inputs} inputs, which groups of {GROUP} do not divide. Set factorize.head_bits = null."
+            f"factorize.head_bits: {name!r} has {inputs} inputs, which groups of {GROUP} do not divide. Set factorize.head_bits = null."
         )
 
 

@@ -92,7 +92,7 @@ def run(workspace: Workspace, params: FactorizeParams) -> None:
         if bits := {name: width for name, row in plan.items() if (width := row.get("bits") or params.bits)}:
             compressed, packed = in_few_bits(scratch, workspace, layers, compressed, dense, bits)
         if params.head_bits and (head := architecture.own_head()):
-            packed |= head_in_few_bits(scratch, head, dense, params.head_bits)
+            packed |= head_in_few_bits(scratch, head[0], dense, params.head_bits)
         stacks = find_stacks(layers, compressed)
         with scratch.publish() as out:
             pq.write_table(pa.Table.from_pylist(rows, REFINEMENT), out / "refinement.parquet")

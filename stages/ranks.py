@@ -28,15 +28,14 @@ from fisherfold.allocators.dropped_experts import DROPPED
 from fisherfold.allocators.expert_classes import into_classes
 from fisherfold.allocators.format_price import format_price, price_line
 from fisherfold.allocators.limits import Limits, matches
-from fisherfold.allocators.loss_weights import KINDS, WEIGHERS
+from fisherfold.allocators.loss_weights import WEIGHERS, errors_of
 from fisherfold.allocators.rivals import Rival, rivals, rivals_line
 from fisherfold.allocators.widths import as_choice, cheapest_loss, options_of
-from fisherfold.linalg.kronecker_rounding import rounding_errors
+from fisherfold.linalg.factor_rounding import LayerMetric
 from fisherfold.linalg.rounding_losses import RoundingUnits, rounding_units
 from fisherfold.network.layers import DENSE_FILE, LinearLayer, read_dense_layers, read_layers
 from fisherfold.network.models import read_weight
 from fisherfold.network.sites import Site, read_facts, read_sites
-from fisherfold.run.determinism import seeded_generator
 from fisherfold.run.errors import CorruptArtifact, NumericalError
 from fisherfold.run.files import digest_file, verify_output
 from fisherfold.run.long_tables import module_rows
@@ -162,17 +161,8 @@ def choose_widths(
 
 def predict_rounding(folder: Path, model: Path, outs: Sequence[Path], site: Site, sigma: Sequence[float]) -> None:
     """Unit of work: what rounding a site's factors, or its weight, will cost."""
-    (layer,) = site.layers
-    lefts, right = site.read_basis(outs[-1] / "bases")
-    metric = DampedMetrics(*outs).of(layer)
-    found = rounding_units(
-        read_weight(model, layer).double().numpy(),
-        lefts[0].double().numpy(),
-        right.double().numpy(),
-        np.array(sigma),
-        metric.inputs,
-        metric.outputs,
-    )
+    W, left, right, metric = _decomposed(model, outs, site)
+    found = rounding_units(W, left, right, np.array(sigma), metric.inputs, metric.outputs)
     text = json.dumps({"dense": found.dense, "components": found.components.tolist()})
     (folder / "units.json").write_text(text, encoding="utf-8")
 
@@ -191,12 +181,18 @@ class DrawnErrors:
 
     def __call__(self, site: Site, ranks: Sequence[int], bits: int) -> dict[str, np.ndarray]:
         """E [n, m] by KINDS."""
-        (layer,) = site.layers
-        (left,), right = site.read_basis(self.outs[-1] / "bases")
-        W, metric = read_weight(self.model, layer).double().numpy(), DampedMetrics(*self.outs).of(layer)
-        cut = [(left[:, :rank].double() @ right[:rank].double()).numpy() - W for rank in ranks]
-        drawn = rounding_errors(W, bits, metric.inputs, metric.outputs, seeded_generator(0, site.name))
-        return dict(zip(KINDS, (*cut, drawn)))
+        W, left, right, metric = _decomposed(self.model, self.outs, site)
+        return errors_of(site.name, W, left, right, ranks, bits, metric)
+
+
+def _decomposed(
+    model: Path, outs: Sequence[Path], site: Site
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, LayerMetric]:
+    """W [n, m] of a site with one layer, its basis left [n, k] and right [k, m], and its metric, in float64."""
+    (layer,) = site.layers
+    (left,), right = site.read_basis(outs[-1] / "bases")
+    W = read_weight(model, layer).double().numpy()
+    return W, left.double().numpy(), right.double().numpy(), DampedMetrics(*outs).of(layer)
 
 
 def read_units(folder: Path, sigma: np.ndarray) -> RoundingUnits:

@@ -154,6 +154,11 @@ def allocate(task: Allocation, allocator: Allocator) -> np.ndarray:
     return ranks
 
 
+def finite(value: float) -> float | None:
+    """What a unit writes of a measured number: null where it is none, which JSON has no word for."""
+    return value if np.isfinite(value) else None
+
+
 def _check_ranks(task: Allocation, ranks: np.ndarray) -> None:
     """Refuse ranks that break a promise to the user, whatever allocator they come from."""
     broken = np.flatnonzero(~pick(task.allowed, ranks))

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from fisherfold.allocators.allocation import ALLOCATORS, Allocation, fisher
+from fisherfold.allocators.allocation import ALLOCATORS, Allocation, finite, fisher
 from fisherfold.allocators.fermi_descent import SHARP, Softened, softened_model
 from fisherfold.allocators.fermigrad import mean_divergence, set_ranks
 from fisherfold.network.layers import NUMBER, kind_of
@@ -124,5 +124,4 @@ def measure_sequence(
 
     dense = predicted(())
     divergences = [float(mean_divergence(dense, predicted(set(rows)), ids)) for rows in groups]
-    finite = [value if np.isfinite(value) else None for value in divergences]
-    (folder / DIVERGENCES).write_text(json.dumps(finite), encoding="utf-8")
+    (folder / DIVERGENCES).write_text(json.dumps([finite(value) for value in divergences]), encoding="utf-8")

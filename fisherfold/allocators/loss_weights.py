@@ -27,13 +27,16 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from fisherfold.allocators.allocation import Allocation
+from fisherfold.allocators.allocation import Allocation, finite
 from fisherfold.allocators.corrected import SEQUENCES, Group, groups_of
 from fisherfold.allocators.fermi_descent import Softened, softened_model
+from fisherfold.linalg.factor_rounding import LayerMetric
+from fisherfold.linalg.kronecker_rounding import rounding_errors
 from fisherfold.linalg.rounding_losses import RoundingUnits
 from fisherfold.network.divergence import divergence
 from fisherfold.network.layers import removed
 from fisherfold.network.sites import Site
+from fisherfold.run.determinism import seeded_generator
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.registry import Registry
 
@@ -59,6 +62,13 @@ class LossWeights:
 
 
 UNWEIGHTED = LossWeights()
+
+
+def truncation_losses(sigma: np.ndarray) -> np.ndarray:
+    """t = Σ_{i>=r} σ_i² at every rank r = 0 … k, [k + 1]."""
+    return np.append(np.cumsum(np.square(sigma)[::-1])[::-1], 0.0)
+
+
 Drawing = Callable[[Site, Sequence[int], int], Mapping[str, np.ndarray]]
 """(site, ranks, bits) -> E of its weight by KINDS, cut to a shallow and to a deep rank, and rounded to the bits; can be pickled."""
 Weigher = Callable[[Allocation, Sequence[RoundingUnits | None], Drawing], list[LossWeights]]
@@ -106,7 +116,7 @@ class Foreseen:
 
 def foresee(sigma: np.ndarray, ranks: np.ndarray, units: RoundingUnits, bits: int) -> Foreseen:
     """Of a site that may have `ranks`: the highest at which it loses what rounding to `bits` does, or DEEP times that; the lowest, if it always loses less."""
-    lost, rounded = np.append(np.cumsum(np.square(sigma)[::-1])[::-1], 0.0), units.of_dense(bits)
+    lost, rounded = truncation_losses(sigma), units.of_dense(bits)
 
     def highest(least: float) -> int:
         enough = ranks[lost[ranks] >= least]
@@ -115,6 +125,21 @@ def foresee(sigma: np.ndarray, ranks: np.ndarray, units: RoundingUnits, bits: in
     shallow = highest(rounded)
     deep = highest(DEEP * lost[shallow])
     return Foreseen((shallow, deep), dict(zip(KINDS, (float(lost[shallow]), float(lost[deep]), rounded))))
+
+
+def errors_of(
+    name: str,
+    W: np.ndarray,
+    left: np.ndarray,
+    right: np.ndarray,
+    ranks: Sequence[int],
+    bits: int,
+    metric: LayerMetric,
+) -> dict[str, np.ndarray]:
+    """E of W by KINDS: of left [n, k] right [k, m] cut to a shallow and to a deep rank, and of a rounding to `bits`, drawn for the layer's name."""
+    cut = [left[:, :rank] @ right[:rank] - W for rank in ranks]
+    drawn = rounding_errors(W, bits, metric.inputs, metric.outputs, seeded_generator(0, name))
+    return dict(zip(KINDS, (*cut, drawn)))
 
 
 class SiteWeights(NamedTuple):
@@ -211,28 +236,24 @@ def measure_group(
 ) -> None:
     """Unit of work: the divergence by every kind of errors of some sites, together; null if not finite."""
     model, _, _, table = softened_model(plain)
-    errors: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in KINDS}
-    for site, ranks in sites:
-        for kind, error in draw(site, ranks, bits).items():
-            errors[kind][site.layers[0].name] = torch.from_numpy(error).float()
-    found = divergences(model, table[:SEQUENCES], errors)
-    finite = {kind: value if np.isfinite(value) else None for kind, value in found.items()}
-    (folder / MEASURED).write_text(json.dumps(finite), encoding="utf-8")
+    found = divergences(model, table, {site.layers[0].name: draw(site, ranks, bits) for site, ranks in sites})
+    (folder / MEASURED).write_text(json.dumps({kind: finite(value) for kind, value in found.items()}), encoding="utf-8")
 
 
 @torch.inference_mode()
 def divergences(
-    model: nn.Module, sequences: torch.Tensor, errors: Mapping[str, Mapping[str, torch.Tensor]]
+    model: nn.Module, table: torch.Tensor, errors: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, float]:
-    """KL(p ‖ p̂) in nats a token over sequences [S, T], p̂ with every set of errors of layers in its turn; by the set's name."""
-    totals = dict.fromkeys(errors, 0.0)
+    """KL(p ‖ p̂) in nats a token by KINDS over the first SEQUENCES of a table [S, T], p̂ with the errors of that kind, which are given by layer."""
+    sequences, totals = table[:SEQUENCES], dict.fromkeys(KINDS, 0.0)
+    by_kind = {kind: {name: torch.from_numpy(own[kind]).float() for name, own in errors.items()} for kind in KINDS}
     for ids in sequences.split(1):
         ids = ids.to(next(model.parameters()).device)
         dense = model(input_ids=ids, use_cache=False).logits
-        for name, own in errors.items():
+        for kind, own in by_kind.items():
             with with_errors(model, own):
-                totals[name] += float(divergence(dense, model(input_ids=ids, use_cache=False).logits).mean())
-    return {name: total / len(sequences) for name, total in totals.items()}
+                totals[kind] += float(divergence(dense, model(input_ids=ids, use_cache=False).logits).mean())
+    return {kind: total / len(sequences) for kind, total in totals.items()}
 
 
 @contextmanager

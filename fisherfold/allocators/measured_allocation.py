@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from fisherfold.allocators.allocation import ALLOCATORS, Allocation
+from fisherfold.allocators.allocation import ALLOCATORS, Allocation, finite
 from fisherfold.allocators.fermi_descent import SHARP, Softened, softened_model
 from fisherfold.allocators.fermigrad import SoftRank, next_token_loss, set_ranks
 from fisherfold.run.errors import NumericalError
@@ -126,7 +126,7 @@ def measure_site(folder: Path, softened: Softened, sequences: int, index: int, r
     for site in sites:
         site.soft = False
     losses = [_loss_at(model, sites[index], table[:sequences], rank) for rank in ranks]
-    (folder / LOSSES).write_text(json.dumps([loss if np.isfinite(loss) else None for loss in losses]), encoding="utf-8")
+    (folder / LOSSES).write_text(json.dumps([finite(loss) for loss in losses]), encoding="utf-8")
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fisherfold.allocators.cost import ALLOWED_FORMATS, DENSE, FORMATS, SIXTEENTHS, Choice, Unit, is_rounded, unit_of
-from fisherfold.allocators.loss_weights import UNWEIGHTED, LossWeights
+from fisherfold.allocators.loss_weights import UNWEIGHTED, LossWeights, truncation_losses
 from fisherfold.linalg import knapsack
 from fisherfold.linalg.knapsack import Knapsack
 from fisherfold.linalg.rounding_losses import RoundingUnits
@@ -46,7 +46,7 @@ def options_of(
     weights: LossWeights = UNWEIGHTED,
 ) -> list[Option]:
     """Every option of a site; `ranks` are those it may have, multiples of GROUP below its full rank, and perhaps this."""
-    truncation = weights.of_truncation(np.append(np.cumsum(np.square(sigma)[::-1])[::-1], 0.0))
+    truncation = weights.of_truncation(truncation_losses(sigma))
     return [
         option
         for bits in widths

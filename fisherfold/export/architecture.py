@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -50,13 +51,13 @@ class DenseArchitecture:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.read_config())
 
-    def own_head(self) -> str | None:
-        """The module of the output embedding; None if there is none, or its weight is the input's."""
+    def own_head(self) -> tuple[str, nn.Module] | None:
+        """The output embedding's name and module, without numbers; None if there is none, or its weight is the input's."""
         model = self.empty_model()
         head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
         if head is None or head.weight is inputs.weight:
             return None
-        return next(name for name, module in model.named_modules() if module is head)
+        return next((name, module) for name, module in model.named_modules() if module is head)
 
     def read_config(self) -> PreTrainedConfig:
         """The configuration as transformers has it."""
