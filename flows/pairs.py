@@ -47,6 +47,14 @@ def tokens_for_estimator(params: Params) -> str | None:
 
 
 @PAIRS.append
+def draws_of_labels(params: Params) -> str | None:
+    """The text has one label a token."""
+    if params.capture.draws == 1 or params.capture.labels == "model":
+        return None
+    return "capture.draws counts labels drawn from the model, and capture.labels is 'data'. Set capture.draws = 1, or capture.labels = 'model'."
+
+
+@PAIRS.append
 def damping_from_data(params: Params) -> str | None:
     """A damping that is chosen from data wants a metric that is a mean of samples, their diagnostics and, for one rule, their variance."""
     subspace, capture = params.subspace, params.capture

@@ -141,6 +141,7 @@ def _gather_facts(params: CaptureParams, length: int, parts: Sequence[Part]) -> 
         "sequence_length": length,
         "gradients": params.gradients,
         "labels": params.labels,
+        "draws": params.draws,
         "seed": params.seed,
         "sketch_rank": params.sketch_rank,
         "tokens_per_sequence": min(params.tokens_per_sequence, length),

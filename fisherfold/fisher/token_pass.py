@@ -122,9 +122,9 @@ def pass_part(folder: Path, source: TokenPass, layers: Sequence[LinearLayer], lo
     numbers = [number for number in range(low, min(high, len(ids))) if number not in skipped]
     for first in range(0, len(numbers), options.batch_size):
         some = numbers[first : first + options.batch_size]
-        labels = LABELS[statistics.facts["labels"]](some, statistics.facts["seed"])
+        labels = LABELS[statistics.facts["labels"]](some, statistics.facts["seed"], 0)
         with forward_hooks(watched, _adder(sums, (len(some), ids.shape[1]))):
-            gradient_pass(model, ids[some], labels=labels)
+            gradient_pass(model, ids[some], draws=[labels])
     write_arrays(folder / GROUP, _arrays(sums))
 
 

@@ -6,7 +6,7 @@ carry gradients to layer inputs and none that make weight gradients: a third of 
 Shapes: B sequences of T tokens over a vocabulary of V.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +29,7 @@ class GradientPass(NamedTuple):
 
 @torch.enable_grad()
 def gradient_pass(
-    model: "PreTrainedModel", ids: torch.Tensor, first: int = 1, labels: Labels | None = None
+    model: "PreTrainedModel", ids: torch.Tensor, first: int = 1, draws: Sequence[Labels | None] = (None,)
 ) -> GradientPass:
     """Run `ids` [B, T] forward and backward; hooks on the model's layers see activations and their gradients.
 
@@ -38,7 +38,7 @@ def gradient_pass(
 
     Args:
         first: the first token that is predicted; the mean is over it and those after it.
-        labels: of the gradient, instead of the text's next tokens; the losses are those of the text.
+        draws: the labels of each backward pass, None the text's next tokens; the losses are those of the text.
 
     Raises:
         RuntimeError: the model's weights are not frozen.
@@ -48,8 +48,9 @@ def gradient_pass(
     ids = ids.to(input_embedding(model).device)
     with _leaves(model) as embedded:
         logits = model(input_ids=ids, use_cache=False).logits
-    losses, gradient = loss_gradient(logits.detach(), ids.to(logits.device), first, labels)
-    logits.backward(gradient)
+    for left, labels in zip(reversed(range(len(draws))), draws):
+        losses, gradient = loss_gradient(logits.detach(), ids.to(logits.device), first, labels)
+        logits.backward(gradient, retain_graph=left > 0)
     finite = losses.isfinite().to(ids.device)
     for leaf in embedded:
         finite &= leaf.grad.flatten(1).isfinite().all(1) if leaf.grad is not None else True
@@ -84,7 +85,7 @@ def loss_gradient(
         logits: [B, T, V]; row t predicts token t+1.
         ids: [B, T].
         first: the first token that is predicted, from 1.
-        labels: see `gradient_pass`.
+        labels: instead of the text's next tokens, for the gradient.
 
     Returns:
         losses [B] in float32 and the gradient [B, T, V] in the dtype of `logits`; rows that predict nothing are zero.

@@ -3,7 +3,8 @@
     F = E_x E_{y ~ p(· | x)} ∇ log p(y | x) ∇ log p(y | x)ᵀ
 
 is the Fisher matrix; with the text's own y it is called empirical (Kunstner, Balles & Hennig 2019), and grows with what the model predicts
-wrongly. One draw a token is an unbiased estimate at no cost: the probabilities are there.
+wrongly. One draw a token is an unbiased estimate at no cost: the probabilities are there. Further draws cost a backward pass each and no
+forward pass, and are worth it where there is little text.
 
 Shapes: T tokens that are predicted, over a vocabulary of V.
 """
@@ -13,29 +14,36 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fisherfold.run.determinism import seeded_generator
+from fisherfold.run.params import CaptureParams
 
 Labels = Callable[[int, torch.Tensor], torch.Tensor]
 """(place in the batch, p [T, V]) -> labels [T]."""
 
 
-def text_labels(numbers: Sequence[int], seed: int) -> None:
+def text_labels(numbers: Sequence[int], seed: int, draw: int = 0) -> None:
     """The text's own next tokens."""
 
 
-def drawn_labels(numbers: Sequence[int], seed: int) -> Labels:
+def drawn_labels(numbers: Sequence[int], seed: int, draw: int = 0) -> Labels:
     """Labels drawn from p by inversion: the first v with Σ_{w ≤ v} p_w ≥ u Σ_w p_w, u uniform.
 
-    They depend on the seed and on the sequence's number in the table, not on its batch or shard.
+    They depend on the seed, on the sequence's number in the table and on which draw it is, not on its batch or shard.
     """
+    other = f"/{draw}" if draw else ""
 
-    def draw(place: int, p: torch.Tensor) -> torch.Tensor:
-        u = torch.rand(len(p), 1, generator=seeded_generator(seed, f"labels/{numbers[place]}"))
+    def labels(place: int, p: torch.Tensor) -> torch.Tensor:
+        u = torch.rand(len(p), 1, generator=seeded_generator(seed, f"labels/{numbers[place]}{other}"))
         total = p.cumsum(-1)
         found = torch.searchsorted(total, u.to(total) * total[:, -1:])
         return found[:, 0].clamp(max=p.shape[-1] - 1)
 
-    return draw
+    return labels
 
 
-LABELS: dict[str, Callable[[Sequence[int], int], Labels | None]] = {"data": text_labels, "model": drawn_labels}
-"""By capture.labels: what gives the labels of a batch of sequences, by their numbers and capture.seed; None: the text."""
+LABELS: dict[str, Callable[[Sequence[int], int, int], Labels | None]] = {"data": text_labels, "model": drawn_labels}
+"""By capture.labels: what gives the labels of a batch of sequences, by their numbers, capture.seed and the draw; None: the text."""
+
+
+def all_draws(params: CaptureParams, numbers: Sequence[int]) -> list[Labels | None]:
+    """The labels of every draw of capture.draws for a batch of sequences."""
+    return [LABELS[params.labels](numbers, params.seed, draw) for draw in range(params.draws)]

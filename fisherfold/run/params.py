@@ -97,6 +97,7 @@ class CaptureParams(ComputeBlock):
     batch_size: Count = 2
     sequences_per_shard: Count = 8
     labels: Literal["data", "model"] = "model"
+    draws: Count = 1
     leaves: Count = 1
     gradients: Literal["none", "sums", "sketch", "exact"] = "none"
     sketch_rank: Count = 32

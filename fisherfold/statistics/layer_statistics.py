@@ -57,6 +57,11 @@ class Statistics:
         return self.facts["sequences"]
 
     @property
+    def draws(self) -> int:
+        """Of every token's label; each draw gives another d."""
+        return self.facts.get("draws", 1)
+
+    @property
     def has_gradients(self) -> bool:
         """Whether the mean of the sequences' gradients, their squares and their norms were captured."""
         return self.facts["gradients"] != "none"
@@ -84,12 +89,12 @@ class Statistics:
         return self._read(layer.group, "input_abs") / self.tokens
 
     def gradient_gram(self, layer: LinearLayer) -> torch.Tensor:
-        """Σ_t g gᵀ [m, m] of a group of several layers, g = Σ_c W_cᵀ d_c over them."""
-        return self._read(layer.group, "gradient_gram")
+        """Σ_t g gᵀ [m, m] of a group of several layers, g = Σ_c W_cᵀ d_c over them; the mean over draws of labels."""
+        return self._read(layer.group, "gradient_gram") / self.draws
 
     def output_gram(self, layer: LinearLayer) -> torch.Tensor:
-        """Σ_t d dᵀ [n, n]."""
-        return self._read(layer.name, "output_gram")
+        """Σ_t d dᵀ [n, n], the mean over draws of labels."""
+        return self._read(layer.name, "output_gram") / self.draws
 
     def output_covariance(self, layer: LinearLayer) -> torch.Tensor:
         """E[d dᵀ] [n, n], about zero and not about the mean."""

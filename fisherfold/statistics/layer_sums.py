@@ -44,11 +44,13 @@ class Call:
 
     Attributes:
         rows: of an expert, which tokens of the batch they are of.
+        drawn: whether the backward pass of the first draw of labels has come to it.
     """
 
     x: torch.Tensor | None
     d: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    drawn: bool = False
 
 
 class ModelSums:
@@ -56,7 +58,8 @@ class ModelSums:
 
     Sums live on each layer's own device, and a layer's input is held only until the backward pass has come to it. A
     layer that is used several times in a pass counts every time, and its sequence gradient is the sum over uses, as the
-    gradient of its weight is. One that is never used stays at zero.
+    gradient of its weight is. One that is never used stays at zero. Of several draws of labels all add to the sums of d d^T and g g^T; a
+    sequence's gradient and its sampled tokens are those of the first.
 
     Args:
         model: frozen.
@@ -103,10 +106,10 @@ class ModelSums:
                     self.samples[f"{layer.name}/x"] = TokenSample(layer.inputs, token_dtype, device)
 
     def add(
-        self, ids: torch.Tensor, positions: torch.Tensor | None = None, labels: Labels | None = None
+        self, ids: torch.Tensor, positions: torch.Tensor | None = None, draws: Sequence[Labels | None] = (None,)
     ) -> GradientPass:
         """Run token ids [B, T] forward and backward and add what the layers see; see `gradient_pass` and `watch`."""
-        return self.watch(ids.shape, positions, lambda: gradient_pass(self.model, ids, labels=labels))
+        return self.watch(ids.shape, positions, lambda: gradient_pass(self.model, ids, draws=draws))
 
     def watch(self, shape: torch.Size, positions: torch.Tensor | None, run: Callable[[], GradientPass]) -> GradientPass:
         """Add what the layers see while `run` takes B sequences of T tokens forward and backward.
@@ -205,9 +208,12 @@ class ModelSums:
         self.samples[kind].see(use, self._by_sequence(kind, values, rows), self._positions)
 
     def _on_gradient(self, name: str, call: Call, use: int, d: torch.Tensor) -> None:
+        self.outputs[name].add(d, seen_before=call.drawn)
+        if call.drawn:
+            return
+        call.drawn = True
         if self.samples:
             self._sample(f"{name}/d", use, d, call.rows)
-        self.outputs[name].add(d)
         if call.x is not None:
             call.d = d
             if all(each.d is not None for each in self._calls[name]):

@@ -13,7 +13,7 @@ import torch
 
 from fisherfold.network.experts import unfold_experts
 from fisherfold.network.gradient_pass import GradientPass, gradient_pass
-from fisherfold.network.labels import LABELS
+from fisherfold.network.labels import all_draws
 from fisherfold.network.layers import LinearLayer, by_group, forward_hooks, linear_modules, read_layers
 from fisherfold.network.models import DTYPES, StaysLoaded, load_model
 from fisherfold.network.weight_check import check_weights
@@ -93,7 +93,7 @@ class WholePass:
 
     def run(self, numbers: Sequence[int], ids: torch.Tensor) -> GradientPass:
         """See `Passing`."""
-        return gradient_pass(self.model, ids, labels=LABELS[self.params.labels](numbers, self.params.seed))
+        return gradient_pass(self.model, ids, draws=all_draws(self.params, numbers))
 
     def culprits(self, numbers: Sequence[int], ids: torch.Tensor) -> dict[int, str]:
         """See `Passing`; each sequence is run alone."""

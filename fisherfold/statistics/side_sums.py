@@ -67,9 +67,9 @@ class OutputSums:
             self.squares_by_input = torch.zeros(layer.inputs, device=device)
             self.squares_by_output = torch.zeros(layer.outputs, device=device)
 
-    def add(self, d: torch.Tensor) -> None:
-        """Add the tokens of d [..., n]."""
-        tokens = d.shape[:-1].numel()
+    def add(self, d: torch.Tensor, seen_before: bool = False) -> None:
+        """Add the tokens of d [..., n]; of those that were seen before, under other labels, none is counted again."""
+        tokens = 0 if seen_before else d.shape[:-1].numel()
         self.tokens += tokens
         if self.routed is not None:
             self.routed += tokens

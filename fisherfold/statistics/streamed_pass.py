@@ -9,7 +9,7 @@ All sequences of a leaf go through a block before the next one is read, so a wei
 are those of ``capture.placement: whole``; so are the bits of all sums.
 
 <unit>/hidden     x_k [T, h] of every sequence, an array by its number in the table
-<unit>/gradient   likewise
+<unit>/gradient   likewise, of every draw of labels
 <unit>/losses.json   losses of every shard
 
 Shapes: B sequences of T tokens in a batch, h hidden dimensions.
@@ -26,7 +26,7 @@ from torch import nn
 
 from fisherfold.network.blocks import BlockCall
 from fisherfold.network.gradient_pass import GradientPass, loss_gradient
-from fisherfold.network.labels import LABELS
+from fisherfold.network.labels import all_draws
 from fisherfold.network.layers import LinearLayer, read_layers
 from fisherfold.network.separable_blocks import require_blocks
 from fisherfold.network.streamed_model import StreamedModel, streamed_model
@@ -139,14 +139,14 @@ def head(folder: Path, source: LeafSource, before: Path) -> None:
     losses: dict[int, list[float]] = {}
     with streamed.surroundings(head=True), GroupWriter(folder / GRADIENT) as writer:
         for shard, numbers, ids in source.batches("losses, batch"):
-            labels = LABELS[params.labels](numbers, params.seed)
             left = _read(before / HIDDEN, numbers, streamed.device).requires_grad_()
             with torch.enable_grad():
                 logits = streamed.leave(left.clone())
-            found, gradient = loss_gradient(logits.detach(), ids.to(logits.device), labels=labels)
-            logits.backward(gradient)
+            for draw, labels in enumerate(all_draws(params, numbers)):
+                found, gradient = loss_gradient(logits.detach(), ids.to(logits.device), labels=labels)
+                logits.backward(gradient, retain_graph=draw + 1 < params.draws)
+                _write(writer, numbers, taken(left), draw)
             losses.setdefault(shard, []).extend(_finite(source, "the loss", numbers, found[:, None]).flatten().tolist())
-            _write(writer, numbers, left.grad)
     (folder / LOSSES).write_text(json.dumps([losses[shard] for shard in sorted(losses)]), encoding="utf-8")
     close_groups()
 
@@ -179,7 +179,7 @@ def backward(
         if earlier is not None:
             _go_on(sums, earlier)
         writer = GroupWriter(folder / GRADIENT) if part.hands_down else None
-        passing = BlockPass(run, entered / HIDDEN, behind / GRADIENT, writer)
+        passing = BlockPass(run, entered / HIDDEN, behind / GRADIENT, writer, params.draws)
         doing = f"block {part.block} backward, shard"
         try:
             for shard, ids in source.shards().items():
@@ -239,21 +239,24 @@ class BlockPass:
         run: the block.
         entered, behind: groups of x and of gradients.
         writer: of the gradient at x, if the block before needs it.
+        draws: of labels, each with a gradient of its own.
     """
 
-    def __init__(self, run: BlockRun, entered: Path, behind: Path, writer: GroupWriter | None) -> None:
-        self._block, self._entered, self._behind, self._writer = run, entered, behind, writer
+    def __init__(self, run: BlockRun, entered: Path, behind: Path, writer: GroupWriter | None, draws: int) -> None:
+        self._block, self._entered, self._behind, self._writer, self._draws = run, entered, behind, writer, draws
         self._finite = torch.ones(0, dtype=torch.bool)
 
     def run(self, numbers: Sequence[int], ids: torch.Tensor) -> GradientPass:
         """See `Passing`; the losses are the head's."""
         device = self._block._streamed.device
         entered, left = self._block.with_graph(_read(self._entered, numbers, device))
-        left.backward(_read(self._behind, numbers, device))
-        assert entered.grad is not None
-        if self._writer:
-            _write(self._writer, numbers, entered.grad)
-        self._finite = entered.grad.flatten(1).isfinite().all(1).cpu()
+        self._finite = torch.ones(len(numbers), dtype=torch.bool)
+        for draw in range(self._draws):
+            left.backward(_read(self._behind, numbers, device, draw), retain_graph=draw + 1 < self._draws)
+            handed_down = taken(entered)
+            if self._writer:
+                _write(self._writer, numbers, handed_down, draw)
+            self._finite &= handed_down.flatten(1).isfinite().all(1).cpu()
         return GradientPass(torch.zeros(len(numbers)), self._finite)
 
     def culprits(self, numbers: Sequence[int], ids: torch.Tensor) -> dict[int, str]:
@@ -262,14 +265,25 @@ class BlockPass:
         return {number: where for number, good in zip(numbers, self._finite.tolist()) if not good}
 
 
-def _read(group: Path, numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.stack([read_array(group, str(number)) for number in numbers]).to(device)
+def taken(leaf: torch.Tensor) -> torch.Tensor:
+    """The gradient that came to a leaf of autograd, which has none after."""
+    gradient, leaf.grad = leaf.grad, None
+    assert gradient is not None
+    return gradient
 
 
-def _write(writer: GroupWriter, numbers: Sequence[int], values: torch.Tensor | None) -> None:
-    assert values is not None
+def array_name(number: int, draw: int = 0) -> str:
+    """Under which a sequence's hidden states are stored, and their gradient under one draw of labels."""
+    return f"{number}.{draw}" if draw else str(number)
+
+
+def _read(group: Path, numbers: Sequence[int], device: torch.device, draw: int = 0) -> torch.Tensor:
+    return torch.stack([read_array(group, array_name(number, draw)) for number in numbers]).to(device)
+
+
+def _write(writer: GroupWriter, numbers: Sequence[int], values: torch.Tensor, draw: int = 0) -> None:
     for number, own in zip(numbers, values):
-        writer.write(str(number), own)
+        writer.write(array_name(number, draw), own)
 
 
 def _finite(source: LeafSource, where: str, numbers: Sequence[int], values: torch.Tensor) -> torch.Tensor:

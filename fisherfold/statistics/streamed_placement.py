@@ -113,7 +113,7 @@ class Streamed(Placement):
         boundary = min(longest, self.sequences) * self.length * self.width * DTYPES[self.params.dtype].itemsize
         kept = kept_on_disk(self.layers, self.params, self.sequences, current_engine().slots)
         sums = [sums_bytes(part.layers, self.params) for part in self.parts]
-        return kept + streamed_bytes(sums, len(self.leaves), self.blocks, in_work * boundary)
+        return kept + streamed_bytes(sums, len(self.leaves), self.blocks, in_work * boundary, self.params.draws)
 
     def _forward(self, number: int) -> "dict[str, Step]":
         """Embedding, blocks and head for one leaf."""
@@ -179,11 +179,11 @@ class Step:
         return Unit(self.work, self.arguments, tuple(dict.fromkeys([*self.after, *(name for name, _ in self.reads)])))
 
 
-def streamed_bytes(sums: Sequence[int], leaves: int, blocks: int, boundary: int) -> int:
-    """Bytes of all sums and of what is handed on: K + 2 boundaries S' T h, K of them on the way back with two gradients.
+def streamed_bytes(sums: Sequence[int], leaves: int, blocks: int, boundary: int, draws: int) -> int:
+    """Bytes of all sums and of what is handed on: K + 2 D boundaries S' T h, K of them on the way back with two gradients of each of D draws.
 
     Args:
         sums: of every part of the layers; of several leaves, those that are gone on from are there beside the new ones.
         boundary: bytes of one, of all leaves in work.
     """
-    return sum(sums) + (LEAVES_IN_WORK * max(sums) if leaves > 1 else 0) + (blocks + 2) * boundary
+    return sum(sums) + (LEAVES_IN_WORK * max(sums) if leaves > 1 else 0) + (blocks + 2 * draws) * boundary

@@ -43,7 +43,7 @@ def whole_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
     units = {}
     sums = [_sum_files(part, own, len(leaves)) for part in slices]
     files = [[group_bytes(one) for one in part] for part in sums]
-    passes = Demand(model=pass_operations(shapes, own.sequences_per_shard * length, length))
+    passes = Demand(model=pass_operations(shapes, own.sequences_per_shard * length, length, own.draws))
     for index, part in enumerate(slices):
         for leaf in leaves:
             demand = (passes + sums_demand(shapes, part, own, length)) * _share(leaf, params)
@@ -122,6 +122,7 @@ def _streamed_units(
     own, length, leaf = params.capture, params.prepare.sequence_length, leaves[number]
     size, tokens = DTYPES[own.dtype].itemsize, _tokens(leaf, params)
     boundary, end = tokens * shapes.hidden * size, shapes.vocabulary * shapes.hidden * size
+    handed_down = own.draws * boundary
     forward = forward_operations(shapes, tokens, length, logits=False) / len(shapes.block_sizes)
     attention = 4.0 * tokens * length * shapes.attention_width
     logits = 2.0 * tokens * shapes.vocabulary * shapes.hidden
@@ -132,14 +133,14 @@ def _streamed_units(
         step = Demand(model=forward, read=boundary + numbers * size, written=boundary)
         yield f"{number}.forward-{block}", (step, (behind,))
         behind = f"{number}.forward-{block}"
-    yield f"{number}.head", (Demand(model=2 * logits, read=boundary + end, written=boundary), (behind,))
+    yield f"{number}.head", (Demand(model=(1 + own.draws) * logits, read=boundary + end, written=handed_down), (behind,))
     behind = f"{number}.head"
     for index, (block, part) in reversed(list(enumerate(parts))):
         earlier = (f"{number - 1}.{len(parts) - index}",) if number else ()
         demand = Demand(
-            model=2 * forward + attention,  # once more, and back
-            read=2 * boundary + shapes.block_sizes[block] * size + (files[index] if number else 0),
-            written=boundary + files[index] + _kept(leaf, params, part, index == 0),
+            model=(1 + own.draws) * forward + own.draws * attention,  # once more, and back
+            read=boundary + handed_down + shapes.block_sizes[block] * size + (files[index] if number else 0),
+            written=handed_down + files[index] + _kept(leaf, params, part, index == 0),
         )
         name = f"{number}.{len(parts) - index}"
         yield name, (demand + sums_demand(shapes, part, own, length) * _share(leaf, params), (behind, *earlier))
@@ -154,17 +155,20 @@ def _streamed_peak(
     files: Sequence[int],
     in_work: int,
 ) -> float:
-    """Bytes on disk at most: at the turn of a leaf K + 2 boundaries, on the way back one fewer a block while sums come; or what is gathered at the end."""
+    """Bytes on disk at most: at the turn of a leaf K + 1 boundaries and a gradient of each draw, on the way back one fewer a block while sums come;
+    or what is gathered at the end.
+    """
     held, peak, boundary = 0.0, 0.0, 0.0
+    gradient = params.capture.draws
     for number, leaf in enumerate(leaves):
         boundary = _boundary_bytes(shapes, params, _sequences(leaf, params))
-        states = len(shapes.block_sizes) + 2
-        peak, behind = max(peak, held + states * boundary), None
+        states = len(shapes.block_sizes) + 1
+        peak, behind = max(peak, held + (states + gradient) * boundary), None
         for index, (block, part) in reversed(list(enumerate(parts))):
             states -= block != behind
             behind = block
             held += files[index] + _kept(leaf, params, part, index == 0)
-            peak = max(peak, held + (states + 1) * boundary)
+            peak = max(peak, held + (states + 2 * gradient) * boundary)
             held -= files[index] if number else 0  # those of the leaf before, which these go on from
     kept = [
         [
@@ -175,7 +179,7 @@ def _streamed_peak(
         for size in _shard_sizes(leaf, params)
     ]
     copied = sum(copied_bytes(sizes) for sizes in (files, *kept))
-    return max(peak + (in_work - 1) * (len(shapes.block_sizes) + 2) * boundary, held + copied)
+    return max(peak + (in_work - 1) * (len(shapes.block_sizes) + 1 + gradient) * boundary, held + copied)
 
 
 def _boundary_bytes(shapes: ModelShapes, params: Params, sequences: int) -> int:
@@ -268,10 +272,10 @@ def sums_demand(shapes: ModelShapes, layers: Sequence[LinearLayer], params: Capt
     form = GRADIENT_FORMS.lookup(params.gradients)
     for members in by_group(layers).values():
         seen = shapes.seen(members[0]) * tokens
-        products += gram_operations(seen, members[0].inputs) * (2 if len(members) > 1 else 1)
+        products += gram_operations(seen, members[0].inputs) * (1 + params.draws if len(members) > 1 else 1)
     for layer in layers:
         n, m, seen = layer.outputs, layer.inputs, shapes.seen(layer) * tokens
-        products += gram_operations(seen, n)
+        products += gram_operations(seen, n) * params.draws
         traffic += 4 * seen * (n + m)
         if form is not None:
             one = form(layer, 1, 0)

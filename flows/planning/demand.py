@@ -73,10 +73,10 @@ def forward_operations(shapes: ModelShapes, tokens: int, length: int, logits: bo
     return 2.0 * tokens * (products + head) + 4.0 * tokens * length * shapes.attention_width * shapes.blocks
 
 
-def pass_operations(shapes: ModelShapes, tokens: int, length: int) -> float:
-    """A forward pass and the backward pass for activations alone, which repeats its products (attention: twice)."""
+def pass_operations(shapes: ModelShapes, tokens: int, length: int, draws: int = 1) -> float:
+    """A forward pass and backward passes for activations alone, which repeat its products (attention: twice)."""
     attention = 4.0 * tokens * length * shapes.attention_width * shapes.blocks
-    return 2 * forward_operations(shapes, tokens, length) + attention
+    return (1 + draws) * forward_operations(shapes, tokens, length) + draws * attention
 
 
 def gram_operations(tokens: float, size: int) -> float:

@@ -47,6 +47,7 @@ FISHER = {"capture": SKETCH, "kronecker": {"estimator": "sequence"}}
             {"subspace": {"metric": "fasc", "fasc": {"threshold": 0.1}}, "capture": {"tokens_per_sequence": 0}},
             "subspace.fasc.threshold needs tokens",
         ),
+        ({"capture": {"labels": "data", "draws": 2}}, "Set capture.draws = 1"),
         ({"kronecker": {"trim_tokens": 256}}, "leaves nothing of sequences of 256"),
         ({"capture": STREAMED | {"skip_nonfinite": True}}, "Set capture.skip_nonfinite: false"),
         (

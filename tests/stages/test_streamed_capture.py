@@ -86,6 +86,16 @@ def test_the_same_bits_as_with_the_whole_model(tmp_path, family, labels):
     assert_same_bits(other, one)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_of_several_draws_too(tmp_path, family):
+    prepared = family_workspace(tmp_path / "prepared", family)
+    one, other = (
+        captured(prepared, tmp_path / name, params.model_copy(update={"draws": 3}))
+        for name, params in (("whole", WHOLE), ("streamed", CUT))
+    )
+    assert_same_bits(other, one)
+
+
 @pytest.mark.parametrize("changes", [{"leaves": 3}, {"leaves": 4, "layers_per_pass": 1}])
 def test_however_it_is_cut(prepared, whole, tmp_path, changes):
     assert_same_bits(captured(prepared, tmp_path / "w", STREAMED.model_copy(update=changes)), whole)
@@ -227,8 +237,8 @@ def test_a_sequence_that_is_not_finite_is_named(prepared, tmp_path, monkeypatch)
     """A gradient that breaks in a block is found there."""
     read = streamed_pass._read
 
-    def broken(group, numbers, device):
-        values = read(group, numbers, device)
+    def broken(group, numbers, device, draw=0):
+        values = read(group, numbers, device, draw)
         if group.name == streamed_pass.GRADIENT and group.parent.name.endswith("head"):
             values[[number == 3 for number in numbers]] = torch.inf
         return values

@@ -6,6 +6,7 @@ from tiny import FAMILIES, random_ids, tiny_model
 from torch import nn
 from toy_model import VOCABULARY, ToyModel
 
+from fisherfold.network.labels import drawn_labels
 from fisherfold.network.layers import LinearLayer, find_layers
 from fisherfold.run.errors import InputError
 from fisherfold.statistics.gradient_forms import GRADIENT_FORMS
@@ -173,3 +174,25 @@ def test_no_hook_is_left_behind_and_inputs_are_freed():
     sums = sums_of(model, random_ids(2, LENGTH))
     assert not any(module._forward_hooks for module in model.modules())
     assert not any(sums._calls.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_draw_of_labels_adds_to_what_comes_back_and_nothing_to_what_goes_in(family):
+    """One forward and three backward passes against three passes of one draw each."""
+    ids = random_ids(3, LENGTH)
+    draws = [drawn_labels(range(3), 0, draw) for draw in range(3)]
+
+    def summed(*labels) -> dict[str, torch.Tensor]:
+        model = tiny_model(family).double().requires_grad_(False)
+        sums = ModelSums(model, find_layers(model), GRADIENT_FORMS.lookup("exact"), 4, 0, torch.float32)
+        sums.add(ids, torch.tensor([[0, 5], [1, 2], [7, 11]]), labels)
+        return arrays_of(sums)
+
+    found, single = summed(*draws), [summed(labels) for labels in draws]
+    assert any(name.endswith("gradient_gram") for name in found) == (family != "gpt2")  # whose layers share no input
+    for name, values in found.items():
+        of_draws = [each[name] for each in single]
+        sent_back = name.endswith(("output_gram", "gradient_gram"))
+        expected = sum(of_draws) if sent_back else of_draws[0]
+        torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item(), msg=name)
+        assert not sent_back or (of_draws[0] - of_draws[1]).norm() > 0.1 * of_draws[0].norm()
