@@ -48,6 +48,7 @@ AXES: Axes = {
     "inputs": {"shared": ("subspace.share_inputs=true",)},
     "refinement": {"none": ("factorize.refine.passes=0",), "one pass": ("factorize.refine.passes=1",)},
     "heal": {
+        "none": ("factorize.heal.passes=0",),
         "one pass": ("factorize.heal.passes=1",),
         "over 2048 others": ("factorize.heal.passes=1", "prepare.healing_sequences=2048"),
     },

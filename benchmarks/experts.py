@@ -47,7 +47,7 @@ PARAMS = {
     "kronecker": {"threads": 1, "diagnostics": "none", "dependence_draws": 0},
     "subspace": {"threads": 1},
     "ranks": {"threads": 1},
-    "factorize": {"refine": {"passes": 0}},
+    "factorize": {"refine": {"passes": 0}, "heal": {"passes": 0}},
     "evaluate": {"threads": 1, "answer_tokens": 1},
 }
 FEW = {

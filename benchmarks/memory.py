@@ -56,7 +56,7 @@ def parameters(allocator: str, placement: str) -> Params:
             "kronecker": BLOCK,
             "subspace": BLOCK,
             "ranks": BLOCK | {"allocator": allocator, "fermigrad": {"steps": 2}},
-            "factorize": BLOCK | {"refine": BLOCK},
+            "factorize": BLOCK | {"refine": BLOCK, "heal": {"passes": 0}},
             "evaluate": BLOCK | {"answer_tokens": 8},
         },
         "benchmarks/memory.py",

@@ -94,7 +94,7 @@ def bare_times(workspace: Workspace, params: Params) -> dict[str, tuple[float, f
 
     counts = {split: pq.read_metadata(workspace.table(split)).num_rows for split in ("calibration", "evaluation")}
     trained = counts["calibration"] * params.factorize.refine.passes
-    trained += params.prepare.healing_sequences * params.factorize.heal.passes
+    trained += (params.prepare.healing_sequences or counts["calibration"]) * params.factorize.heal.passes
     passes: dict[str, tuple[Callable[[], object], float]] = {
         "capture": (backward, counts["calibration"]),
         "factorize": (backward, trained),

@@ -221,7 +221,7 @@ class HealParams(Block):
     """Of stage factorize: the training of all factors together."""
 
     threads: Count = 2
-    passes: Annotated[int, Field(ge=0)] = 0
+    passes: Annotated[int, Field(ge=0)] = 1
     rate: Annotated[float, Field(gt=0)] = 3e-5
     batch_size: Count = 4
 

@@ -12,15 +12,18 @@ Values = dict[tuple[str, ...], Any]
 BALANCED: Values = {
     ("prepare", "calibration_sequences"): 256,
     ("prepare", "tuning_sequences"): 16,
+    ("prepare", "healing_sequences"): 0,
     ("prepare", "evaluation_sequences"): 32,
     ("prepare", "unseen_sequences"): 16,
     ("prepare", "question_count"): 200,
     ("prepare", "held_out_prompts"): 32,
     ("prepare", "answer_tokens"): 160,
+    ("capture", "draws"): 1,
     ("capture", "knowledge_questions"): 32,
     ("kronecker", "dependence_draws"): 60,
     ("ranks", "allocator"): "fisher",
     ("factorize", "refine", "passes"): 2,
+    ("factorize", "heal", "passes"): 1,
     ("evaluate", "answer_tokens"): 64,
 }
 """The shipped values."""
@@ -38,6 +41,7 @@ PRESETS: dict[str, Values] = {
         ("capture", "knowledge_questions"): 4,
         ("kronecker", "dependence_draws"): 0,
         ("factorize", "refine", "passes"): 0,
+        ("factorize", "heal", "passes"): 0,
         ("evaluate", "answer_tokens"): 32,
     },
     "balanced": BALANCED,
@@ -45,6 +49,8 @@ PRESETS: dict[str, Values] = {
     | {
         ("prepare", "calibration_sequences"): 512,
         ("prepare", "tuning_sequences"): 32,
+        ("prepare", "healing_sequences"): 512,
+        ("capture", "draws"): 4,
         ("ranks", "allocator"): "fermigrad",
     },
 }

@@ -5,12 +5,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fisherfold.run.params import Params
+from fisherfold.statistics.placement import PLACEMENTS
 from flows.planning.capture_costs import CAPTURE_MEMORY
 from flows.planning.plan import USABLE, Hardware, StagePlan, plan_stage
 from flows.planning.shapes import ModelShapes
 
 Change = dict[str, Any]
 STREAMED: Change = {"placement": "streamed"}
+UNHEALED = "factorize.heal.passes=0"  # healing trains a whole model
 
 
 def propose(
@@ -44,7 +46,8 @@ def propose(
     if not found:
         return None
     _, changes = min(found, key=lambda one: one[0] or 0.0)
-    return [f"capture.{key}={value}" for key, value in changes.items()]
+    unhealed = [UNHEALED] if _with(params, changes).factorize.heal.passes < params.factorize.heal.passes else []
+    return [f"capture.{key}={value}" for key, value in changes.items()] + unhealed
 
 
 def unfit(stages: Sequence[StagePlan]) -> list[str]:
@@ -86,7 +89,11 @@ def _first_that_fits(
 
 
 def _with(params: Params, changes: Change) -> Params:
-    return params.model_copy(update={"capture": params.capture.model_copy(update=changes)})
+    """The parameters with changes to block capture, and without healing where these keep no whole model."""
+    factorize, capture = params.factorize, params.capture.model_copy(update=changes)
+    if not PLACEMENTS.lookup(capture.placement).holds_model:
+        factorize = factorize.model_copy(update={"heal": factorize.heal.model_copy(update={"passes": 0})})
+    return params.model_copy(update={"capture": capture, "factorize": factorize})
 
 
 def more_leaves(params: Params) -> Iterator[Change]:

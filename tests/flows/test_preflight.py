@@ -55,6 +55,7 @@ FISHER = {"capture": SKETCH, "kronecker": {"estimator": "sequence"}}
             "keeps a model's unpacked weights",
         ),
         ({"factorize": {"bits": 4}}, "set ranks.round_to = 32"),
+        ({"capture": STREAMED}, "Set factorize.heal.passes = 0"),
         ({"ranks": {"widths": [8, 4], "round_to": 32}}, "set ranks.budget = 'model_bytes'"),
         (
             {
@@ -82,7 +83,7 @@ def test_parameters_that_do_not_go_together(changed, says):
         {"subspace": {"metric": "fwsvd"}, "capture": SKETCH},
         {"subspace": {"metric": "fasc"}, "capture": SKETCH},
         {"subspace": {"metric": "svd_llm", "input_damping": "oas"}},
-        {"capture": STREAMED, "kronecker": {"estimator": "every_token"}},
+        {"capture": STREAMED, "kronecker": {"estimator": "every_token"}, "factorize": {"heal": {"passes": 0}}},
     ],
 )
 def test_parameters_that_go_together(changed):

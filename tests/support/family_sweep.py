@@ -72,7 +72,7 @@ PARAMS = {
     "kronecker": {"threads": 1, "dependence_draws": 0},
     "subspace": {"threads": 1},
     "ranks": {"threads": 1, "ratio": 0.4},
-    "factorize": {"threads": 1, "dense_export": True, "refine": {"passes": 0}},
+    "factorize": {"threads": 1, "dense_export": True, "refine": {"passes": 0}, "heal": {"passes": 0}},
     "evaluate": {"threads": 1, "answer_tokens": 3},
 }
 

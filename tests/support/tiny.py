@@ -41,8 +41,8 @@ COMMON = {
 
 
 def as_truncated(**params: object) -> FactorizeParams:
-    """Of stage factorize, without the training of blocks, which takes longer than the rest."""
-    return FactorizeParams(**{"refine": {"passes": 0}, **params})
+    """Of stage factorize, without training, which takes longer than the rest."""
+    return FactorizeParams(**{"refine": {"passes": 0}, "heal": {"passes": 0}, **params})
 
 
 def tiny_model(family: str = "llama", seed: int = 0) -> PreTrainedModel:

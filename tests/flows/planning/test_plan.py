@@ -1,6 +1,7 @@
 """The plan against what it plans: counted operations, written files, a recorded run."""
 
 import json
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ from fisherfold.statistics.stored_sums import sum_shapes
 from fisherfold.statistics.streamed_placement import Streamed
 from flows.cli import main
 from flows.planning import demand, group_shapes
-from flows.planning.plan import disk_needed, plan_run, plan_stage, read_hardware, total
+from flows.planning.plan import StagePlan, disk_needed, plan_run, plan_stage, read_hardware, total
 from flows.planning.proposal import command, incurable, propose, unfit
 from flows.planning.shapes import find_shapes, shapes_of
 from flows.planning.stage_costs import STAGE_COSTS
@@ -165,13 +166,13 @@ def test_a_streamed_capture_takes_the_disk_that_the_plan_says(tmp_path, monkeypa
 def test_the_recorded_demo_run_was_foreseen(demo_shapes):
     params = load_params(ROOT / "params.yaml")
     recorded = {  # what has changed since among the defaults
-        "prepare": {"calibration_sequences": 48, "self_written": 0.0, "held_out_prompts": 0},
+        "prepare": {"calibration_sequences": 48, "healing_sequences": 0, "self_written": 0.0, "held_out_prompts": 0},
         "capture": DEMO["capture"] | {"tokens_per_sequence": 16},
         "subspace": {
             "input_damping": "ledoit_wolf",
             "output_damping": "ledoit_wolf",
         },  # roots were made of eigenvectors
-        "factorize": {"refine": RefineParams(passes=0)},
+        "factorize": {"refine": RefineParams(passes=0), "heal": HealParams(passes=0)},
     }
     params = params.model_copy(
         update={block: getattr(params, block).model_copy(update=values) for block, values in recorded.items()}
@@ -198,12 +199,14 @@ def test_the_recorded_demo_run_was_foreseen(demo_shapes):
 
 def test_healing_is_planned(demo_shapes):
     params = load_params(ROOT / "params.yaml")
-    healed = params.model_copy(update={"factorize": params.factorize.model_copy(update={"heal": HealParams(passes=1)})})
-    fresh = healed.model_copy(update={"prepare": healed.prepare.model_copy(update={"healing_sequences": 1024})})
-    plans = [
-        {plan.stage: plan for plan in plan_run(demo_shapes, given, read_hardware(HERE, "cpu"), 1)}
-        for given in (params, healed, fresh)
-    ]
+
+    def planned(passes: int, fresh: int) -> dict[str, StagePlan]:
+        factorize = params.factorize.model_copy(update={"heal": HealParams(passes=passes)})
+        prepare = params.prepare.model_copy(update={"healing_sequences": fresh})
+        given = params.model_copy(update={"factorize": factorize, "prepare": prepare})
+        return {plan.stage: plan for plan in plan_run(demo_shapes, given, read_hardware(HERE, "cpu"), 1)}
+
+    plans = [planned(0, 0), planned(1, 0), planned(1, 1024)]
     refining, once, often = (plan["factorize"].seconds for plan in plans)
     assert often - refining == pytest.approx((once - refining) * (1024 + 16) / (256 + 16), rel=0.05)
     assert plans[2]["prepare"].seconds > plans[1]["prepare"].seconds  # the model writes half of it
@@ -242,12 +245,12 @@ def test_what_does_not_fit_is_said_and_slices_make_it_fit(llama):
 
 
 def changed(params: Params, assignments: list[str]) -> Params:
-    """The parameters with assignments to block capture, as `--set` would read them."""
-    given = {
-        key.removeprefix("capture."): YAML(typ="safe").load(value)
-        for key, _, value in (one.partition("=") for one in assignments)
-    }
-    return params.model_copy(update={"capture": CaptureParams(**{**params.capture.model_dump(), **given})})
+    """The parameters with assignments, as `--set` would read them."""
+    document = params.model_dump()
+    for name, _, value in (one.partition("=") for one in assignments):
+        *blocks, key = name.split(".")
+        reduce(dict.__getitem__, blocks, document)[key] = YAML(typ="safe").load(value)
+    return Params.model_validate(document)
 
 
 @pytest.mark.parametrize("memory", [8e8, 5e8])
@@ -259,7 +262,7 @@ def test_less_memory_than_the_model_takes_is_for_one_block_at_a_time(memory):
     params = Params.model_validate({"prepare": {"calibration_sequences": 2048}, "capture": capture})
     stages = plan_run(shapes, params, hardware, 1)
     proposed = propose(shapes, params, hardware, 1, stages)
-    assert "capture.placement=streamed" in proposed
+    assert "capture.placement=streamed" in proposed and "factorize.heal.passes=0" in proposed
     fits = plan_stage("capture", shapes, changed(params, proposed), hardware, 1)
     assert fits.seconds > 0 and fits.memory <= 0.9 * memory
     lost = incurable(shapes, params, hardware, 1, stages)
