@@ -22,7 +22,16 @@ SMALL = (
     "evaluate.answer_tokens=8",
     *(
         f"{block}.threads=1"
-        for block in ("prepare", "capture", "kronecker", "subspace", "ranks", "factorize.refine", "factorize.heal", "evaluate")
+        for block in (
+            "prepare",
+            "capture",
+            "kronecker",
+            "subspace",
+            "ranks",
+            "factorize.refine",
+            "factorize.heal",
+            "evaluate",
+        )
     ),
 )
 GENERATE = """

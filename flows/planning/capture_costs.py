@@ -133,7 +133,10 @@ def _streamed_units(
         step = Demand(model=forward, read=boundary + numbers * size, written=boundary)
         yield f"{number}.forward-{block}", (step, (behind,))
         behind = f"{number}.forward-{block}"
-    yield f"{number}.head", (Demand(model=(1 + own.draws) * logits, read=boundary + end, written=handed_down), (behind,))
+    yield (
+        f"{number}.head",
+        (Demand(model=(1 + own.draws) * logits, read=boundary + end, written=handed_down), (behind,)),
+    )
     behind = f"{number}.head"
     for index, (block, part) in reversed(list(enumerate(parts))):
         earlier = (f"{number - 1}.{len(parts) - index}",) if number else ()
