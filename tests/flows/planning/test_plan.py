@@ -142,7 +142,9 @@ def test_bytes_of_every_group_are_exact(tmp_path, changes):
         assert _groups(workspace.out(stage)) == STAGE_COSTS.lookup(stage)(shapes, params, 1).published
 
 
-@pytest.mark.parametrize("changes", [{}, {"leaves": 2}, {"layers_per_pass": 2, "tokens_per_sequence": 0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"leaves": 2}, {"layers_per_pass": 2, "tokens_per_sequence": 0}, {"draws": 3}], ids=str
+)
 def test_a_streamed_capture_takes_the_disk_that_the_plan_says(tmp_path, monkeypatch, changes):
     workspace = tiny.tiny_workspace(tmp_path, length=48)
     params = Params(
