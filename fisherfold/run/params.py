@@ -63,7 +63,7 @@ class PrepareParams(ComputeBlock):
     sequence_length: Annotated[int, Field(ge=2)] = 256
     calibration_sequences: Count = 256
     tuning_sequences: Count = 16
-    healing_sequences: Annotated[int, Field(ge=0)] = 0
+    healing_sequences: Annotated[int, Field(ge=0)] = 128
     evaluation_sequences: Count = 32
     questions: str | None = "wikipedia-descriptions"
     question_count: Count = 200

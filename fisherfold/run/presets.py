@@ -12,7 +12,7 @@ Values = dict[tuple[str, ...], Any]
 BALANCED: Values = {
     ("prepare", "calibration_sequences"): 256,
     ("prepare", "tuning_sequences"): 16,
-    ("prepare", "healing_sequences"): 0,
+    ("prepare", "healing_sequences"): 128,
     ("prepare", "evaluation_sequences"): 32,
     ("prepare", "unseen_sequences"): 16,
     ("prepare", "question_count"): 200,
@@ -33,6 +33,7 @@ PRESETS: dict[str, Values] = {
     | {
         ("prepare", "calibration_sequences"): 32,
         ("prepare", "tuning_sequences"): 4,
+        ("prepare", "healing_sequences"): 0,
         ("prepare", "evaluation_sequences"): 12,
         ("prepare", "unseen_sequences"): 8,
         ("prepare", "question_count"): 60,
