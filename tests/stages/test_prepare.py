@@ -24,7 +24,7 @@ from stages import prepare
 
 PARAMS = PrepareParams(
     model="model", corpus="corpus.json", unseen=None, questions="facts", sequence_length=8,
-    calibration_sequences=6, tuning_sequences=2, evaluation_sequences=4, question_count=5,
+    calibration_sequences=6, tuning_sequences=2, healing_sequences=0, evaluation_sequences=4, question_count=5,
 )  # fmt: skip
 SPLITS = {"calibration": 6, "tuning": 2, "evaluation": 4}
 
