@@ -88,9 +88,11 @@ def heal_unit(
 
         pivoted = free_factors(compressed)
         factors = factors_of(compressed, (*(f"{name}." for name in layers), *factor_names(stacks)))
-        before = held_out(dense, compressed, tuning, params)
-        steps = train(Savepoints(place, folder), factors, loss, text, params)
-        after = held_out(dense, compressed, tuning, params)
+        before = after = held_out(dense, compressed, tuning, params)
+        steps = 0
+        if factors:  # none, where every layer that was cut has rank 0
+            steps = train(Savepoints(place, folder), factors, loss, text, params)
+            after = held_out(dense, compressed, tuning, params)
     found = Healing(before, after, after < before, steps)
     if found.accepted:
         pivot_again(compressed, pivoted)

@@ -461,6 +461,14 @@ def test_healing_that_helps_nobody_is_not_kept(calibrated):
     assert digests(workspace.out("factorize") / "model")["model.safetensors"] == expected
 
 
+def test_where_every_cut_layer_has_rank_0_there_is_nothing_to_heal(tmp_path):
+    workspace = with_sequences(subspace_workspace(tmp_path, "llama"))
+    publish_ranks(workspace, {site.name: 0 for site in read_sites(workspace.out("subspace"))}, "pivoted")
+    _, facts = factorized(workspace, heal=HEAL)
+    found = facts["healing"]
+    assert (found["accepted"], found["steps"]) == (False, 0) and found["held_out_after"] == found["held_out_before"]
+
+
 def test_a_killed_healing_goes_on_with_the_same_bits(calibrated, monkeypatch):
     whole, _ = factorized(calibrated, heal=HEAL)
     expected = digests_and_nothing_left(whole)
