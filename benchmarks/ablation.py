@@ -49,7 +49,7 @@ AXES: Axes = {
     "refinement": {"none": ("factorize.refine.passes=0",), "one pass": ("factorize.refine.passes=1",)},
     "heal": {
         "none": ("factorize.heal.passes=0",),
-        "one pass": ("factorize.heal.passes=1",),
+        "one pass over the calibration": ("factorize.heal.passes=1", "prepare.healing_sequences=0"),
         "over 2048 others": ("factorize.heal.passes=1", "prepare.healing_sequences=2048"),
     },
 }
