@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 TEXT_ALONE: dict[str, Any] = {
     "self_written": 0.0,
+    "free_text": 0.0,
     "held_out_prompts": 0,
     "unseen": None,
     "questions": None,

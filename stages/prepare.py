@@ -7,13 +7,12 @@ calibration is what it writes itself, and its answers to held-out prompts are fo
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from fisherfold.inputs.conversations import has_chat_format
 from fisherfold.inputs.corpora import Corpus, find_corpora, read_articles
 from fisherfold.inputs.embedded import require_embedded
 from fisherfold.inputs.pretrained import (
@@ -33,19 +32,10 @@ from fisherfold.inputs.questions import (
     require_askable,
 )
 from fisherfold.inputs.recipes import Source
-from fisherfold.inputs.self_written import (
-    BATCH,
-    MOST_ROUNDS,
-    Turns,
-    batch_size,
-    conversation_split,
-    conversations,
-    split_prompts,
-    write_answers,
-)
 from fisherfold.inputs.splits import Split, as_split, draw_splits, interleave, portions, start_token
 from fisherfold.inputs.targeting import write_targets
 from fisherfold.inputs.tokenizer_files import vocabulary_size
+from fisherfold.inputs.written_text import WrittenText, write_text
 from fisherfold.network.coverage import describe_coverage
 from fisherfold.network.layers import DENSE_FILE, LAYERS_FILE
 from fisherfold.network.models import DTYPES
@@ -86,7 +76,8 @@ def run(
             for line in describe_coverage(coverage):
                 announce("prepare", line)
             look_ahead(loaded / "model", layers)
-            written = self_written(scratch, loaded / "model", prompts.texts if prompts else (), params)
+            tokenizer = _tokenizer(loaded / "model")
+            written = write_text(scratch, loaded / "model", tokenizer, prompts.texts if prompts else (), params)
             units = {"tables": (loaded / "model", corpora, questions, params, written)}
             tokenised = scratch.map("tables", write_tables, units)["tables"]
             scratch.keep("tables", tokenised / "tables")
@@ -119,76 +110,6 @@ def _key(name: str, number: int) -> str:
     return name if number == 0 else f"{name} {number + 1}"
 
 
-def self_written(
-    scratch: Scratch, model: Path, prompts: Sequence[str], params: PrepareParams
-) -> dict[str, tuple[Path, ...]]:
-    """Let a chat model answer prompts until every split has its share; files of answers by split."""
-    if not prompts or not has_chat_format(_tokenizer(model)):
-        return {}
-    split = split_prompts(prompts, params.held_out_prompts, params.seed)
-    held_out = Turns(split.evaluation, rounds=1)
-    batches = iter(lambda: held_out.take(BATCH), None)
-    found = {"evaluation": tuple(_answer(scratch, model, "evaluation", batches, params))}
-    calibration = Turns(split.calibration, MOST_ROUNDS)  # healing goes on behind it: other answers
-    asked = {"tuning": Turns(split.tuning, MOST_ROUNDS), "calibration": calibration, "healing": calibration}
-    for name, size in _self_written_sequences(params).items():
-        found[name] = tuple(_answer_until(scratch, model, name, asked[name], size * params.sequence_length, params))
-    return found
-
-
-def _answer_until(
-    scratch: Scratch,
-    model: Path,
-    name: str,
-    turns: Turns,
-    tokens: int,
-    params: PrepareParams,
-) -> Iterator[Path]:
-    """Answers to the next prompts until they hold `tokens`."""
-    held = answered = 0
-    while held < tokens:
-        batch = turns.take(batch_size(tokens - held, answered, held, params.answer_tokens))
-        if batch is None:
-            return
-        (file,) = _answer(scratch, model, name, [batch], params, f", {held} of {tokens} tokens written")
-        yield file
-        held += sum(len(ids) for _, ids in conversations([read_table(file)]))
-        answered += len(batch[1])
-
-
-def _answer(
-    scratch: Scratch,
-    model: Path,
-    name: str,
-    batches: Iterable[tuple[int, tuple[str, ...]]],
-    params: PrepareParams,
-    so_far: str = "",
-) -> list[Path]:
-    """The files of answers to numbered batches of prompts, a unit each."""
-    settings = params.answer_tokens, params.dtype
-    units = {
-        f"answers-{name}-{number:04d}": (model, batch, params.seed * 10_007 + number, *settings)
-        for number, batch in batches
-    }
-    folders = scratch.map(f"answers for {name}{so_far}", write_answers, units)
-    return [folders[unit] / "answers.parquet" for unit in units]
-
-
-def _self_written_sequences(params: PrepareParams) -> dict[str, int]:
-    """How many sequences of each mixed split the model writes itself."""
-    return {name: round(params.self_written * size) for name, size in _sizes(params).items() if name != "evaluation"}
-
-
-def _sizes(params: PrepareParams) -> dict[str, int]:
-    """Sequences of every split, in the order of drawing: more of one moves none before it."""
-    sizes = {
-        "evaluation": params.evaluation_sequences,
-        "tuning": params.tuning_sequences,
-        "calibration": params.calibration_sequences,
-    }
-    return sizes | ({"healing": params.healing_sequences} if params.healing_sequences else {})
-
-
 def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model, local_files_only=True)
 
@@ -199,7 +120,7 @@ def write_tables(
     corpora: Sequence[Corpus],
     questions: QuestionSet | None,
     params: PrepareParams,
-    written: Mapping[str, Sequence[Path]],
+    written: WrittenText,
 ) -> None:
     """Draw and tokenise; write the six tables below ``folder/tables``, and ``folder/facts.json``."""
     tokenizer = _tokenizer(model)
@@ -213,7 +134,7 @@ def write_tables(
         text = " ".join([row["question"], *row["choices"]])
         require_embedded(tokenizer(text)["input_ids"], embeddings, tokenizer, f"Question {row['question']!r:.80}")
         require_askable(row, tokenizer, positions)
-    splits = draw_all(corpora, tokenizer, params, {row["article"] for row in rows}, written)
+    splits = draw_all(corpora, tokenizer, params, {row["article"] for row in rows}, written.splits(tokenizer, params))
     for name, split in {"healing": as_split([], params.sequence_length, ""), **splits}.items():
         for ids, articles in zip(split.input_ids, split.articles, strict=True):
             require_embedded(ids, embeddings, tokenizer, f"The corpus ({', '.join(articles[:2])})")
@@ -221,7 +142,7 @@ def write_tables(
             folder / "tables" / f"{name}.parquet", split.input_ids, split.articles, vocabulary, split.sources
         )
     write_table(folder / "tables" / "questions.parquet", questions_table(rows), vocabulary)
-    answers = [read_table(file) for file in written.get("evaluation", ())]
+    answers = [read_table(file) for file in written.answers.get("evaluation", ())]
     write_table(
         folder / "tables" / "answers.parquet",
         pa.concat_tables(answers) if answers else ANSWERS.empty_table(),
@@ -237,22 +158,15 @@ def draw_all(
     tokenizer: PreTrainedTokenizerBase,
     params: PrepareParams,
     reserved: set[str],
-    written: Mapping[str, Sequence[Path]],
+    own: Mapping[str, Sequence[Split]],
 ) -> dict[str, Split]:
     """The splits: each corpus's share, and what the model has written itself, mixed evenly; unseen corpora give to evaluation alone.
 
     Raises:
         InputError: a corpus is too small.
     """
-    own = {
-        name: conversation_split(
-            [read_table(file) for file in written[name]], size, params.sequence_length, start_token(tokenizer)
-        )
-        for name, size in _self_written_sequences(params).items()
-        if written.get(name) and size
-    }
-    sizes = _sizes(params)
-    wanted = {name: size - (len(own[name].articles) if name in own else 0) for name, size in sizes.items()}
+    sizes = params.splits
+    wanted = {name: size - sum(len(split.articles) for split in own.get(name, ())) for name, size in sizes.items()}
     unseen = portions([entry.share for entry in params.unseen_corpora], params.unseen_sequences)
     shares = {
         name: portions([entry.share for entry in params.corpora], size)
@@ -273,7 +187,7 @@ def draw_all(
         )
         for i, corpus in enumerate(corpora)
     ]
-    return {name: interleave([split[name] for split in drawn] + ([own[name]] if name in own else [])) for name in sizes}
+    return {name: interleave([*(split[name] for split in drawn), *own.get(name, ())]) for name in sizes}
 
 
 def _table_facts(
@@ -312,6 +226,6 @@ def _trial(model: Path, params: PrepareParams) -> tuple:
 
 def _bytes_needed(model: ModelSource, params: PrepareParams) -> int:
     """What the stage will write; the published output is hard-linked to it."""
-    sequences = sum(_sizes(params).values()) + params.unseen_sequences
+    sequences = sum(params.splits.values()) + params.unseen_sequences
     weights = count_parameters(model) * DTYPES[params.dtype].itemsize
     return weights + TOKENIZER_BYTES + sequences * params.sequence_length * TOKEN_BYTES

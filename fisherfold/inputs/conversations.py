@@ -60,7 +60,16 @@ def has_chat_format(tokenizer: PreTrainedTokenizerBase) -> bool:
 def encode_messages(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], name: str, answer_follows: bool = False
 ) -> list[int]:
-    """Token ids of a conversation as ``apply_chat_template`` gives them.
+    """Token ids of a conversation `in_chat_format`."""
+    text = in_chat_format(tokenizer, messages, name, answer_follows)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def in_chat_format(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], name: str, answer_follows: bool = False
+) -> str:
+    """A conversation as ``apply_chat_template`` gives it.
 
     Args:
         tokenizer: the model's.
@@ -77,8 +86,10 @@ def encode_messages(
             "Choose a chat model, put its chat_template.jinja beside the tokenizer, or name a field of text in prepare.text_field."
         )
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=answer_follows
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=answer_follows
+            )
         )
     except Exception as error:  # a template is a program; of several without a default one none is chosen
         raise InputError(
@@ -86,5 +97,3 @@ def encode_messages(
             f"{', '.join(message['role'] for message in messages)}; take it out, or bring it into the order that the model knows; or "
             "set prepare.self_written and prepare.held_out_prompts to 0, if it is a prompt."
         ) from None
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids

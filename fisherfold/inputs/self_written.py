@@ -1,38 +1,33 @@
 """Text that the dense model writes itself: answers to prompts, in its chat format.
 
 A chat model is used on what it would itself say, in a format that no corpus has; calibrated on a corpus alone, it forgets to
-answer (docs/figures.md). So it answers a list of prompts, sampled at temperature 1, and a share of the calibration sequences is
-made of these conversations. Prompts are split before anything is written: those of evaluation are in neither calibration nor tuning.
+answer (docs/figures.md). So it answers a list of prompts and then its own (`own_prompts`), sampled at temperature 1, and a share of the
+calibration sequences is made of these conversations. Prompts are split before anything is written: those of evaluation are in neither calibration nor tuning.
 
 A batch of prompts is a unit: its bits depend on the seed, its number and its prompts.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, count, islice, repeat
+from itertools import count, islice
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fisherfold.inputs.conversations import encode_messages
 from fisherfold.inputs.embedded import require_embedded
 from fisherfold.inputs.pretrained import positions_of
+from fisherfold.inputs.sampling import BATCH, writer
 from fisherfold.inputs.splits import Split, as_split
 from fisherfold.inputs.windows import pack
-from fisherfold.network.generation import GreedyDecoder, decode_plainly, left_padded, until_end
-from fisherfold.network.models import DTYPES, StaysLoaded, load_model
 from fisherfold.run.errors import InputError
 from fisherfold.run.tables import ANSWERS
 
 SELF = "self-written"
-BATCH = 64  # prompts answered together, at most: 64 are a quarter faster than 32 on two cores, twice the cache of their tokens
 TUNING = 8  # every so many-th prompt is tuning's
 MOST_ROUNDS = 64  # samples of one prompt
 SPARE = 1.1
@@ -70,31 +65,19 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return encode_messages(tokenizer, [{"role": "user", "content": prompt}], prompt, answer_follows=True)
 
 
-@StaysLoaded
-def writer(model: Path, dtype: str) -> tuple[PreTrainedTokenizerBase, GreedyDecoder]:
-    """The tokenizer and the model that write, loaded once for all units of a process; the decoder knows whether a cache serves."""
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    return tokenizer, GreedyDecoder(load_model(model, DTYPES[dtype]), ends=[])
-
-
 def write_answers(folder: Path, model: Path, prompts: tuple[str, ...], seed: int, longest: int, dtype: str) -> None:
     """Unit: one sampled answer to each prompt, of at most `longest` tokens, as ``answers.parquet`` (see `tables.ANSWERS`).
 
     Raises:
         InputError: a prompt leaves no place for an answer, or holds a token that the model does not embed.
     """
-    tokenizer, decoder = writer(model, dtype)
-    asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    own = writer(model, dtype)
+    asked = [prompt_ids(own.tokenizer, prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, asked, strict=True):
-        require_embedded(ids, decoder.vocabulary, tokenizer, f"Prompt {prompt!r:.80} in the chat format")
-    longest = _longest(decoder.model, prompts, asked, longest)
-    end = tokenizer.eos_token_id
-    ends = [] if end is None else [end]
-    sample = _sample_with_cache if decoder.caches else partial(decode_plainly, choose=_draw)
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        written = sample(decoder.model, asked, longest, ends)
-    sampled = [until_end(row, ends) for row in written]
+        require_embedded(ids, own.decoder.vocabulary, own.tokenizer, f"Prompt {prompt!r:.80} in the chat format")
+    longest = _longest(own.decoder.model, prompts, asked, longest)
+    end = own.tokenizer.eos_token_id
+    sampled = own.write(asked, longest, [] if end is None else [end], seed)
     rows = {"prompt": list(prompts), "prompt_ids": asked, "sampled_ids": sampled}
     pq.write_table(pa.table(rows, schema=ANSWERS), folder / "answers.parquet")
 
@@ -113,35 +96,37 @@ def _longest(model: PreTrainedModel, prompts: Sequence[str], asked: Sequence[lis
     return min(longest, positions - len(ids))
 
 
-def _sample_with_cache(
-    model: PreTrainedModel, prompts: Sequence[list[int]], longest: int, ends: Sequence[int]
-) -> list[list[int]]:
-    """Sampled answers by `generate`."""
-    ids, mask = left_padded(prompts, model.device)
-    model.generation_config = GenerationConfig(  # the model's own would fill what is open: penalties, top-k
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=longest,
-        eos_token_id=ends[0] if ends else None,
-        pad_token_id=ends[0] if ends else 0,
-    )
-    generate: Any = model.generate
-    return generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
-
-
-def _draw(logits: torch.Tensor) -> torch.Tensor:
-    """One token of each row's distribution [R]."""
-    return torch.multinomial(logits.float().softmax(-1), 1).squeeze(-1)
-
-
 class Turns:
-    """Prompts asked over and over, in numbered batches: every round is another sample of each."""
+    """Prompts in numbered batches: those of a list, then those of further rounds; for a round that has none, the list again.
 
-    def __init__(self, prompts: Sequence[str], rounds: int) -> None:
-        self._turns = chain.from_iterable(repeat(prompts, rounds))
+    Args:
+        prompts: the list.
+        further: the prompts of a round by its number.
+        taken: prompts that are not to come from a round; all that do join it.
+        rounds: how often the list may come.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        further: Callable[[int], Sequence[str]],
+        taken: set[str],
+        rounds: int = MOST_ROUNDS,
+    ) -> None:
+        self._prompts, self._further, self._taken, self._rounds = prompts, further, taken, rounds
+        self._turns = self._all()
         self._numbers = count()
+
+    def _all(self) -> Iterator[str]:
+        yield from self._prompts
+        listed = 1
+        for number in count():
+            new = [prompt for prompt in self._further(number) if prompt not in self._taken]
+            listed += not new
+            if listed > self._rounds:
+                return
+            self._taken.update(new)
+            yield from new or self._prompts
 
     def take(self, size: int) -> tuple[int, tuple[str, ...]] | None:
         """The next `size` prompts and their batch's number; None after the last."""

@@ -128,12 +128,16 @@ def compute_deterministically() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def named_seed(seed: int, name: str) -> int:
+    """A seed that `seed` and `name` determine: what is drawn for one thing depends on no other."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1
+
+
 def seeded_generator(seed: int, name: str) -> "torch.Generator":
-    """A generator on the CPU that `seed` and `name` determine: what is drawn for one thing depends on no other."""
+    """A generator on the CPU of that `named_seed`."""
     import torch
 
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    return torch.Generator().manual_seed(named_seed(seed, name))
 
 
 @contextmanager

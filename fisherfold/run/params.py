@@ -55,7 +55,8 @@ class PrepareParams(ComputeBlock):
     corpus: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] = "wikipedia-leads"
     unseen: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] | None = "electronic-texts"
     unseen_sequences: Count = 16
-    self_written: Floor = 0.5
+    self_written: Floor = 0.4
+    free_text: Floor = 0.3
     prompts: str = "everyday"
     held_out_prompts: Annotated[int, Field(ge=0)] = 32
     answer_tokens: Count = 160
@@ -78,6 +79,16 @@ class PrepareParams(ComputeBlock):
     def unseen_corpora(self) -> tuple[CorpusShare, ...]:
         """The corpora for evaluation alone, and their weights; none, one or several."""
         return _shares(self.unseen) if self.unseen else ()
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Sequences of every split, in the order of drawing: more of one moves none before it."""
+        sizes = {
+            "evaluation": self.evaluation_sequences,
+            "tuning": self.tuning_sequences,
+            "calibration": self.calibration_sequences,
+        }
+        return sizes | ({"healing": self.healing_sequences} if self.healing_sequences else {})
 
     @property
     def evaluated_sequences(self) -> int:

@@ -1,9 +1,9 @@
-"""What answers to prompts ask of a worker, on paper: those that a chat model writes for its calibration, and those of evaluation."""
+"""What writing asks of a worker, on paper: the text that a model writes for its calibration, and the answers of evaluation."""
 
 from math import ceil
 
 from fisherfold.evaluation.greedy_answers import MOST_ROWS
-from fisherfold.inputs.self_written import BATCH
+from fisherfold.inputs.sampling import BATCH
 from fisherfold.network.models import DTYPES
 from fisherfold.run.params import Params, PrepareParams
 from flows.planning.demand import Demand, forward_operations
@@ -12,15 +12,17 @@ from flows.planning.shapes import ModelShapes
 Units = dict[str, tuple[Demand, tuple[str, ...]]]
 
 
-def self_writing(shapes: ModelShapes, params: PrepareParams) -> Units:
-    """Stage `prepare`: answers to the held-out prompts, and as many as their share of the sequences takes, in batches."""
+def own_text(shapes: ModelShapes, params: PrepareParams) -> Units:
+    """Stage `prepare`: answers to the held-out prompts, as many as their share of the sequences takes, and free text, in batches."""
     splits = params.tuning_sequences, params.calibration_sequences, params.healing_sequences
     wanted = [params.self_written * size * params.sequence_length for size in splits]
+    free = [round(params.free_text * (1 - params.self_written) * size) for size in splits]
     prompts = [params.held_out_prompts, *(ceil(tokens / params.answer_tokens) for tokens in wanted)]
-    batches = [size for asked in prompts for size in _batches(asked, BATCH).values()]
+    batches = [(size, params.answer_tokens) for asked in prompts for size in _batches(asked, BATCH).values()]
+    batches += [(size, params.sequence_length) for texts in free for size in _batches(texts, BATCH).values()]
     return {
-        f"answers-{number}": (_answering(shapes, size, params.answer_tokens, params.dtype), ("model",))
-        for number, size in enumerate(batches)
+        f"text-{number}": (_answering(shapes, size, tokens, params.dtype), ("model",))
+        for number, (size, tokens) in enumerate(batches)
     }
 
 

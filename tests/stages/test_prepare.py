@@ -5,13 +5,15 @@ import hashlib
 import json
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 from tiny import VOCABULARY, save_tiny, tiny_bytes_tokenizer, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wheels import make_wheel
 
-from fisherfold.inputs import packages
+from fisherfold.inputs import packages, written_text
 from fisherfold.inputs.prompts import find_prompts
 from fisherfold.inputs.self_written import write_answers
 from fisherfold.run.determinism import STREAMED, placed
@@ -24,7 +26,7 @@ from stages import prepare
 
 PARAMS = PrepareParams(
     model="model", corpus="corpus.json", unseen=None, questions="facts", sequence_length=8,
-    calibration_sequences=6, tuning_sequences=2, healing_sequences=0, evaluation_sequences=4, question_count=5,
+    calibration_sequences=6, tuning_sequences=2, healing_sequences=0, evaluation_sequences=4, question_count=5, free_text=0,
 )  # fmt: skip
 SPLITS = {"calibration": 6, "tuning": 2, "evaluation": 4}
 
@@ -336,7 +338,7 @@ def test_self_written_text_has_the_same_bits_after_a_kill(chatting, tmp_path, mo
     whole = make_workspace(tmp_path / "whole", monkeypatch)
     shutil.copytree(chatting.root / "model", whole.root / "model", dirs_exist_ok=True)
     prepare.run(whole, CHAT)
-    write, done = prepare.write_answers, []
+    write, done = written_text.write_answers, []
 
     def killed_at_the_second(*arguments):
         if done:
@@ -346,11 +348,63 @@ def test_self_written_text_has_the_same_bits_after_a_kill(chatting, tmp_path, mo
 
     killed_at_the_second.__module__, killed_at_the_second.__qualname__ = write.__module__, write.__qualname__
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_answers", killed_at_the_second)
+        patch.setattr(written_text, "write_answers", killed_at_the_second)
         with pytest.raises(Killed):
             prepare.run(chatting, CHAT)
     prepare.run(chatting, CHAT)
     assert published(chatting) == published(whole)
+
+
+def test_a_share_of_the_rest_is_free_text_of_any_model(workspace):
+    prepare.run(workspace, PARAMS.model_copy(update={"free_text": 0.5, "self_written": 0.5, "healing_sequences": 4}))
+    rows = {name: read_table(workspace.table(name)).to_pylist() for name in (*SPLITS, "healing")}
+    written = {
+        name: [tuple(row["input_ids"]) for row in some if row["source"] == "free text"] for name, some in rows.items()
+    }
+    assert {name: len(some) for name, some in written.items()} == {
+        "calibration": 3, "tuning": 1, "healing": 2, "evaluation": 0,
+    }  # fmt: skip
+    sequences = [ids for some in written.values() for ids in some]
+    assert len(set(sequences)) == len(sequences) and {len(ids) for ids in sequences} == {8}
+
+
+def test_where_the_list_ends_a_chat_model_answers_its_own_prompts(chatting, monkeypatch):
+    """Which are in no two splits, and none of which the list holds."""
+    listed = [f"w{i}" for i in range(3, 20)]
+    (chatting.root / "list.txt").write_text("\n".join(listed))
+    rounds = []
+
+    def write(folder, model, count, seed, dtype):
+        rounds.append(seed)
+        (folder / "prompts.json").write_text(
+            json.dumps(["w3", "w90", *(f"w{i} w{len(rounds)}" for i in range(30, 60))])
+        )
+
+    monkeypatch.setattr(written_text, "write_prompts", write)
+    prepare.run(
+        chatting, CHAT.model_copy(update={"prompts": "list.txt", "calibration_sequences": 20, "self_written": 0.8})
+    )
+    own = {
+        name: [a for row in read_table(chatting.table(name)).to_pylist() if row["source"] == "self-written" for a in row["articles"]]
+        for name in ("calibration", "tuning")
+    }  # fmt: skip
+    assert len(rounds) == len(set(rounds)) > 0
+    assert [prompt for prompt in own["calibration"] if prompt not in listed]
+    assert not set(own["calibration"]) & set(own["tuning"])
+
+
+def test_a_model_that_answers_nothing_is_not_asked_for_ever(chatting, monkeypatch):
+    write = written_text.write_answers
+
+    def silent(folder, *arguments):
+        write(folder, *arguments)
+        table = read_table(folder / "answers.parquet")
+        nothing = pa.array([[]] * table.num_rows, table.schema.field("sampled_ids").type)
+        pq.write_table(table.set_column(2, "sampled_ids", nothing), folder / "answers.parquet")
+
+    monkeypatch.setattr(written_text, "write_answers", silent)
+    prepare.run(chatting, CHAT)
+    assert "self-written" not in read_table(chatting.table("calibration"))["source"].to_pylist()
 
 
 def test_corpora_share_the_sequences(workspace):

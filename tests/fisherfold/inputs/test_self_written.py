@@ -2,17 +2,30 @@
 
 import pytest
 
-from fisherfold.inputs.self_written import BATCH, Turns, batch_size
+from fisherfold.inputs.sampling import BATCH
+from fisherfold.inputs.self_written import Turns, batch_size
 
 
-def test_prompts_come_again_after_the_last_in_numbered_batches() -> None:
-    turns = Turns(["a", "b", "c"], rounds=2)
+def no_more(number: int) -> tuple[str, ...]:
+    return ()
+
+
+def test_without_further_prompts_the_list_comes_again_in_numbered_batches() -> None:
+    turns = Turns(["a", "b", "c"], no_more, set(), rounds=2)
     assert [turns.take(2), turns.take(3), turns.take(5), turns.take(1)] == [
         (0, ("a", "b")),
         (1, ("c", "a", "b")),
         (2, ("c",)),
         None,
     ]
+
+
+def test_further_prompts_follow_the_list_and_none_that_is_taken() -> None:
+    taken = {"a", "b", "held out"}
+    rounds = [("a", "x", "held out"), ("held out", "b"), ("x", "y")]
+    turns = Turns(["a", "b"], rounds.__getitem__, taken)
+    assert turns.take(6) == (0, ("a", "b", "x", "a", "b", "y"))
+    assert taken == {"a", "b", "held out", "x", "y"}
 
 
 @pytest.mark.parametrize(

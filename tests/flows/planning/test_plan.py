@@ -168,7 +168,13 @@ def test_a_streamed_capture_takes_the_disk_that_the_plan_says(tmp_path, monkeypa
 def test_the_recorded_demo_run_was_foreseen(demo_shapes):
     params = load_params(ROOT / "params.yaml")
     recorded = {  # what has changed since among the defaults
-        "prepare": {"calibration_sequences": 48, "healing_sequences": 0, "self_written": 0.0, "held_out_prompts": 0},
+        "prepare": {
+            "calibration_sequences": 48,
+            "healing_sequences": 0,
+            "self_written": 0.0,
+            "free_text": 0.0,
+            "held_out_prompts": 0,
+        },
         "capture": DEMO["capture"] | {"tokens_per_sequence": 16},
         "subspace": {
             "input_damping": "ledoit_wolf",

@@ -1,0 +1,49 @@
+"""Text that the model writes after nothing but a token drawn at random (METHOD: LLM-QAT, Liu et al. 2023, arXiv:2305.17888).
+
+It has every kind of text that the model was trained on, in about the shares it was trained on, where a corpus has one kind. Any model writes it, with a chat template or without.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fisherfold.inputs.sampling import writer
+from fisherfold.inputs.splits import Split, as_split
+from fisherfold.run.determinism import seeded_generator
+from fisherfold.run.tables import write_sequences
+
+FREE = "free text"
+FILE = "sequences.parquet"
+
+
+def write_freely(folder: Path, model: Path, count: int, length: int, start: int | None, seed: int, dtype: str) -> None:
+    """Unit: `count` sequences of `length` tokens as `FILE`.
+
+    Args:
+        start: the token that every sequence begins with, or None.
+    """
+    own = writer(model, dtype)
+    ordinary = ordinary_tokens(own.tokenizer, own.decoder.vocabulary)
+    drawn = torch.randint(len(ordinary), (count,), generator=seeded_generator(seed, FREE)).tolist()
+    begun = [([] if start is None else [start]) + [ordinary[number]] for number in drawn]
+    more = length - len(begun[0])
+    written = own.write(begun, more, [], seed) if more > 0 else [[] for _ in begun]
+    ids = np.array([(first + rest)[:length] for first, rest in zip(begun, written, strict=True)])
+    names = [[f"{FREE} {seed:x} {number}"] for number in range(count)]
+    write_sequences(folder / FILE, ids, names, own.decoder.vocabulary, [FREE] * count)
+
+
+def free_split(tables: Sequence[pa.Table]) -> Split:
+    """The sequences of some units."""
+    rows = [row for table in tables for row in table.to_pylist()]
+    return as_split([(row["input_ids"], row["articles"]) for row in rows], len(rows[0]["input_ids"]), FREE)
+
+
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> list[int]:
+    """The tokens that text is made of: all that the model embeds but special and added ones."""
+    others = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    return sorted(index for index in tokenizer.get_vocab().values() if index < embeddings and index not in others)

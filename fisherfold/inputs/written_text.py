@@ -1,0 +1,162 @@
+"""Text that the model writes itself for the splits of stage `prepare`: conversations, if it is a chat model, and free text.
+
+Units are batches: of answers, of prompts, of free text. What a split gets depends on the parameters alone, and no prompt is in two of them.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from fisherfold.inputs.conversations import has_chat_format
+from fisherfold.inputs.free_text import FILE as FREE_FILE
+from fisherfold.inputs.free_text import free_split, write_freely
+from fisherfold.inputs.own_prompts import FILE as PROMPTS_FILE
+from fisherfold.inputs.own_prompts import write_prompts
+from fisherfold.inputs.sampling import BATCH
+from fisherfold.inputs.self_written import (
+    Turns,
+    batch_size,
+    conversation_split,
+    conversations,
+    split_prompts,
+    write_answers,
+)
+from fisherfold.inputs.splits import Split, start_token
+from fisherfold.run.determinism import named_seed
+from fisherfold.run.params import PrepareParams
+from fisherfold.run.scratch import Scratch
+from fisherfold.run.tables import read_table
+
+Files = Mapping[str, Sequence[Path]]
+"""By split."""
+
+
+@dataclass(frozen=True)
+class WrittenText:
+    """Files of answers to prompts, those that are held out for evaluation among them, and of free text."""
+
+    answers: Files
+    free: Files
+
+    def splits(self, tokenizer: PreTrainedTokenizerBase, params: PrepareParams) -> dict[str, list[Split]]:
+        """What there is for each split."""
+        found: dict[str, list[Split]] = {}
+        for name, size in _conversing(params).items():
+            if self.answers.get(name) and size:
+                tables = [read_table(file) for file in self.answers[name]]
+                found[name] = [conversation_split(tables, size, params.sequence_length, start_token(tokenizer))]
+        for name, files in self.free.items():
+            if files:
+                found.setdefault(name, []).append(free_split([read_table(file) for file in files]))
+        return found
+
+
+def write_text(
+    scratch: Scratch, model: Path, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], params: PrepareParams
+) -> WrittenText:
+    """Let the model write until every split has its shares; without a chat format, or prompts, free text alone."""
+    talks = bool(prompts) and has_chat_format(tokenizer)
+    answers = _conversations(scratch, model, prompts, params) if talks else {}
+    start = start_token(tokenizer)
+    free = {name: _free_text(scratch, model, name, size, start, params) for name, size in _free(params, talks).items()}
+    return WrittenText(answers, free)
+
+
+def _conversations(scratch: Scratch, model: Path, prompts: Sequence[str], params: PrepareParams) -> Files:
+    """Let a chat model answer prompts until every split has its share; files of answers by split."""
+    split = split_prompts(prompts, params.held_out_prompts, params.seed)
+    taken = set(prompts)
+
+    def turns(name: str, prompts: Sequence[str]) -> Turns:
+        return Turns(prompts, lambda number: _own_prompts(scratch, model, name, number, params), taken)
+
+    held_out = Turns(split.evaluation, lambda number: (), taken, rounds=1)
+    batches = iter(lambda: held_out.take(BATCH), None)
+    found = {"evaluation": tuple(_answer(scratch, model, "evaluation", batches, params))}
+    calibration = turns("calibration", split.calibration)  # healing goes on behind it: other answers
+    asked = {"tuning": turns("tuning", split.tuning), "calibration": calibration, "healing": calibration}
+    for name, size in _conversing(params).items():
+        found[name] = tuple(_answer_until(scratch, model, name, asked[name], size * params.sequence_length, params))
+    return found
+
+
+def _own_prompts(scratch: Scratch, model: Path, name: str, number: int, params: PrepareParams) -> list[str]:
+    """A round of prompts that the model writes itself."""
+    seed = named_seed(params.seed, f"prompts {name} {number}")
+    unit = {f"prompts-{name}-{number:04d}": (model, BATCH, seed, params.dtype)}
+    (folder,) = scratch.map(f"prompts for {name}", write_prompts, unit).values()
+    return json.loads((folder / PROMPTS_FILE).read_text(encoding="utf-8"))
+
+
+def _free_text(
+    scratch: Scratch, model: Path, name: str, size: int, start: int | None, params: PrepareParams
+) -> tuple[Path, ...]:
+    """Files of the free text of a split, a batch each."""
+    units = {
+        f"free-{name}-{low // BATCH:04d}": (
+            model,
+            min(BATCH, size - low),
+            params.sequence_length,
+            start,
+            named_seed(params.seed, f"free {name} {low}"),
+            params.dtype,
+        )
+        for low in range(0, size, BATCH)
+    }
+    folders = scratch.map(f"free text for {name}", write_freely, units) if units else {}
+    return tuple(folders[unit] / FREE_FILE for unit in units)
+
+
+def _answer_until(
+    scratch: Scratch,
+    model: Path,
+    name: str,
+    turns: Turns,
+    tokens: int,
+    params: PrepareParams,
+) -> Iterator[Path]:
+    """Answers to the next prompts until they hold `tokens`."""
+    held = answered = 0
+    while held < tokens:
+        batch = turns.take(batch_size(tokens - held, answered, held, params.answer_tokens))
+        if batch is None:
+            return
+        (file,) = _answer(scratch, model, name, [batch], params, f", {held} of {tokens} tokens written")
+        yield file
+        more = sum(len(ids) for _, ids in conversations([read_table(file)]))
+        if not more and len(batch[1]) == BATCH:  # the model answers nothing
+            return
+        held += more
+        answered += len(batch[1])
+
+
+def _answer(
+    scratch: Scratch,
+    model: Path,
+    name: str,
+    batches: Iterable[tuple[int, tuple[str, ...]]],
+    params: PrepareParams,
+    so_far: str = "",
+) -> list[Path]:
+    """The files of answers to numbered batches of prompts, a unit each."""
+    settings = params.answer_tokens, params.dtype
+    units = {
+        f"answers-{name}-{number:04d}": (model, batch, params.seed * 10_007 + number, *settings)
+        for number, batch in batches
+    }
+    folders = scratch.map(f"answers for {name}{so_far}", write_answers, units)
+    return [folders[unit] / "answers.parquet" for unit in units]
+
+
+def _conversing(params: PrepareParams) -> dict[str, int]:
+    """How many sequences of each mixed split are conversations that a chat model writes."""
+    return {name: round(params.self_written * size) for name, size in params.splits.items() if name != "evaluation"}
+
+
+def _free(params: PrepareParams, talks: bool) -> dict[str, int]:
+    """How many of the others are free text."""
+    own = {name: size if talks else 0 for name, size in _conversing(params).items()}
+    return {name: round(params.free_text * (params.splits[name] - size)) for name, size in own.items()}
