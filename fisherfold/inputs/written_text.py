@@ -126,11 +126,10 @@ def _answer_until(
             return
         (file,) = _answer(scratch, model, name, [batch], params, f", {held} of {tokens} tokens written")
         yield file
-        more = sum(len(ids) for _, ids in conversations([read_table(file)]))
-        if not more and len(batch[1]) == BATCH:  # the model answers nothing
-            return
-        held += more
+        held += sum(len(ids) for _, ids in conversations([read_table(file)]))
         answered += len(batch[1])
+        if not held and answered >= BATCH:  # the model answers nothing
+            return
 
 
 def _answer(
