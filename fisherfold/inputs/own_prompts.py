@@ -11,7 +11,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from fisherfold.inputs.conversations import in_chat_format
-from fisherfold.inputs.sampling import writer
+from fisherfold.inputs.pretrained import positions_of
+from fisherfold.inputs.sampling import Writer, writer
+from fisherfold.inputs.self_written import prompt_ids
 
 LONGEST = 80  # tokens; a message that has no end by then is left out
 TEMPERATURE = 0.8  # of 1, a small model's messages are often no sentences
@@ -23,12 +25,16 @@ FILE = "prompts.json"
 def write_prompts(folder: Path, model: Path, count: int, seed: int, dtype: str) -> None:
     """Unit: what comes of `count` messages as `FILE`, a list of strings without repetition; empty where the chat format does not show where one begins and ends."""
     own = writer(model, dtype)
+    positions = positions_of(own.decoder.model.config)
+    turn = user_turn(own.tokenizer)
     prompts: list[str] = []
-    if turn := user_turn(own.tokenizer):
+    if turn and (positions is None or len(turn[0]) < positions):
         before, end = turn
-        written = own.write([before] * count, LONGEST, [end], seed, TEMPERATURE)
-        prompts = [text for ids in written if (text := message(own.tokenizer, ids, end))]
-    (folder / FILE).write_text(json.dumps(list(dict.fromkeys(prompts)), ensure_ascii=False) + "\n", encoding="utf-8")
+        longest = LONGEST if positions is None else min(LONGEST, positions - len(before))
+        written = own.write([before] * count, longest, [end], seed, TEMPERATURE)
+        said = dict.fromkeys(message(own.tokenizer, ids, end) for ids in written)
+        prompts = [text for text in said if text and answerable(own, text, positions)]
+    (folder / FILE).write_text(json.dumps(prompts, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int] | None:
@@ -45,3 +51,9 @@ def message(tokenizer: PreTrainedTokenizerBase, ids: list[int], end: int) -> str
     text = str(tokenizer.decode(said)).strip()
     whole = last == end and not set(said) & set(tokenizer.all_special_ids)
     return text if whole and len(text) >= SHORTEST else None
+
+
+def answerable(own: Writer, prompt: str, positions: int | None) -> bool:
+    """Whether the model embeds the prompt's tokens in the chat format, and has positions for an answer behind them."""
+    ids = prompt_ids(own.tokenizer, prompt)
+    return max(ids) < own.decoder.vocabulary and (positions is None or len(ids) < positions)

@@ -62,3 +62,13 @@ def test_a_format_that_shows_no_message_gives_none(tmp_path) -> None:
     chatting("w5 w6").save_pretrained(tmp_path / "model")
     write_prompts(tmp_path, tmp_path / "model", 4, 0, "float32")
     assert json.loads((tmp_path / "prompts.json").read_text()) == []
+
+
+@pytest.mark.parametrize(("before", "after", "room"), [(40, 20, 2), (80, 1, 0)])
+def test_no_prompt_is_longer_than_the_model_has_positions(tmp_path, before: int, after: int, room: int) -> None:
+    """Of a model with one embedding a position, 64 of them, which knows none beyond."""
+    save_tiny(tmp_path / "model", "gpt2")
+    template = "w5 " * before + "{{ messages[0]['content'] }} w7" + " w6" * after
+    chatting(template).save_pretrained(tmp_path / "model")
+    write_prompts(tmp_path, tmp_path / "model", 64, 0, "float32")
+    assert all(len(text.split()) <= room for text in json.loads((tmp_path / "prompts.json").read_text()))
