@@ -29,7 +29,9 @@ AXES: Axes = {
         "1024 sequences": ("prepare.calibration_sequences=1024",),
     },
     "mix": {
-        "no self-written text": ("prepare.self_written=0",),
+        "the corpus alone": ("prepare.self_written=0", "prepare.free_text=0"),
+        "no conversations": ("prepare.self_written=0",),
+        "no free text": ("prepare.free_text=0",),
         "nine tenths self-written": ("prepare.self_written=0.9",),
     },
     "labels": {"of the text": ("capture.labels=data",)},

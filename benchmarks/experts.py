@@ -42,6 +42,7 @@ PARAMS = {
         "prompts": str(trained_mixture.HERE / "data" / "prompts" / "everyday.txt"),
         "questions": None,
         "self_written": 0.0,
+        "free_text": 0.0,
     },
     "capture": {"threads": 1, "knowledge_questions": 0, "tokens_per_sequence": 0},
     "kronecker": {"threads": 1, "diagnostics": "none", "dependence_draws": 0},

@@ -13,6 +13,7 @@ SMALL = (
     "prepare.unseen_sequences=2",
     "prepare.question_count=24",
     "prepare.self_written=0.125",
+    "prepare.free_text=0.125",
     "prepare.held_out_prompts=2",
     "prepare.answer_tokens=32",
     "capture.sequences_per_shard=4",
