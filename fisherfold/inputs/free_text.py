@@ -1,6 +1,7 @@
 """Text that the model writes after nothing but a token drawn at random (METHOD: LLM-QAT, Liu et al. 2023, arXiv:2305.17888).
 
-It has every kind of text that the model was trained on, in about the shares it was trained on, where a corpus has one kind. Any model writes it, with a chat template or without.
+It has many of the kinds of text that the model was trained on, where a corpus has one. Any model writes it, with a chat template or without. Special
+tokens are never drawn: a model's dreams of chat formats other than its own made the compressed model unsure of it.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ def write_freely(folder: Path, model: Path, count: int, length: int, start: int 
     drawn = torch.randint(len(ordinary), (count,), generator=seeded_generator(seed, FREE)).tolist()
     begun = [([] if start is None else [start]) + [ordinary[number]] for number in drawn]
     more = length - len(begun[0])
-    written = own.write(begun, more, [], seed) if more > 0 else [[] for _ in begun]
+    never = sorted(set(range(own.decoder.vocabulary)) - set(ordinary))
+    written = own.write(begun, more, [], seed, never=never) if more > 0 else [[] for _ in begun]
     ids = np.array([(first + rest)[:length] for first, rest in zip(begun, written, strict=True)])
     names = [[f"{FREE} {seed:x} {number}"] for number in range(count)]
     write_sequences(folder / FILE, ids, names, own.decoder.vocabulary, [FREE] * count)

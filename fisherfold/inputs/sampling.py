@@ -28,12 +28,22 @@ class Writer:
     decoder: GreedyDecoder
 
     def write(
-        self, begun: Sequence[list[int]], longest: int, ends: Sequence[int], seed: int, temperature: float = 1.0
+        self,
+        begun: Sequence[list[int]],
+        longest: int,
+        ends: Sequence[int],
+        seed: int,
+        temperature: float = 1.0,
+        never: Sequence[int] = (),
     ) -> list[list[int]]:
-        """What follows each beginning: at most `longest` tokens, drawn in proportion to p^(1/temperature), up to one of `ends`, which is part of it."""
-        sample = partial(_with_cache, temperature=temperature)
+        """What follows each beginning: at most `longest` tokens, drawn in proportion to p^(1/temperature), up to one of `ends`, which is part of it.
+
+        Args:
+            never: tokens that are not drawn.
+        """
+        sample = partial(_with_cache, temperature=temperature, never=never)
         if not self.decoder.caches:
-            sample = partial(decode_plainly, choose=partial(_draw, temperature=temperature))
+            sample = partial(decode_plainly, choose=partial(_draw, temperature=temperature, never=never))
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
             return [until_end(row, ends) for row in sample(self.decoder.model, begun, longest, ends)]
@@ -47,7 +57,12 @@ def writer(model: Path, dtype: str) -> Writer:
 
 
 def _with_cache(
-    model: PreTrainedModel, begun: Sequence[list[int]], longest: int, ends: Sequence[int], temperature: float
+    model: PreTrainedModel,
+    begun: Sequence[list[int]],
+    longest: int,
+    ends: Sequence[int],
+    temperature: float,
+    never: Sequence[int],
 ) -> list[list[int]]:
     """By `generate`."""
     ids, mask = left_padded(begun, model.device)
@@ -59,11 +74,14 @@ def _with_cache(
         max_new_tokens=longest,
         eos_token_id=list(ends) or None,
         pad_token_id=ends[0] if ends else 0,
+        suppress_tokens=list(never) or None,
     )
     generate: Any = model.generate
     return generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
 
 
-def _draw(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def _draw(logits: torch.Tensor, temperature: float, never: Sequence[int]) -> torch.Tensor:
     """One token of each row's distribution [R]."""
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1).squeeze(-1)
+    logits = logits.float() / temperature
+    logits[:, list(never)] = -torch.inf
+    return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)

@@ -156,6 +156,6 @@ def _conversing(params: PrepareParams) -> dict[str, int]:
 
 
 def _free(params: PrepareParams, talks: bool) -> dict[str, int]:
-    """How many of the others are free text."""
-    own = {name: size if talks else 0 for name, size in _conversing(params).items()}
+    """How many of the others are free text. None of those for healing: all layers move at once there, and it made the model less sure of its chat format."""
+    own = {name: size if talks else 0 for name, size in _conversing(params).items() if name != "healing"}
     return {name: round(params.free_text * (params.splits[name] - size)) for name, size in own.items()}

@@ -3,6 +3,7 @@
 import pytest
 
 from fisherfold.inputs.free_text import FREE, free_split, ordinary_tokens, write_freely
+from fisherfold.network.models import StaysLoaded
 from fisherfold.run.tables import read_table
 from tests.support.tiny import VOCABULARY, save_tiny, tiny_tokenizer
 
@@ -21,9 +22,15 @@ def test_a_sequence_is_the_start_token_a_random_one_and_what_the_model_goes_on_w
     split = written(tmp_path, model)
     assert split.input_ids.shape == (5, 8) and set(split.sources) == {FREE}
     assert set(split.input_ids[:, 0]) == {1} and len(set(split.input_ids[:, 1])) > 1
-    assert (split.input_ids[:, 1] > 2).all()
+    assert (split.input_ids[:, 1:] > 2).all()
     assert len({tuple(row) for row in split.input_ids.tolist()}) == 5
-    assert (written(tmp_path, model, start=None).input_ids[:, 0] > 2).all()
+    assert (written(tmp_path, model, start=None).input_ids > 2).all()
+
+
+def test_without_a_cache_no_special_token_is_drawn_either(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("fisherfold.network.generation.GreedyDecoder.caches", False)
+    StaysLoaded.cache_clear()
+    assert (written(tmp_path, model, count=32).input_ids[:, 1:] > 2).all()
 
 
 def test_same_seed_same_text_another_seed_another(tmp_path, model):
