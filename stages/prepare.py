@@ -35,7 +35,7 @@ from fisherfold.inputs.recipes import Source
 from fisherfold.inputs.splits import Split, as_split, draw_splits, interleave, portions, start_token
 from fisherfold.inputs.targeting import write_targets
 from fisherfold.inputs.tokenizer_files import vocabulary_size
-from fisherfold.inputs.written_text import WrittenText, write_text
+from fisherfold.inputs.written_text import WrittenText, write_own_text
 from fisherfold.network.coverage import describe_coverage
 from fisherfold.network.layers import DENSE_FILE, LAYERS_FILE
 from fisherfold.network.models import DTYPES
@@ -77,7 +77,7 @@ def run(
                 announce("prepare", line)
             look_ahead(loaded / "model", layers)
             tokenizer = _tokenizer(loaded / "model")
-            written = write_text(scratch, loaded / "model", tokenizer, prompts.texts if prompts else (), params)
+            written = write_own_text(scratch, loaded / "model", tokenizer, prompts.texts if prompts else (), params)
             units = {"tables": (loaded / "model", corpora, questions, params, written)}
             tokenised = scratch.map("tables", write_tables, units)["tables"]
             scratch.keep("tables", tokenised / "tables")

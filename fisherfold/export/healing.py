@@ -3,8 +3,8 @@
     minimise  mean over sequences and tokens of  KL(p_t ‖ p̂_t),   p_t, p̂_t what the dense and the compressed model predict after token t
 
 One pass over text that nothing else has read is what pays (``prepare.healing_sequences``): several over little text lower the loss on that
-text and raise it elsewhere. Without such text it is that of the calibration. What is trained is kept only
-if it lowers the divergence on held-out sequences. The state (factors, moments of AdamW) becomes durable every few minutes and is exact.
+text and raise it elsewhere. Without such text it is that of the calibration. What is trained is kept unless it raises the divergence on
+held-out sequences by more than these few can tell from chance (`harmful`). The state (factors, moments of AdamW) becomes durable every few minutes and is exact.
 
 <unit>/layers/<layer>/model.safetensors   the trained layers, if they were kept
 <unit>/healing.json                       what `Healing` says
@@ -93,7 +93,7 @@ def heal_unit(
         if factors:  # none, where every layer that was cut has rank 0
             steps = train(Savepoints(place, folder), factors, loss, text, params)
             after = held_out(dense, compressed, tuning, params)
-    found = Healing(before, after, after < before, steps)
+    found = Healing(float(before.mean()), float(after.mean()), steps > 0 and not harmful(before, after), steps)
     if found.accepted:
         pivot_again(compressed, pivoted)
         state = {name: value.cpu() for name, value in compressed.state_dict().items()}
@@ -120,9 +120,19 @@ def to_dense(dense: "PreTrainedModel", compressed: nn.Module, ids: torch.Tensor)
 
 
 @torch.no_grad()
-def held_out(dense: "PreTrainedModel", compressed: nn.Module, ids: torch.Tensor, params: HealParams) -> float:
-    """Mean divergence over sequences and tokens."""
-    return float(torch.cat([to_dense(dense, compressed, batch) for batch in ids.split(params.batch_size)]).mean())
+def held_out(dense: "PreTrainedModel", compressed: nn.Module, ids: torch.Tensor, params: HealParams) -> torch.Tensor:
+    """Mean divergence over the tokens of each sequence [S]."""
+    return torch.cat([to_dense(dense, compressed, batch) for batch in ids.split(params.batch_size)]).mean(1).cpu()
+
+
+def harmful(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether the loss of sequences [S] has risen by more than its standard error, Δ̄ > s(Δ) / √S of the differences Δ.
+
+    A smaller rise is chance, or tokens that the model knows by heart (words of a system prompt), and what nobody chose sequences for gains all the same.
+    """
+    rises = after - before
+    error = float(rises.std()) / len(rises) ** 0.5 if len(rises) > 1 else 0.0
+    return not float(rises.mean()) <= error
 
 
 def train(

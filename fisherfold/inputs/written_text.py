@@ -54,7 +54,7 @@ class WrittenText:
         return found
 
 
-def write_text(
+def write_own_text(
     scratch: Scratch, model: Path, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], params: PrepareParams
 ) -> WrittenText:
     """Let the model write until every split has its shares; without a chat format, or prompts, free text alone."""

@@ -430,7 +430,7 @@ def held_out_divergence(workspace):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
         for folder in (workspace.model, workspace.out("factorize") / "model")
     )
-    return healing.held_out(dense, compressed, ids, HealParams(**HEAL))
+    return float(healing.held_out(dense, compressed, ids, HealParams(**HEAL)).mean())
 
 
 @pytest.mark.parametrize("refined", [False, True])
@@ -459,6 +459,22 @@ def test_healing_that_helps_nobody_is_not_kept(calibrated):
     workspace, facts = factorized(calibrated, heal=HEAL | {"rate": 30.0})
     assert not facts["healing"]["accepted"]
     assert digests(workspace.out("factorize") / "model")["model.safetensors"] == expected
+
+
+@pytest.mark.parametrize(
+    ("rises", "expected"),
+    [
+        ([-0.1, -0.1], False),
+        ([0.0], False),
+        ([0.01], True),
+        ([0.03, -0.02, 0.03, -0.02], False),  # 0.005 ± 0.014
+        ([0.03, 0.02, 0.03, 0.02], True),
+        ([float("nan"), 0.0], True),
+    ],
+)
+def test_a_rise_beyond_its_standard_error_is_harm(rises, expected):
+    before = torch.full((len(rises),), 0.2)
+    assert healing.harmful(before, before + torch.tensor(rises)) is expected
 
 
 def test_where_every_cut_layer_has_rank_0_there_is_nothing_to_heal(tmp_path):
