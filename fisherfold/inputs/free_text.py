@@ -1,7 +1,7 @@
 """Text that the model writes after nothing but a token drawn at random (METHOD: LLM-QAT, Liu et al. 2023, arXiv:2305.17888).
 
 It has many of the kinds of text that the model was trained on, where a corpus has one. Any model writes it, with a chat template or without. Special
-tokens are never drawn: a model's dreams of chat formats other than its own made the compressed model unsure of it.
+tokens are never drawn: this is text, and conversations have a share of their own.
 """
 
 from collections.abc import Sequence

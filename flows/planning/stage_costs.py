@@ -46,7 +46,7 @@ STAGE_COSTS: Registry[Callable[[ModelShapes, Params, int], StageCost]] = Registr
 
 @STAGE_COSTS.register("prepare")
 def prepare_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
-    """Fetch, convert and tokenise, on the head; a chat model writes batches of answers, as many as its share of the sequences takes."""
+    """Fetch, convert and tokenise, on the head; the model writes batches of text, as many as their shares of the sequences take."""
     weights = shapes.parameters * DTYPES[params.prepare.dtype].itemsize
     write = Demand(read=weights, written=weights, host=CONVERSION * shapes.parameters)
     units = {"model": (write, ())} | own_text(shapes, params.prepare)
