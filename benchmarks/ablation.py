@@ -51,8 +51,8 @@ AXES: Axes = {
     "refinement": {"none": ("factorize.refine.passes=0",), "one pass": ("factorize.refine.passes=1",)},
     "heal": {
         "none": ("factorize.heal.passes=0",),
-        "one pass over the calibration": ("factorize.heal.passes=1", "prepare.healing_sequences=0"),
-        "over 2048 others": ("factorize.heal.passes=1", "prepare.healing_sequences=2048"),
+        "one pass over the calibration": ("factorize.heal.passes=1", "prepare.training_sequences=0"),
+        "over 2048 sequences": ("factorize.heal.passes=1", "prepare.training_sequences=4096"),
     },
 }
 """By axis, by what is another than shipped: its parameters."""

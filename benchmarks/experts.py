@@ -57,7 +57,7 @@ FEW = {
         "answer_tokens": 48,
         "calibration_sequences": 24,
         "tuning_sequences": 8,
-        "healing_sequences": 0,
+        "training_sequences": 0,
         "evaluation_sequences": 12,
     },
 }
@@ -68,7 +68,7 @@ SIZES = {
             "sequence_length": 128,
             "calibration_sequences": 128,
             "tuning_sequences": 16,
-            "healing_sequences": 0,
+            "training_sequences": 0,
             "evaluation_sequences": 96,
         },
         "capture": {"batch_size": 8, "sequences_per_shard": 32},

@@ -50,7 +50,7 @@ def parameters(allocator: str, placement: str) -> Params:
             "prepare": BLOCK | {
                 "model": "dense", "corpus": "corpus.txt", "unseen": None, "questions": "questions.jsonl", "prompts": "prompts.txt",
                 "question_count": 4, "held_out_prompts": 4, "answer_tokens": 16, "sequence_length": LENGTH,
-                "calibration_sequences": SEQUENCES, "tuning_sequences": 2, "healing_sequences": 0, "evaluation_sequences": 4,
+                "calibration_sequences": SEQUENCES, "tuning_sequences": 2, "training_sequences": 0, "evaluation_sequences": 4,
             },
             "capture": BLOCK | {"placement": placement, "knowledge_questions": 2},
             "kronecker": BLOCK,

@@ -92,9 +92,10 @@ def bare_times(workspace: Workspace, params: Params) -> dict[str, tuple[float, f
     def backward() -> None:
         gradient_pass(model, ids)
 
-    counts = {split: pq.read_metadata(workspace.table(split)).num_rows for split in ("calibration", "evaluation")}
-    trained = counts["calibration"] * params.factorize.refine.passes
-    trained += (params.prepare.healing_sequences or counts["calibration"]) * params.factorize.heal.passes
+    splits = ("calibration", "training", "evaluation")
+    counts = {split: pq.read_metadata(workspace.table(split)).num_rows for split in splits}
+    trained = (counts["calibration"] + counts["training"] // 2) * params.factorize.refine.passes
+    trained += (-(-counts["training"] // 2) or counts["calibration"]) * params.factorize.heal.passes
     passes: dict[str, tuple[Callable[[], object], float]] = {
         "capture": (backward, counts["calibration"]),
         "factorize": (backward, trained),

@@ -29,7 +29,7 @@ from fisherfold.run.workspace import Workspace
 from stages import evaluate, factorize, ranks
 
 STAGES_DONE = ("prepare", "capture", "kronecker", "subspace")
-TABLES = ("calibration", "tuning", "healing", "evaluation", "questions", "answers")
+TABLES = ("calibration", "tuning", "training", "evaluation", "questions", "answers")
 QUICK = {"ratios": "0.2", "rows": 4, "asked": 8}
 KEPT_BY_CLOSE, LOST_BY_DAMAGED = 0.9, 2 / 3
 LONGEST = 40

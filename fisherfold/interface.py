@@ -50,7 +50,7 @@ TEXT_ALONE: dict[str, Any] = {
     "unseen": None,
     "questions": None,
     "tuning_sequences": 4,
-    "healing_sequences": 0,
+    "training_sequences": 0,
     "evaluation_sequences": 1,
 }
 """Of stage prepare where nothing else is asked for: the corpus as it is, and next to nothing kept back from calibration."""

@@ -179,8 +179,7 @@ def _trained(
 
 
 def _inputs(workspace: Workspace, params: FactorizeParams) -> dict[str, str]:
-    tables = ("calibration", "tuning") if params.refine.passes or params.heal.passes else ()
-    tables += ("healing",) if params.heal.passes else ()
+    tables = ("calibration", "training", "tuning") if params.refine.passes or params.heal.passes else ()
     ranks = verify_output(workspace.out("ranks"))
     rounded = params.bits or any(pq.read_table(workspace.out("ranks") / "ranks.parquet")["bits"].to_pylist())
     metrics = ("capture", "kronecker") if rounded else ()

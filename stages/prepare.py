@@ -135,7 +135,7 @@ def write_tables(
         require_embedded(tokenizer(text)["input_ids"], embeddings, tokenizer, f"Question {row['question']!r:.80}")
         require_askable(row, tokenizer, positions)
     splits = draw_all(corpora, tokenizer, params, {row["article"] for row in rows}, written.splits(tokenizer, params))
-    for name, split in {"healing": as_split([], params.sequence_length, ""), **splits}.items():
+    for name, split in {"training": as_split([], params.sequence_length, ""), **splits}.items():
         for ids, articles in zip(split.input_ids, split.articles, strict=True):
             require_embedded(ids, embeddings, tokenizer, f"The corpus ({', '.join(articles[:2])})")
         write_sequences(

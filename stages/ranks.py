@@ -77,6 +77,7 @@ def run(workspace: Workspace, params: RanksParams) -> None:
     inputs = {
         "model": verify_output(workspace.out("prepare"), "model/"),
         "dense_layers": verify_output(workspace.out("prepare"), DENSE_FILE),
+        "training": digest_file(workspace.table("training")),
         "tuning": digest_file(workspace.table("tuning")),
         "capture": verify_output(workspace.out("capture")),
         "subspace": verify_output(subspace),

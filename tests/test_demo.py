@@ -8,7 +8,7 @@ from project import clone, command
 SMALL = (
     "prepare.calibration_sequences=8",
     "prepare.tuning_sequences=1",
-    "prepare.healing_sequences=4",
+    "prepare.training_sequences=4",
     "prepare.evaluation_sequences=4",
     "prepare.unseen_sequences=2",
     "prepare.question_count=24",

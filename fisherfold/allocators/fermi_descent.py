@@ -1,4 +1,5 @@
-"""Allocator `fermigrad`: the descent of ``fisherfold.allocators.fermigrad`` run on the prepared model and the tuning sequences.
+"""Allocator `fermigrad`: the descent of ``fisherfold.allocators.fermigrad`` run on the prepared model and the training sequences (without any,
+those for tuning): text that the metric has not seen, since what a layer can spare is not told by the text that chose its components.
 
 The state before every step is a unit, and so is every batch of a step: it gets the path of the state and leaves one vector
 of gradients, the only thing that data-parallel workers send. A resumed stage goes over the steps from those vectors, so the
@@ -148,7 +149,7 @@ class Softened:
 
 
 def measure_batch(folder: Path, softened: Softened, params: FermigradParams, state: Path, batch: int) -> None:
-    """Unit of work: loss and ∂L/∂μ of one batch of `params.sequences` tuning sequences; batches go round the table.
+    """Unit of work: loss and ∂L/∂μ of one batch of `params.sequences` sequences; batches go round the table.
 
     Raises:
         NumericalError: the loss or a gradient is not finite; names the module and the batch's first sequence.
@@ -167,7 +168,7 @@ def measure_batch(folder: Path, softened: Softened, params: FermigradParams, sta
     if broken or not loss.isfinite():
         where = f"module {broken[0]!r}" if broken else "the loss"
         raise NumericalError(
-            f"Stage 'ranks', fermigrad: {where} has a gradient that is not finite at tuning sequence {first % len(sequences)}. "
+            f"Stage 'ranks', fermigrad: {where} has a gradient that is not finite at training sequence {first % len(sequences)}. "
             "Use ranks.fermigrad.dtype = float32, or another allocator."
         )
     (folder / GRADIENT).write_text(
@@ -176,7 +177,7 @@ def measure_batch(folder: Path, softened: Softened, params: FermigradParams, sta
 
 
 class SoftModel(NamedTuple):
-    """A model in memory with the soft ranks of its sites, those of settled sites, and the tuning sequences [S, T]."""
+    """A model in memory with the soft ranks of its sites, those of settled sites, and sequences [S, T]."""
 
     model: "PreTrainedModel"
     ranks: list[SoftRank]
@@ -204,5 +205,7 @@ def softened_model(softened: Softened) -> SoftModel:
     truncated = {name: rank for name, rank in softened.settled if rank < sites[name].full_rank}
     settled = soften_named(truncated)
     set_ranks(settled, torch.tensor(list(truncated.values())), SHARP)
-    sequences = read_sequences(workspace.table("tuning"), len(input_embedding(model)))
-    return SoftModel(model, soften_named(softened.sites), settled, sequences)
+    training, tuning = (
+        read_sequences(workspace.table(name), len(input_embedding(model))) for name in ("training", "tuning")
+    )
+    return SoftModel(model, soften_named(softened.sites), settled, training if len(training) else tuning)

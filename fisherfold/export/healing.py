@@ -2,8 +2,8 @@
 
     minimise  mean over sequences and tokens of  KL(p_t ‖ p̂_t),   p_t, p̂_t what the dense and the compressed model predict after token t
 
-One pass over text that nothing else has read is what pays (``prepare.healing_sequences``): several over little text lower the loss on that
-text and raise it elsewhere. Without such text it is that of the calibration. What is trained is kept unless it raises the divergence on
+One pass over text that nothing else has read is what pays (half of ``prepare.training_sequences``): several over little text lower the loss on
+that text and raise it elsewhere. Without such text it is that of the calibration. What is trained is kept unless it raises the divergence on
 held-out sequences by more than these few can tell from chance (`harmful`). The state (factors, moments of AdamW) becomes durable every few minutes and is exact.
 
 <unit>/layers/<layer>/model.safetensors   the trained layers, if they were kept
@@ -25,14 +25,15 @@ from torch import nn
 
 from fisherfold.export.expert_tensors import Stack
 from fisherfold.export.free_factors import free_factors, pivot_again
-from fisherfold.export.refined_blocks import PARTS, LowRank, compress_block, put_rest, write_layers_of
+from fisherfold.export.refined_blocks import LowRank, compress_block, put_rest, write_layers_of
 from fisherfold.export.refinement import adamw, batches_of, descend
 from fisherfold.export.trained_experts import factor_names, take_experts
+from fisherfold.export.training_text import healing_text
 from fisherfold.network.divergence import divergence
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import load_model
 from fisherfold.run.checkpoint import read_tensors
-from fisherfold.run.determinism import computing_threads
+from fisherfold.run.determinism import computing_threads, multiplying
 from fisherfold.run.group_writer import write_arrays
 from fisherfold.run.params import HealParams
 from fisherfold.run.progress import track_lines
@@ -74,14 +75,13 @@ def heal_unit(
         layers: of the compressed model; their entry says how they are stored.
         rest: files with other tensors that differ from the dense model's.
     """
-    with computing_threads(params.threads):
+    with computing_threads(params.threads), multiplying(params.products):
         dense = load_model(workspace.model, torch.float32)
         changed = {name: tensor for file in rest for name, tensor in read_tensors(file).items()}
         compressed = compress_block(dense, "", layers, stacks, changed)
         put_rest(compressed, "", changed, stacks)
         vocabulary = len(input_embedding(dense))
-        fresh, calibration, tuning = (read_sequences(workspace.table(name), vocabulary) for name in ("healing", *PARTS))
-        text = fresh if len(fresh) else calibration
+        text, tuning = healing_text(workspace, vocabulary), read_sequences(workspace.table("tuning"), vocabulary)
 
         def loss(batch: torch.Tensor) -> torch.Tensor:
             return to_dense(dense, compressed, batch).mean()

@@ -45,7 +45,7 @@ SETTINGS = {
 }
 """Parameters of stage subspace that a metric reads; of one that is not named here, all."""
 NOT_SETTINGS = ("dense", "few_tokens", "methods", "shared", "metric", "threads")
-USES = {"calibration": "calibration", "tuning": "choices by trial", "healing": "healing", "evaluation": "evaluation"}
+USES = {"calibration": "calibration", "tuning": "choices by trial", "training": "training", "evaluation": "evaluation"}
 WRITTEN = "self-written"
 
 

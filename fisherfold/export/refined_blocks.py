@@ -36,12 +36,13 @@ from fisherfold.export.hidden_states import (
 )
 from fisherfold.export.refinement import Batch, Sequences, left_alone, refine_block
 from fisherfold.export.trained_experts import put_experts, take_experts
+from fisherfold.export.training_text import block_text
 from fisherfold.network.blocks import BlockCall, find_blocks
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import StaysLoaded, load_model
 from fisherfold.network.weights_on_call import held
 from fisherfold.run.checkpoint import StoredTensor, read_tensors, write_tensors
-from fisherfold.run.determinism import computing_threads
+from fisherfold.run.determinism import computing_threads, multiplying
 from fisherfold.run.errors import InputError
 from fisherfold.run.params import RefineParams
 from fisherfold.run.progress import announce, track_lines
@@ -54,7 +55,7 @@ from fisherfold.runtime.modeling_fisherfold import replace_layers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PARTS = ("calibration", "tuning")
+TRAINING, HELD_OUT = "training", "tuning"
 RECORD = "refinement.json"
 
 
@@ -123,9 +124,14 @@ def refine_unit(
     points.restore()
     model = _dense(workspace.model)
     device = input_embedding(model).device
-    ids = {part: read_sequences(workspace.table(part), len(input_embedding(model))).to(device) for part in PARTS}
-    with computing_threads(params.threads):
-        first = BlockCall(model, model.get_submodule(steps[0].block), ids[PARTS[0]][:1]).entered
+    vocabulary = len(input_embedding(model))
+    text = {
+        TRAINING: block_text(workspace, vocabulary),
+        HELD_OUT: read_sequences(workspace.table("tuning"), vocabulary),
+    }
+    ids = {part: found.to(device) for part, found in text.items()}
+    with computing_threads(params.threads), multiplying(params.products):
+        first = BlockCall(model, model.get_submodule(steps[0].block), ids[TRAINING][:1]).entered
         few = len(NETWORKS) * sum(map(len, ids.values())) * first.nbytes <= HELD
         left: list[LeftStates] = [HeldStates() if few else StoredStates(folder / step.block, device) for step in steps]
         stored = [number for number, states in enumerate(left) if isinstance(states, StoredStates) and states.complete]
@@ -154,12 +160,12 @@ def go_through(
     """Hand the hidden states of both networks on through one block, which is refined first if it is not yet."""
     dense = model.get_submodule(step.block)
     with held(dense):
-        call = BlockCall(model, dense, ids[PARTS[0]][:1])
+        call = BlockCall(model, dense, ids[TRAINING][:1])
         left.take(DENSE, through(partial(call, dense), DENSE, entered, ids, params.batch_size))
         if (folder / RECORD).exists():
             compressed = read_block(folder, model, step)
         else:
-            training, held_out = ((pairs(entered, left, part), len(ids[part])) for part in PARTS)
+            training, held_out = ((pairs(entered, left, part), len(ids[part])) for part in (TRAINING, HELD_OUT))
             compressed = refine_step(folder, model, step, call, training, held_out, params)
         left.take(COMPRESSED, through(partial(call, compressed), COMPRESSED, entered, ids, params.batch_size))
 

@@ -76,8 +76,8 @@ def _conversations(scratch: Scratch, model: Path, prompts: Sequence[str], params
     held_out = Turns(split.evaluation, lambda number: (), taken, rounds=1)
     batches = iter(lambda: held_out.take(BATCH), None)
     found = {"evaluation": tuple(_answer(scratch, model, "evaluation", batches, params))}
-    calibration = turns("calibration", split.calibration)  # healing goes on behind it: other answers
-    asked = {"tuning": turns("tuning", split.tuning), "calibration": calibration, "healing": calibration}
+    calibration = turns("calibration", split.calibration)  # training goes on behind it: other answers
+    asked = {"tuning": turns("tuning", split.tuning), "calibration": calibration, "training": calibration}
     for name, size in _conversing(params).items():
         found[name] = tuple(_answer_until(scratch, model, name, asked[name], size * params.sequence_length, params))
     return found
@@ -156,6 +156,6 @@ def _conversing(params: PrepareParams) -> dict[str, int]:
 
 
 def _free(params: PrepareParams, talks: bool) -> dict[str, int]:
-    """How many of the others are free text. None of those for healing: all layers move at once there, and it made the model less sure of its chat format."""
-    own = {name: size if talks else 0 for name, size in _conversing(params).items() if name != "healing"}
+    """How many of the others are free text. None of those for training: healing moves all layers at once, and such text made the model less sure of its chat format."""
+    own = {name: size if talks else 0 for name, size in _conversing(params).items() if name != "training"}
     return {name: round(params.free_text * (params.splits[name] - size)) for name, size in own.items()}

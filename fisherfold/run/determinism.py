@@ -160,6 +160,21 @@ def computing_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def multiplying(products: str) -> Iterator[None]:
+    """Inside, products of float32 matrices may be of numbers rounded to bfloat16 and summed in float32, if `products` says so, where the processor
+    has units for them (AMX; a GPU takes TF32, which is more precise). Elsewhere, and with "float32", they are as ever.
+    """
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if products == "bfloat16" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @cache
 def _blas() -> "ThreadpoolController":
     """The loaded BLAS libraries; NumPy and SciPy bring one each, and what is loaded later would be missed."""

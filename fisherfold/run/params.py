@@ -23,6 +23,7 @@ Damping = Annotated[float, Field(ge=0, le=1)]
 Floor = Annotated[float, Field(ge=0, lt=1)]
 Ceiling = Annotated[float, Field(gt=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Products = Literal["bfloat16", "float32"]
 
 
 class Block(BaseModel):
@@ -64,7 +65,7 @@ class PrepareParams(ComputeBlock):
     sequence_length: Annotated[int, Field(ge=2)] = 256
     calibration_sequences: Count = 256
     tuning_sequences: Count = 16
-    healing_sequences: Annotated[int, Field(ge=0)] = 128
+    training_sequences: Annotated[int, Field(ge=0)] = 256
     evaluation_sequences: Count = 32
     questions: str | None = "wikipedia-descriptions"
     question_count: Count = 200
@@ -88,7 +89,7 @@ class PrepareParams(ComputeBlock):
             "tuning": self.tuning_sequences,
             "calibration": self.calibration_sequences,
         }
-        return sizes | ({"healing": self.healing_sequences} if self.healing_sequences else {})
+        return sizes | ({"training": self.training_sequences} if self.training_sequences else {})
 
     @property
     def evaluated_sequences(self) -> int:
@@ -226,6 +227,7 @@ class RefineParams(Block):
     passes: Annotated[int, Field(ge=0)] = 2
     rate: Annotated[float, Field(gt=0)] = 4e-4
     batch_size: Count = 2
+    products: Products = "bfloat16"
 
 
 class HealParams(Block):
@@ -235,6 +237,7 @@ class HealParams(Block):
     passes: Annotated[int, Field(ge=0)] = 1
     rate: Annotated[float, Field(gt=0)] = 3e-5
     batch_size: Count = 4
+    products: Products = "bfloat16"
 
 
 class FactorizeParams(ComputeBlock):

@@ -12,7 +12,7 @@ Values = dict[tuple[str, ...], Any]
 BALANCED: Values = {
     ("prepare", "calibration_sequences"): 256,
     ("prepare", "tuning_sequences"): 16,
-    ("prepare", "healing_sequences"): 128,
+    ("prepare", "training_sequences"): 256,
     ("prepare", "evaluation_sequences"): 32,
     ("prepare", "unseen_sequences"): 16,
     ("prepare", "question_count"): 200,
@@ -33,7 +33,7 @@ PRESETS: dict[str, Values] = {
     | {
         ("prepare", "calibration_sequences"): 32,
         ("prepare", "tuning_sequences"): 4,
-        ("prepare", "healing_sequences"): 0,
+        ("prepare", "training_sequences"): 0,
         ("prepare", "evaluation_sequences"): 12,
         ("prepare", "unseen_sequences"): 8,
         ("prepare", "question_count"): 60,
@@ -50,7 +50,7 @@ PRESETS: dict[str, Values] = {
     | {
         ("prepare", "calibration_sequences"): 512,
         ("prepare", "tuning_sequences"): 32,
-        ("prepare", "healing_sequences"): 512,
+        ("prepare", "training_sequences"): 512,
         ("capture", "draws"): 4,
         ("ranks", "allocator"): "fermigrad",
     },

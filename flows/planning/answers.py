@@ -14,7 +14,7 @@ Units = dict[str, tuple[Demand, tuple[str, ...]]]
 
 def own_text(shapes: ModelShapes, params: PrepareParams) -> Units:
     """Stage `prepare`: answers to the held-out prompts, as many as their share of the sequences takes, and free text, in batches."""
-    splits = params.tuning_sequences, params.calibration_sequences, params.healing_sequences
+    splits = params.tuning_sequences, params.calibration_sequences, params.training_sequences
     wanted = [params.self_written * size * params.sequence_length for size in splits]
     free = [round(params.free_text * (1 - params.self_written) * size) for size in splits[:2]]
     prompts = [params.held_out_prompts, *(ceil(tokens / params.answer_tokens) for tokens in wanted)]

@@ -218,7 +218,7 @@ def healing_unit(shapes: ModelShapes, params: Params) -> dict[str, tuple[Demand,
     own, passes = params.prepare, params.factorize.heal.passes
     if not passes:
         return {}
-    text = own.healing_sequences or own.calibration_sequences
+    text = -(-own.training_sequences // 2) or own.calibration_sequences
     looks = own.sequence_length * (4 * passes * text + 4 * own.tuning_sequences)
     before = (f"refined.{shapes.blocks - 1}",) if params.factorize.refine.passes else ()
     return {"healed": (Demand(model=forward_operations(shapes, looks, own.sequence_length)), before)}
@@ -226,10 +226,11 @@ def healing_unit(shapes: ModelShapes, params: Params) -> dict[str, tuple[Demand,
 
 def refinement_units(shapes: ModelShapes, params: Params) -> dict[str, tuple[Demand, tuple[str, ...]]]:
     """One unit a block, each after the one before: its hidden states, held-out losses, and three forward passes' worth a training step."""
-    length, passes = params.prepare.sequence_length, params.factorize.refine.passes
+    own, passes = params.prepare, params.factorize.refine.passes
+    length = own.sequence_length
     if not passes:
         return {}
-    tokens, held_out = length * params.prepare.calibration_sequences, length * params.prepare.tuning_sequences
+    tokens, held_out = length * (own.calibration_sequences + own.training_sequences // 2), length * own.tuning_sequences
     looks = (
         tokens * (4 * passes + 2) + 6 * held_out
     )  # trained and its dense target; both networks' outputs; before and after

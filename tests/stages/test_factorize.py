@@ -308,7 +308,7 @@ def with_sequences(workspace):
     for table, seed in (("calibration", 1), ("tuning", 2)):
         ids = random_ids(6, 12, seed).numpy()
         write_sequences(workspace.table(table), ids, [["a"]] * 6, VOCABULARY)
-    write_sequences(workspace.table("healing"), ids[:0], [], VOCABULARY)
+    write_sequences(workspace.table("training"), ids[:0], [], VOCABULARY)
     return workspace
 
 
@@ -447,10 +447,15 @@ def test_healed_factors_are_what_is_saved(calibrated, refined):
     }
 
 
-def test_text_for_healing_is_what_heals(calibrated):
-    write_sequences(calibrated.table("healing"), random_ids(4, 12, 9).numpy(), [["a"]] * 4, VOCABULARY)
-    _, facts = factorized(calibrated, heal=HEAL)
-    assert facts["healing"]["steps"] == HEAL["passes"] * 4 / HEAL["batch_size"]
+def test_text_for_training_is_what_trains(calibrated):
+    write_sequences(calibrated.table("training"), random_ids(4, 12, 9).numpy(), [["a"]] * 4, VOCABULARY)
+    workspace, facts = factorized(calibrated, refine=REFINE, heal=HEAL)
+    assert facts["healing"]["steps"] == HEAL["passes"] * 2 / HEAL["batch_size"]
+    rows = pq.read_table(workspace.out("factorize") / "refinement.parquet").to_pylist()
+    assert {row["steps"] / (REFINE["passes"] * (6 + 2) / REFINE["batch_size"]) for row in rows} <= {
+        1,
+        2,
+    }  # 2: a second, calmer try
 
 
 def test_healing_that_helps_nobody_is_not_kept(calibrated):

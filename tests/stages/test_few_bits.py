@@ -47,6 +47,7 @@ def workspace_of(root) -> Workspace:
             json.dumps({"model": {"name": "tiny", "origin": "local", "licence": None, "digest": "0"}})
         )
     write_sequences(workspace.table("tuning"), random_ids(2, 12).numpy(), [["a"], ["b"]], VOCABULARY)
+    write_sequences(workspace.table("training"), random_ids(0, 12).numpy(), [], VOCABULARY)
     layers = find_layers(load_model(workspace.model, torch.float32))
     write_layers(workspace.out("prepare"), layers)
     publish_subspace(workspace, layers, {}, False, "svd")

@@ -26,7 +26,7 @@ from stages import prepare
 
 PARAMS = PrepareParams(
     model="model", corpus="corpus.json", unseen=None, questions="facts", sequence_length=8,
-    calibration_sequences=6, tuning_sequences=2, healing_sequences=0, evaluation_sequences=4, question_count=5, free_text=0,
+    calibration_sequences=6, tuning_sequences=2, training_sequences=0, evaluation_sequences=4, question_count=5, free_text=0,
 )  # fmt: skip
 SPLITS = {"calibration": 6, "tuning": 2, "evaluation": 4}
 
@@ -90,7 +90,7 @@ def test_writes_model_tables_and_facts(workspace):
     assert not (used["calibration"] | used["tuning"]) & asked
     verify_output(workspace.out("prepare"))
     assert sorted(path.name for path in (workspace.root / "data" / "prepared").iterdir()) == [
-        "answers.parquet", "calibration.parquet", "evaluation.parquet", "healing.parquet", "questions.parquet", "tuning.parquet",
+        "answers.parquet", "calibration.parquet", "evaluation.parquet", "questions.parquet", "training.parquet", "tuning.parquet",
     ]  # fmt: skip
 
 
@@ -303,11 +303,11 @@ def test_streamed_it_writes_the_same(chatting, tmp_path):
 
 def test_text_for_healing_is_other_text_and_moves_nothing(chatting):
     prepare.run(chatting, CHAT)
-    assert len(read_sequences(chatting.table("healing"), VOCABULARY)) == 0
+    assert len(read_sequences(chatting.table("training"), VOCABULARY)) == 0
     before = {name: read_table(chatting.table(name)) for name in (*SPLITS, "answers")}
-    prepare.run(chatting, CHAT.model_copy(update={"healing_sequences": 4}))
+    prepare.run(chatting, CHAT.model_copy(update={"training_sequences": 4}))
     assert all(read_table(chatting.table(name)).equals(table) for name, table in before.items())
-    rows = read_table(chatting.table("healing")).to_pylist()
+    rows = read_table(chatting.table("training")).to_pylist()
     assert [row["source"] for row in rows].count("self-written") == 2 and len(rows) == 4
     of_corpus = {a for row in rows if row["source"] == "corpus.json" for a in row["articles"]}
     assert not of_corpus & {
@@ -316,7 +316,7 @@ def test_text_for_healing_is_other_text_and_moves_nothing(chatting):
     written = {tuple(row["input_ids"]) for row in before["calibration"].to_pylist()}
     assert not written & {tuple(row["input_ids"]) for row in rows}
     facts = json.loads((chatting.out("prepare") / "prepare.json").read_text())
-    assert facts["data"]["splits"]["healing"]["sequences"] == 4
+    assert facts["data"]["splits"]["training"]["sequences"] == 4
 
 
 def test_prompts_are_in_the_chat_format_and_answers_end_where_the_model_ended_them(chatting):
@@ -356,13 +356,13 @@ def test_self_written_text_has_the_same_bits_after_a_kill(chatting, tmp_path, mo
 
 
 def test_a_share_of_the_rest_is_free_text_of_any_model(workspace):
-    prepare.run(workspace, PARAMS.model_copy(update={"free_text": 0.5, "self_written": 0.5, "healing_sequences": 4}))
-    rows = {name: read_table(workspace.table(name)).to_pylist() for name in (*SPLITS, "healing")}
+    prepare.run(workspace, PARAMS.model_copy(update={"free_text": 0.5, "self_written": 0.5, "training_sequences": 4}))
+    rows = {name: read_table(workspace.table(name)).to_pylist() for name in (*SPLITS, "training")}
     written = {
         name: [tuple(row["input_ids"]) for row in some if row["source"] == "free text"] for name, some in rows.items()
     }
     assert {name: len(some) for name, some in written.items()} == {
-        "calibration": 3, "tuning": 1, "healing": 0, "evaluation": 0,
+        "calibration": 3, "tuning": 1, "training": 0, "evaluation": 0,
     }  # fmt: skip
     sequences = [ids for some in written.values() for ids in some]
     assert len(set(sequences)) == len(sequences) and {len(ids) for ids in sequences} == {8}

@@ -66,7 +66,7 @@ PARAMS = {
         "sequence_length": 16,
         "calibration_sequences": 4,
         "tuning_sequences": 2,
-        "healing_sequences": 0,
+        "training_sequences": 0,
         "evaluation_sequences": 2,
     },
     "capture": {"threads": 1, "sequences_per_shard": 4, "tokens_per_sequence": 2, "knowledge_questions": 2},

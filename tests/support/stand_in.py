@@ -40,7 +40,7 @@ for dependency in sorted(stage["deps"]):
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         digest.update(file.read_bytes() if file.is_file() else b"")
 names = ["manifest.json", "model/weights", "model/README.md", "layers.json", "dense_layers.json", "prepare.json", "capture.json", "factorize.json"]
-names += [f"{{table}}.parquet" for table in ("calibration", "tuning", "healing", "evaluation", "questions", "answers")]
+names += [f"{{table}}.parquet" for table in ("calibration", "tuning", "training", "evaluation", "questions", "answers")]
 for out in stage.get("outs", []) + stage.get("metrics", []):
     path = pathlib.Path(out)
     for file in [path] if path.suffix else [path / name for name in names]:

@@ -104,7 +104,7 @@ def tiny_workspace(root: Path, family: str = "llama", sequences: int = 8, length
     for seed, split in enumerate(("calibration", "tuning", "evaluation")):
         ids = random_ids(sequences, length, seed)
         write_sequences(workspace.table(split), ids.numpy(), [[f"{split}-{i}"] for i in range(sequences)], VOCABULARY)
-    write_sequences(workspace.table("healing"), random_ids(0, length).numpy(), [], VOCABULARY)
+    write_sequences(workspace.table("training"), random_ids(0, length).numpy(), [], VOCABULARY)
     generator = np.random.default_rng(0)
     rows = [
         {

@@ -25,7 +25,7 @@ PARAMS = {
         "sequence_length": 16,
         "calibration_sequences": 8,
         "tuning_sequences": 2,
-        "healing_sequences": 0,
+        "training_sequences": 0,
         "evaluation_sequences": 4,
     },
     "capture": {"sequences_per_shard": 2, "leaves": 2, "batch_size": 2, "gradients": "sketch", "sketch_rank": 4},

@@ -46,6 +46,7 @@ def subspace_workspace(
         write_dense_layers(out, {})
         (out / "prepare.json").write_text(json.dumps({"model": FACTS}))
     write_sequences(workspace.table("tuning"), random_ids(2, 12).numpy(), [["a"], ["b"]], VOCABULARY)
+    write_sequences(workspace.table("training"), random_ids(0, 12).numpy(), [], VOCABULARY)
     found = find_layers(load_model(workspace.model, torch.float32))
     layers = [layer for layer in found if experts or not layer.stack]
     write_layers(workspace.out("prepare"), layers)

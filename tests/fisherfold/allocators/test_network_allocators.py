@@ -150,6 +150,16 @@ def test_settled_sites_are_truncated_in_the_network_that_descends(workspace, mon
     assert settled.occupations()[:5].tolist() == [1, 1, 1, 0, 0]
 
 
+def test_text_for_training_is_what_ranks_descend_on(workspace):
+    settled = fermi_descent.Softened(workspace, "float32", ())
+    tuning = read_sequences(workspace.table("tuning"), tiny.VOCABULARY)
+    assert torch.equal(softened_model(settled).sequences, tuning)
+    others = tiny.random_ids(3, tuning.shape[1], 77)
+    write_sequences(workspace.table("training"), others.numpy(), [["a"]] * 3, tiny.VOCABULARY)
+    softened_model.cache_clear()
+    assert torch.equal(softened_model(settled).sequences, others)
+
+
 @pytest.mark.parametrize("allocator", MEASURING)
 def test_layer_without_a_choice_is_not_touched(workspace, allocator, monkeypatch):
     softened = []

@@ -5,20 +5,23 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from fisherfold.run.determinism import usable_device
+from fisherfold.run.determinism import multiplying, usable_device
 from fisherfold.run.errors import ParameterError
 
 PRODUCTS = """
 import hashlib, os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
 import numpy, scipy.linalg, torch
-from fisherfold.run.determinism import computing_threads
+from fisherfold.run.determinism import computing_threads, multiplying
 def digest():
     A = torch.randn(700, 1536, generator=torch.Generator().manual_seed(0))
     B = A.T @ A
+    with multiplying("bfloat16"):
+        D = A.T @ A
     C = B[:300, :300].double()
-    results = B, A.sum(), torch.linalg.eigh(C)[1], numpy.linalg.eigh(C.numpy())[1], scipy.linalg.qr(C.numpy())[0]
+    results = B, D, A.sum(), torch.linalg.eigh(C)[1], numpy.linalg.eigh(C.numpy())[1], scipy.linalg.qr(C.numpy())[0]
     return hashlib.sha256(b"".join(numpy.ascontiguousarray(x).tobytes() for x in results)).hexdigest()
 for threads in map(int, sys.argv[2:]):
     with computing_threads(threads):
@@ -38,6 +41,16 @@ def said(script: str, *arguments: str) -> str:
 def test_bits_depend_on_threads_and_not_on_cores():
     two, one = said(PRODUCTS, "2", "2", "1").split()
     assert said(PRODUCTS, "1", "2") == two != one
+
+
+def test_rounded_products_are_those_of_training_alone():
+    A = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    plain = A @ A
+    with multiplying("bfloat16"):
+        torch.testing.assert_close(A @ A, plain, rtol=0, atol=8 * 64**0.5 * 2**-9)
+    assert torch.equal(A @ A, plain)
+    with multiplying("float32"):
+        assert torch.equal(A @ A, plain)
 
 
 def test_a_stage_that_loads_no_model_starts_without_what_loads_one():

@@ -170,7 +170,7 @@ def test_the_recorded_demo_run_was_foreseen(demo_shapes):
     recorded = {  # what has changed since among the defaults
         "prepare": {
             "calibration_sequences": 48,
-            "healing_sequences": 0,
+            "training_sequences": 0,
             "self_written": 0.0,
             "free_text": 0.0,
             "held_out_prompts": 0,
@@ -210,14 +210,15 @@ def test_healing_is_planned(demo_shapes):
 
     def planned(passes: int, fresh: int) -> dict[str, StagePlan]:
         factorize = params.factorize.model_copy(update={"heal": HealParams(passes=passes)})
-        prepare = params.prepare.model_copy(update={"healing_sequences": fresh})
+        prepare = params.prepare.model_copy(update={"training_sequences": fresh})
         given = params.model_copy(update={"factorize": factorize, "prepare": prepare})
         return {plan.stage: plan for plan in plan_run(demo_shapes, given, read_hardware(HERE, "cpu"), 1)}
 
-    plans = [planned(0, 0), planned(1, 0), planned(1, 1024)]
-    refining, once, often = (plan["factorize"].seconds for plan in plans)
-    assert often - refining == pytest.approx((once - refining) * (1024 + 16) / (256 + 16), rel=0.05)
-    assert plans[2]["prepare"].seconds > plans[1]["prepare"].seconds  # the model writes half of it
+    plans = [planned(0, 0), planned(1, 0), planned(0, 1024), planned(1, 1024)]
+    refining, once, refining_more, both = (plan["factorize"].seconds for plan in plans)
+    assert both - refining_more == pytest.approx((once - refining) * (512 + 16) / (256 + 16), rel=0.05)
+    assert refining_more > 2 * refining  # blocks of three times the text
+    assert plans[3]["prepare"].seconds > plans[1]["prepare"].seconds  # the model writes two fifths of it
     assert plans[1]["factorize"].memory > plans[0]["factorize"].memory
 
 
