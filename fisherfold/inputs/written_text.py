@@ -24,6 +24,7 @@ from fisherfold.inputs.self_written import (
     split_prompts,
     write_answers,
 )
+from fisherfold.inputs.shares import own_text
 from fisherfold.inputs.splits import Split, start_token
 from fisherfold.run.determinism import named_seed
 from fisherfold.run.params import PrepareParams
@@ -44,10 +45,12 @@ class WrittenText:
     def splits(self, tokenizer: PreTrainedTokenizerBase, params: PrepareParams) -> dict[str, list[Split]]:
         """What there is for each split."""
         found: dict[str, list[Split]] = {}
-        for name, size in _conversing(params).items():
-            if self.answers.get(name) and size:
+        for name, own in own_text(params, talks=True).items():
+            if self.answers.get(name) and own.conversations:
                 tables = [read_table(file) for file in self.answers[name]]
-                found[name] = [conversation_split(tables, size, params.sequence_length, start_token(tokenizer))]
+                found[name] = [
+                    conversation_split(tables, own.conversations, params.sequence_length, start_token(tokenizer))
+                ]
         for name, files in self.free.items():
             if files:
                 found.setdefault(name, []).append(free_split([read_table(file) for file in files]))
@@ -61,7 +64,9 @@ def write_own_text(
     talks = bool(prompts) and has_chat_format(tokenizer)
     answers = _conversations(scratch, model, prompts, params) if talks else {}
     start = start_token(tokenizer)
-    free = {name: _free_text(scratch, model, name, size, start, params) for name, size in _free(params, talks).items()}
+    free = {
+        name: _free_text(scratch, model, name, own.free, start, params) for name, own in own_text(params, talks).items()
+    }
     return WrittenText(answers, free)
 
 
@@ -78,8 +83,9 @@ def _conversations(scratch: Scratch, model: Path, prompts: Sequence[str], params
     found = {"evaluation": tuple(_answer(scratch, model, "evaluation", batches, params))}
     calibration = turns("calibration", split.calibration)  # training goes on behind it: other answers
     asked = {"tuning": turns("tuning", split.tuning), "calibration": calibration, "training": calibration}
-    for name, size in _conversing(params).items():
-        found[name] = tuple(_answer_until(scratch, model, name, asked[name], size * params.sequence_length, params))
+    for name, own in own_text(params, talks=True).items():
+        tokens = own.conversations * params.sequence_length
+        found[name] = tuple(_answer_until(scratch, model, name, asked[name], tokens, params))
     return found
 
 
@@ -148,14 +154,3 @@ def _answer(
     }
     folders = scratch.map(f"answers for {name}{so_far}", write_answers, units)
     return [folders[unit] / "answers.parquet" for unit in units]
-
-
-def _conversing(params: PrepareParams) -> dict[str, int]:
-    """How many sequences of each mixed split are conversations that a chat model writes."""
-    return {name: round(params.self_written * size) for name, size in params.splits.items() if name != "evaluation"}
-
-
-def _free(params: PrepareParams, talks: bool) -> dict[str, int]:
-    """How many of the others are free text. None of those for training: healing moves all layers at once, and such text made the model less sure of its chat format."""
-    own = {name: size if talks else 0 for name, size in _conversing(params).items() if name != "training"}
-    return {name: round(params.free_text * (params.splits[name] - size)) for name, size in own.items()}

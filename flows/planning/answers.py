@@ -4,6 +4,7 @@ from math import ceil
 
 from fisherfold.evaluation.greedy_answers import MOST_ROWS
 from fisherfold.inputs.sampling import BATCH
+from fisherfold.inputs.shares import own_text
 from fisherfold.network.models import DTYPES
 from fisherfold.run.params import Params, PrepareParams
 from flows.planning.demand import Demand, forward_operations
@@ -12,11 +13,11 @@ from flows.planning.shapes import ModelShapes
 Units = dict[str, tuple[Demand, tuple[str, ...]]]
 
 
-def own_text(shapes: ModelShapes, params: PrepareParams) -> Units:
+def own_text_units(shapes: ModelShapes, params: PrepareParams) -> Units:
     """Stage `prepare`: answers to the held-out prompts, as many as their share of the sequences takes, and free text, in batches."""
-    splits = params.tuning_sequences, params.calibration_sequences, params.training_sequences
-    wanted = [params.self_written * size * params.sequence_length for size in splits]
-    free = [round(params.free_text * (1 - params.self_written) * size) for size in splits[:2]]
+    splits = own_text(params, talks=True).values()
+    free = [own.free for own in splits]
+    wanted = [own.conversations * params.sequence_length for own in splits]
     prompts = [params.held_out_prompts, *(ceil(tokens / params.answer_tokens) for tokens in wanted)]
     batches = [(size, params.answer_tokens) for asked in prompts for size in _batches(asked, BATCH).values()]
     batches += [(size, params.sequence_length) for texts in free for size in _batches(texts, BATCH).values()]

@@ -21,7 +21,7 @@ from fisherfold.run.registry import Registry
 from fisherfold.run.unit_work import share
 from fisherfold.statistics.dependence import MOST_TOKENS
 from fisherfold.statistics.gradient_forms import Shapes
-from flows.planning.answers import greedy_answers, own_text
+from flows.planning.answers import greedy_answers, own_text_units
 from flows.planning.capture_costs import CAPTURE_COSTS
 from flows.planning.demand import Demand, StageCost, forward_operations
 from flows.planning.group_shapes import basis_shapes, gathered_bytes, joined_bytes
@@ -49,7 +49,7 @@ def prepare_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost
     """Fetch, convert and tokenise, on the head; the model writes batches of text, as many as their shares of the sequences take."""
     weights = shapes.parameters * DTYPES[params.prepare.dtype].itemsize
     write = Demand(read=weights, written=weights, host=CONVERSION * shapes.parameters)
-    units = {"model": (write, ())} | own_text(shapes, params.prepare)
+    units = {"model": (write, ())} | own_text_units(shapes, params.prepare)
     held, _ = resident(shapes, params, params.prepare.dtype)
     return StageCost(units, peak=weights, published=weights, memory=held, dtype=params.prepare.dtype)
 
