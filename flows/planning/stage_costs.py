@@ -22,7 +22,7 @@ from fisherfold.run.unit_work import share
 from fisherfold.statistics.dependence import MOST_TOKENS
 from fisherfold.statistics.gradient_forms import Shapes
 from flows.planning.answers import greedy_answers, own_text_units
-from flows.planning.capture_costs import CAPTURE_COSTS
+from flows.planning.capture_costs import CAPTURE_COSTS, activation_bytes
 from flows.planning.demand import Demand, StageCost, forward_operations
 from flows.planning.group_shapes import basis_shapes, gathered_bytes, joined_bytes
 from flows.planning.shapes import ModelShapes
@@ -201,8 +201,7 @@ def factorize_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
     exports = written + (dense if params.factorize.dense_export else 0)
     units |= refinement_units(shapes, params)
     units |= healing_unit(shapes, params)
-    factors = 4.0 * keep * shapes.targeted
-    both = 8.0 * shapes.parameters + 3 * factors if params.factorize.heal.passes else 0.0
+    both = healing_memory(shapes, params) if params.factorize.heal.passes else 0.0
     refined = resident(shapes, params, "float32")[0] if params.factorize.refine.passes else 0.0
     return StageCost(
         units,
@@ -211,6 +210,14 @@ def factorize_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
         published=exports,
         memory=max(both, refined, *(8.0 * 6 * layer.outputs * layer.inputs for layer in shapes.layers)),
     )
+
+
+def healing_memory(shapes: ModelShapes, params: Params) -> float:
+    """Both models and three times the factors, in float32; what a step's forward passes leave for the backward pass, and both models' logits."""
+    tokens = params.factorize.heal.batch_size * params.prepare.sequence_length
+    factors = 4.0 * (1 - params.ranks.ratio) * shapes.targeted
+    step = activation_bytes(shapes, shapes.layers, tokens, "float32") + LOGIT_BYTES * tokens * shapes.vocabulary
+    return 8.0 * shapes.parameters + 3 * factors + step
 
 
 def healing_unit(shapes: ModelShapes, params: Params) -> dict[str, tuple[Demand, tuple[str, ...]]]:
