@@ -1,7 +1,7 @@
 """What refinement and healing read: text for training has two halves, and healing's is new to it.
 
 A block that was refined on a text has lost the least of it already: healing on the same text lowers perplexity elsewhere by half as much
-(docs/developers/log.md).
+(docs/developers/log.md). A split is an even mix of its sources (`interleave`), so each half is one, too.
 
 Shapes: S sequences of T tokens.
 """
