@@ -32,6 +32,7 @@ import torch
 from figures import at_most
 from planned import against_plan, planned_stages, published_bytes
 
+from fisherfold.export.training_text import text_sizes
 from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.models import load_model
 from fisherfold.run.determinism import computing_threads
@@ -94,8 +95,8 @@ def bare_times(workspace: Workspace, params: Params) -> dict[str, tuple[float, f
 
     splits = ("calibration", "training", "evaluation")
     counts = {split: pq.read_metadata(workspace.table(split)).num_rows for split in splits}
-    trained = (counts["calibration"] + counts["training"] // 2) * params.factorize.refine.passes
-    trained += (-(-counts["training"] // 2) or counts["calibration"]) * params.factorize.heal.passes
+    refined, healed = text_sizes(counts["calibration"], counts["training"])
+    trained = refined * params.factorize.refine.passes + healed * params.factorize.heal.passes
     passes: dict[str, tuple[Callable[[], object], float]] = {
         "capture": (backward, counts["calibration"]),
         "factorize": (backward, trained),

@@ -1,7 +1,7 @@
 """Stage `prepare`: the dense model as a Hugging Face folder, text as disjoint tables of tokens, the questions.
 
-Evaluation, tuning and calibration are drawn from one seeded order of each corpus's articles and share none; articles
-that a knowledge question is about are in neither tuning nor calibration. Shares of tuning and
+Evaluation, tuning, calibration and training are drawn from one seeded order of each corpus's articles and share none; articles
+that a knowledge question is about are in none that anything learns from. Shares of tuning and
 calibration are what the model writes itself (`written_text`): free text and, if it is a chat model, answers to prompts; those to held-out prompts are for evaluation.
 """
 

@@ -168,7 +168,7 @@ def measure_batch(folder: Path, softened: Softened, params: FermigradParams, sta
     if broken or not loss.isfinite():
         where = f"module {broken[0]!r}" if broken else "the loss"
         raise NumericalError(
-            f"Stage 'ranks', fermigrad: {where} has a gradient that is not finite at training sequence {first % len(sequences)}. "
+            f"Stage 'ranks', fermigrad: {where} has a gradient that is not finite at sequence {first % len(sequences)} of the text it descends on. "
             "Use ranks.fermigrad.dtype = float32, or another allocator."
         )
     (folder / GRADIENT).write_text(

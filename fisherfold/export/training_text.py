@@ -12,17 +12,24 @@ from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
 
 
+def text_sizes(calibration: int, training: int) -> tuple[int, int]:
+    """How many sequences blocks are refined on, and how many all factors together, of so many for calibration and for training."""
+    first = training // 2
+    return calibration + first, (training - first) or calibration
+
+
 def block_text(workspace: Workspace, vocabulary: int) -> torch.Tensor:
     """Sequences [S, T] that blocks are refined on: those for calibration and the first half of those for training."""
     calibration, training = _read(workspace, vocabulary)
-    first = training[: len(training) // 2]
-    return torch.cat([calibration, first]) if len(first) else calibration
+    count, _ = text_sizes(len(calibration), len(training))
+    return torch.cat([calibration, training])[:count] if len(training) else calibration
 
 
 def healing_text(workspace: Workspace, vocabulary: int) -> torch.Tensor:
     """Sequences [S, T] that all factors are trained on together: the other half; those for calibration, where there are none for training."""
     calibration, training = _read(workspace, vocabulary)
-    return training[len(training) // 2 :] if len(training) else calibration
+    _, count = text_sizes(len(calibration), len(training))
+    return (training if len(training) else calibration)[-count:]
 
 
 def _read(workspace: Workspace, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from fisherfold.allocators.corrected import PARTS, SEQUENCES
 from fisherfold.allocators.cost import PIVOTED_SIDES
 from fisherfold.evaluation.knowledge import QUESTIONS_PER_UNIT
 from fisherfold.evaluation.text import BATCHES_PER_SHARD
+from fisherfold.export.training_text import text_sizes
 from fisherfold.network.layers import LinearLayer, by_group
 from fisherfold.network.models import DTYPES
 from fisherfold.network.sites import bundles
@@ -225,7 +226,7 @@ def healing_unit(shapes: ModelShapes, params: Params) -> dict[str, tuple[Demand,
     own, passes = params.prepare, params.factorize.heal.passes
     if not passes:
         return {}
-    text = -(-own.training_sequences // 2) or own.calibration_sequences
+    _, text = text_sizes(own.calibration_sequences, own.training_sequences)
     looks = own.sequence_length * (4 * passes * text + 4 * own.tuning_sequences)
     before = (f"refined.{shapes.blocks - 1}",) if params.factorize.refine.passes else ()
     return {"healed": (Demand(model=forward_operations(shapes, looks, own.sequence_length)), before)}
@@ -237,7 +238,8 @@ def refinement_units(shapes: ModelShapes, params: Params) -> dict[str, tuple[Dem
     length = own.sequence_length
     if not passes:
         return {}
-    tokens, held_out = length * (own.calibration_sequences + own.training_sequences // 2), length * own.tuning_sequences
+    text, _ = text_sizes(own.calibration_sequences, own.training_sequences)
+    tokens, held_out = length * text, length * own.tuning_sequences
     looks = (
         tokens * (4 * passes + 2) + 6 * held_out
     )  # trained and its dense target; both networks' outputs; before and after

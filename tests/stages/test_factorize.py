@@ -452,10 +452,8 @@ def test_text_for_training_is_what_trains(calibrated):
     workspace, facts = factorized(calibrated, refine=REFINE, heal=HEAL)
     assert facts["healing"]["steps"] == HEAL["passes"] * 2 / HEAL["batch_size"]
     rows = pq.read_table(workspace.out("factorize") / "refinement.parquet").to_pylist()
-    assert {row["steps"] / (REFINE["passes"] * (6 + 2) / REFINE["batch_size"]) for row in rows} <= {
-        1,
-        2,
-    }  # 2: a second, calmer try
+    once = REFINE["passes"] * (6 + 2) / REFINE["batch_size"]
+    assert {row["steps"] / once for row in rows} <= {1, 2}  # 2: a second, calmer try
 
 
 def test_healing_that_helps_nobody_is_not_kept(calibrated):

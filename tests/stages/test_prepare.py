@@ -301,7 +301,7 @@ def test_streamed_it_writes_the_same(chatting, tmp_path):
     assert len(files) > 12 and {name: whole[name] for name in files} == {name: streamed[name] for name in files}
 
 
-def test_text_for_healing_is_other_text_and_moves_nothing(chatting):
+def test_text_for_training_is_other_text_and_moves_nothing(chatting):
     prepare.run(chatting, CHAT)
     assert len(read_sequences(chatting.table("training"), VOCABULARY)) == 0
     before = {name: read_table(chatting.table(name)) for name in (*SPLITS, "answers")}
