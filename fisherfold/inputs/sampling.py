@@ -16,9 +16,7 @@ from fisherfold.network.models import DTYPES, StaysLoaded, load_model
 from fisherfold.run.determinism import has_bfloat16_units
 from fisherfold.run.params import PrepareParams
 
-BATCH = (
-    64  # texts written together, at most: 64 are a quarter faster than 32 on two cores, twice the cache of their tokens
-)
+BATCH = 128  # texts written together, at most: half again as fast as 64 on two cores, twice the cache of their tokens
 
 
 def writing_dtype(params: PrepareParams) -> str:
