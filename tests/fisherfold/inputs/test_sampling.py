@@ -6,6 +6,7 @@ import torch
 from fisherfold.inputs import sampling
 from fisherfold.inputs.sampling import draw, writer, writing_dtype
 from fisherfold.network.generation import Decoder
+from fisherfold.run.errors import NumericalError
 from fisherfold.run.params import PrepareParams
 from tests.support.tiny import save_tiny
 
@@ -20,6 +21,12 @@ def test_tokens_are_drawn_in_proportion(temperature):
     expected = (logits[:4] / temperature).softmax(-1)
     error = (expected * (1 - expected) / 200_000).sqrt()
     assert drawn[4] == 0 and ((drawn[:4] - expected).abs() < 4 * error).all()
+
+
+def test_predictions_that_are_not_finite_are_refused():
+    with pytest.raises(NumericalError, match="one of its predictions is not finite"):
+        draw(torch.tensor([[0.0, float("nan"), 1.0]]))
+    assert draw(torch.tensor([[-torch.inf, 0.0]])) == 1
 
 
 def test_with_a_cache_and_without_the_same_text(tmp_path, monkeypatch):
