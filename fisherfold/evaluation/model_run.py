@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import fisherfold.runtime  # noqa: F401  checkpoints of ours are loaded by its classes, never by code from their folder
-from fisherfold.network.generation import GreedyDecoder
+from fisherfold.network.generation import Decoder
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES, StaysLoaded, load_model
 from fisherfold.network.overflow import first_overflow
@@ -45,7 +45,7 @@ class ModelRun:
         return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
 
     @property
-    def decoder(self) -> GreedyDecoder:
+    def decoder(self) -> Decoder:
         """What writes its greedy answers."""
         return _in_memory(self).decoder
 
@@ -66,8 +66,8 @@ class _InMemory:
         self.run, self.model = run, load_model(run.folder, DTYPES[run.dtype])
 
     @cached_property
-    def decoder(self) -> GreedyDecoder:
-        return GreedyDecoder(self.model, end_tokens(self.run.folder, self.run.tokenizer))
+    def decoder(self) -> Decoder:
+        return Decoder(self.model, end_tokens(self.run.folder, self.run.tokenizer))
 
 
 @StaysLoaded

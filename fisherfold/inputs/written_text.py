@@ -15,7 +15,7 @@ from fisherfold.inputs.free_text import FILE as FREE_FILE
 from fisherfold.inputs.free_text import free_split, write_freely
 from fisherfold.inputs.own_prompts import FILE as PROMPTS_FILE
 from fisherfold.inputs.own_prompts import write_prompts
-from fisherfold.inputs.sampling import BATCH
+from fisherfold.inputs.sampling import BATCH, writing_dtype
 from fisherfold.inputs.self_written import (
     Turns,
     batch_size,
@@ -92,7 +92,7 @@ def _conversations(scratch: Scratch, model: Path, prompts: Sequence[str], params
 def _own_prompts(scratch: Scratch, model: Path, name: str, number: int, params: PrepareParams) -> list[str]:
     """A round of prompts that the model writes itself."""
     seed = named_seed(params.seed, f"prompts {name} {number}")
-    unit = {f"prompts-{name}-{number:04d}": (model, BATCH, seed, params.dtype)}
+    unit = {f"prompts-{name}-{number:04d}": (model, BATCH, seed, writing_dtype(params))}
     (folder,) = scratch.map(f"prompts for {name}", write_prompts, unit).values()
     return json.loads((folder / PROMPTS_FILE).read_text(encoding="utf-8"))
 
@@ -108,7 +108,7 @@ def _free_text(
             params.sequence_length,
             start,
             named_seed(params.seed, f"free {name} {low}"),
-            params.dtype,
+            writing_dtype(params),
         )
         for low in range(0, size, BATCH)
     }
@@ -147,7 +147,7 @@ def _answer(
     so_far: str = "",
 ) -> list[Path]:
     """The files of answers to numbered batches of prompts, a unit each."""
-    settings = params.answer_tokens, params.dtype
+    settings = params.answer_tokens, writing_dtype(params)
     units = {
         f"answers-{name}-{number:04d}": (model, batch, params.seed * 10_007 + number, *settings)
         for number, batch in batches

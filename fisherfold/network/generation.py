@@ -1,4 +1,4 @@
-"""Greedy answers of a model to prompts of different lengths, many prompts in a pass.
+"""Answers of a model to prompts of different lengths, many prompts in a pass.
 
 transformers' `generate` decodes a batch that is padded on the left and keeps what it computed for earlier tokens. Not every
 architecture gives its own numbers that way: some have no cache, some let the padding into their state. So it is tried once a
@@ -13,13 +13,15 @@ from typing import cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.shortcuts import attempt, reproduces
 
 Tokens = list[int]
+Choice = Callable[[torch.Tensor], torch.Tensor]
+"""The next token of each row [R], of logits [R, V]."""
 PROBE_LENGTHS = (9, 4)  # tokens of the prompts on which a model is tried
 PROBE_ANSWER = 4
 
@@ -39,8 +41,13 @@ def until_end(answer: Tokens, ends: Sequence[int]) -> Tokens:
     return answer[: end + 1]
 
 
-class GreedyDecoder:
-    """The most likely token after a prompt, then the most likely one after that, and so on.
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """See `Choice`."""
+    return logits.argmax(-1)
+
+
+class Decoder:
+    """The most likely token after a prompt, or another choice, then that after both, and so on.
 
     The tokens are those of the logits alone: of the model's own generation settings (penalties, forced tokens) none has a say.
 
@@ -56,7 +63,9 @@ class GreedyDecoder:
         self.device, self.vocabulary = embedding.device, embedding.shape[0]
 
     @torch.inference_mode()
-    def answer(self, prompts: Sequence[Tokens], longest: int, ends: Sequence[int] | None = None) -> list[Tokens]:
+    def answer(
+        self, prompts: Sequence[Tokens], longest: int, ends: Sequence[int] | None = None, choose: Choice = most_likely
+    ) -> list[Tokens]:
         """An answer of at most `longest` tokens to each prompt; a token that ends it is part of it.
 
         Args:
@@ -64,16 +73,15 @@ class GreedyDecoder:
         """
         ends = self.ends if ends is None else list(ends)
         if not self.caches or longest < 1:  # `generate` refuses to write nothing
-            most_likely = lambda logits: logits.argmax(-1)  # noqa: E731
-            return decode_plainly(self.model, prompts, longest, ends, most_likely)
-        sequences = self._generate(prompts, longest, ends).sequences
+            return decode_plainly(self.model, prompts, longest, ends, choose)
+        sequences = self._generate(prompts, longest, ends, choose).sequences
         return [until_end(answer, ends) for answer in sequences[:, max(map(len, prompts)) :].tolist()]
 
     @cached_property
     def caches(self) -> bool:
         """Whether padded batches with a cache give this model's plain log-probabilities."""
         prompts = [[(7 * i + 3 * length) % self.vocabulary for i in range(length)] for length in PROBE_LENGTHS]
-        output = attempt(lambda: self._generate(prompts, PROBE_ANSWER, ends=[], keep_logits=True))
+        output = attempt(lambda: self._generate(prompts, PROBE_ANSWER, [], most_likely, keep_logits=True))
         if output is None or output.logits is None:
             return False
         answers = output.sequences[:, max(PROBE_LENGTHS) :]  # [R, K]
@@ -82,9 +90,9 @@ class GreedyDecoder:
         return reproduces(found, torch.stack(plain), self.model.dtype)
 
     def _generate(
-        self, prompts: Sequence[Tokens], longest: int, ends: Tokens, keep_logits: bool = False
+        self, prompts: Sequence[Tokens], longest: int, ends: Tokens, choose: Choice, keep_logits: bool = False
     ) -> GenerateDecoderOnlyOutput:
-        """`generate` with nothing but arg max."""
+        """`generate` with nothing but `choose`."""
         ids, mask = left_padded(prompts, self.device)
         settings = GenerationConfig(
             do_sample=False,
@@ -97,7 +105,8 @@ class GreedyDecoder:
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()  # would fill what is open
         try:
             generate = cast(Callable[..., GenerateDecoderOnlyOutput], self.model.generate)
-            return generate(ids, attention_mask=mask, generation_config=settings)
+            chosen = LogitsProcessorList([_Chosen(choose)])
+            return generate(ids, attention_mask=mask, generation_config=settings, logits_processor=chosen)
         finally:
             self.model.generation_config = own
 
@@ -108,18 +117,21 @@ class GreedyDecoder:
         return log_p.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
 
 
-def decode_plainly(
-    model: PreTrainedModel,
-    prompts: Sequence[Tokens],
-    longest: int,
-    ends: Sequence[int],
-    choose: Callable[[torch.Tensor], torch.Tensor],
-) -> list[Tokens]:
-    """Each token from a pass over everything before it; rows are padded on the right, where no causal model looks.
+class _Chosen(LogitsProcessor):
+    """Scores of which the chosen tokens' are the highest."""
 
-    Args:
-        choose: the next tokens [R], of logits [R, V].
-    """
+    def __init__(self, choose: Choice) -> None:
+        self._choose = choose
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = self._choose(scores)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def decode_plainly(
+    model: PreTrainedModel, prompts: Sequence[Tokens], longest: int, ends: Sequence[int], choose: Choice
+) -> list[Tokens]:
+    """Each token from a pass over everything before it; rows are padded on the right, where no causal model looks."""
     answers: list[Tokens] = [[] for _ in prompts]
     going = list(range(len(prompts)))
     device = input_embedding(model).device

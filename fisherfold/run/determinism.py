@@ -160,11 +160,25 @@ def computing_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def has_bfloat16_units() -> bool:
+    """Whether the chosen device multiplies bfloat16 in units made for it; elsewhere it may take many times as long as float32."""
+    import torch
+
+    kind = chosen_device().partition(":")[0]
+    if kind == "cpu":
+        found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
+        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    return kind != "mps" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 @contextmanager
-def multiplying(products: str) -> Iterator[None]:
+def multiplying(products: str | None) -> Iterator[None]:
     """Inside, products of float32 matrices may be of numbers rounded to bfloat16 and summed in float32, if `products` says so, where the processor
-    has units for them (AMX; a GPU takes TF32, which is more precise). Elsewhere, and with "float32", they are as ever.
+    has units for them (AMX; a GPU takes TF32, which is more precise). Elsewhere, and with "float32", they are as ever. None leaves everything as it is.
     """
+    if products is None:
+        yield
+        return
     import torch
 
     before = torch.get_float32_matmul_precision()

@@ -61,6 +61,7 @@ class PrepareParams(ComputeBlock):
     prompts: str = "everyday"
     held_out_prompts: Annotated[int, Field(ge=0)] = 32
     answer_tokens: Count = 160
+    writing_dtype: Literal["bfloat16"] | None = "bfloat16"
     text_field: str | None = None
     sequence_length: Annotated[int, Field(ge=2)] = 256
     calibration_sequences: Count = 256
@@ -105,6 +106,7 @@ class CaptureParams(ComputeBlock):
     """Of stage capture: what one pass over the calibration sequences measures."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
+    products: Products = "bfloat16"
     placement: Literal["whole", "streamed"] = "whole"
     batch_size: Count = 2
     sequences_per_shard: Count = 8

@@ -66,6 +66,7 @@ class Scratch:
         self.stage = stage
         self.params = params.model_dump(mode="json")
         self.threads = getattr(params, "threads", None)
+        self._products = getattr(params, "products", None)
         self._machine = None if self.threads is None else current_engine().machine()
         determined_by = {
             "stage": stage,
@@ -153,7 +154,7 @@ class Scratch:
             announce(self.stage, f"{doing}: {len(units) - len(pending)} of {len(units)} units are finished already")
         yield from [name for name in units if name in self._finished]
         code = code_digest(self.stage)
-        work = StageWork(self.stage, code, self._machine, self.units, self.threads, chosen_placement())
+        work = StageWork(self.stage, code, self._machine, self.units, self.threads, chosen_placement(), self._products)
         write = partial(write_unit, work)
         for name, files in track(self.stage, doing, current_engine().run(write, pending), len(pending)):
             self._list(name, files)

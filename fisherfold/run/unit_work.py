@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
-from fisherfold.run.determinism import computing_threads, describe_machine, placed
+from fisherfold.run.determinism import computing_threads, describe_machine, multiplying, placed
 from fisherfold.run.disk import empty_folder, sync_folder, sync_tree
 from fisherfold.run.engine import Files, Unit
 from fisherfold.run.errors import EngineError
@@ -37,6 +37,7 @@ class StageWork:
         units: the folder that its units appear in.
         threads: that each computes with.
         placement: of the models that it loads, see `fisherfold.run.determinism`.
+        products: of its matrices, see there; None: as they are.
     """
 
     stage: str
@@ -45,6 +46,7 @@ class StageWork:
     units: Path
     threads: int | None
     placement: str
+    products: str | None
 
 
 def write_unit(work: StageWork, name: str, unit: Unit) -> Files:
@@ -56,7 +58,7 @@ def write_unit(work: StageWork, name: str, unit: Unit) -> Files:
     require_same(work)
     attempt = attempt_folder(work.units, name)
     try:
-        with computing_threads(work.threads), placed(work.placement):
+        with computing_threads(work.threads), placed(work.placement), multiplying(work.products):
             unit.work(attempt, *unit.arguments)
         return finish_unit(attempt, work.units / name)
     except BaseException:

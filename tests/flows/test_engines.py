@@ -63,7 +63,7 @@ def test_of_two_attempts_at_a_unit_the_first_stays(tmp_path):
 
 
 def stage_work(folder: Path, **changes: object) -> StageWork:
-    return replace(StageWork("report", code_digest("report"), describe_machine(), folder, None, WHOLE), **changes)
+    return replace(StageWork("report", code_digest("report"), describe_machine(), folder, None, WHOLE, None), **changes)
 
 
 def test_a_worker_places_models_as_the_stage_does(tmp_path):

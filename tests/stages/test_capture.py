@@ -33,6 +33,7 @@ from stages import capture
 
 SEQUENCES = 7
 PARAMS = CaptureParams(
+    products="float32",
     batch_size=2,
     sequences_per_shard=2,
     labels="data",
@@ -113,6 +114,12 @@ def sums_in(workspace: Workspace) -> dict[str, torch.Tensor]:
 
 def test_sharded_equals_unsharded(workspace, captured):
     assert_near(statistics_of(workspace, sequences_per_shard=100), sums_in(captured))
+
+
+def test_rounded_products_change_no_sum_by_much(workspace, captured):
+    found, expected = statistics_of(workspace, products="bfloat16"), sums_in(captured)
+    for name, values in expected.items():
+        assert (found[name] - values).norm() <= 0.02 * values.norm(), name
 
 
 def test_one_sequence_a_shard_equals_many_and_leaves_no_file_open(workspace, captured, monkeypatch):

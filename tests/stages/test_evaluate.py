@@ -23,7 +23,7 @@ from fisherfold.evaluation.harness import SharedContextModel, run_tasks
 from fisherfold.evaluation.losses import compare_tokens
 from fisherfold.evaluation.scores import summarise_losses, tidy_results
 from fisherfold.evaluation.verdict import UNKNOWN_ANSWERS, verdict
-from fisherfold.network.generation import GreedyDecoder
+from fisherfold.network.generation import Decoder
 from fisherfold.run.errors import CorruptArtifact, InputError, NumericalError, ParameterError
 from fisherfold.run.params import EvaluateParams, FactorizeParams, PrepareParams
 from fisherfold.run.scratch import Scratch, scratch_folder
@@ -449,7 +449,7 @@ def sharp_workspace(root: Path, sequences: int = 12) -> Workspace:
         model.save_pretrained(out / "model")
         TOKENIZER.save_pretrained(out / "model")
     prompts = [[3 + 7 * i % 90, 5 + i] for i in range(sequences)]
-    written = GreedyDecoder(model, ends=[]).answer(prompts, 12)
+    written = Decoder(model, ends=[]).answer(prompts, 12)
     ids = np.array([[*prompt, *answer] for prompt, answer in zip(prompts, written, strict=True)])
     write_sequences(workspace.table("evaluation"), ids, [["a"]] * sequences, VOCABULARY)
     rows = [
@@ -530,7 +530,7 @@ def test_sources_and_answers_are_published(workspace):
     samples = pq.read_table(workspace.out("evaluate") / "answers.parquet").to_pylist()
     prompts = read_table(workspace.table("answers")).to_pylist()
     assert [row["prompt"] for row in samples] == [row["prompt"] for row in prompts]
-    answer = GreedyDecoder(tiny_model(seed=1), [2]).answer([prompts[3]["prompt_ids"]], 5)[0]
+    answer = Decoder(tiny_model(seed=1), [2]).answer([prompts[3]["prompt_ids"]], 5)[0]
     assert samples[3]["compressed"] == TOKENIZER.decode(answer, skip_special_tokens=True)
     assert found["answers"] == {"prompts": 6, "tokens": sum(len(row["sampled_ids"]) for row in prompts)}
 

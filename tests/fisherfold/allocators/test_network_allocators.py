@@ -45,7 +45,14 @@ def prepared(tmp_path_factory) -> Workspace:
     workspace = tiny.tiny_workspace(tmp_path_factory.mktemp("workspace"), "qwen2")
     capture.run(
         workspace,
-        CaptureParams(labels="data", sequences_per_shard=4, gradients="sums", sketch_rank=4, knowledge_questions=0),
+        CaptureParams(
+            products="float32",
+            labels="data",
+            sequences_per_shard=4,
+            gradients="sums",
+            sketch_rank=4,
+            knowledge_questions=0,
+        ),
     )
     kronecker.run(workspace, KroneckerParams())
     subspace.run(workspace, SubspaceParams())

@@ -32,7 +32,12 @@ LAYERS = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj")
 def workspace(tmp_path_factory) -> Workspace:
     workspace = tiny.tiny_workspace(tmp_path_factory.mktemp("passes"), "qwen2", SEQUENCES, LENGTH)
     params = CaptureParams(
-        labels="data", gradients="none", tokens_per_sequence=LENGTH, token_dtype="float32", knowledge_questions=0
+        products="float32",
+        labels="data",
+        gradients="none",
+        tokens_per_sequence=LENGTH,
+        token_dtype="float32",
+        knowledge_questions=0,
     )
     capture.run(workspace, params)
     return workspace

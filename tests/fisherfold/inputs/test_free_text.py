@@ -28,7 +28,7 @@ def test_a_sequence_is_the_start_token_a_random_one_and_what_the_model_goes_on_w
 
 
 def test_without_a_cache_no_special_token_is_drawn_either(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("fisherfold.network.generation.GreedyDecoder.caches", False)
+    monkeypatch.setattr("fisherfold.network.generation.Decoder.caches", False)
     StaysLoaded.cache_clear()
     assert (written(tmp_path, model, count=32).input_ids[:, 1:] > 2).all()
 

@@ -36,7 +36,7 @@ def test_further_prompts_follow_the_list_and_none_that_is_taken() -> None:
         (88, 43, 4008, 2),  # of 93 tokens, and a tenth more
         (1, 43, 4008, 1),
         (5000, 43, 4008, 60),
-        (100, 40, 0, BATCH),  # nothing but empty answers
+        (1_000, 40, 0, BATCH),  # nothing but empty answers
     ],
 )
 def test_a_batch_is_as_large_as_what_is_missing(missing: int, answered: int, held: int, expected: int) -> None:

@@ -3,7 +3,7 @@ import torch
 from tiny import COMMON, FAMILIES, VOCABULARY, random_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from fisherfold.network.generation import GreedyDecoder
+from fisherfold.network.generation import Decoder
 from fisherfold.network.overflow import first_overflow
 from fisherfold.network.shortcuts import reproduces
 
@@ -23,29 +23,29 @@ def greedy(model: torch.nn.Module, prompt: list[int], longest: int, ends: tuple[
 @pytest.mark.parametrize("cached", [True, False])
 def test_answers_equal_single_passes(family, cached, monkeypatch):
     model = tiny_model(family)
-    decoder = GreedyDecoder(model, ends=[2])
+    decoder = Decoder(model, ends=[2])
     assert decoder.caches
     if not cached:
-        monkeypatch.setattr(GreedyDecoder, "caches", False)
+        monkeypatch.setattr(Decoder, "caches", False)
     assert decoder.answer(PROMPTS, 6) == [greedy(model, prompt, 6, ends=(2,)) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_an_answer_ends_with_its_end_token(cached, monkeypatch):
-    monkeypatch.setattr(GreedyDecoder, "caches", cached)
+    monkeypatch.setattr(Decoder, "caches", cached)
     model = tiny_model()
     full = greedy(model, PROMPTS[0], 8)
     end = full[3]
-    found = GreedyDecoder(model, ends=[end]).answer(PROMPTS, 8)
+    found = Decoder(model, ends=[end]).answer(PROMPTS, 8)
     assert found == [greedy(model, prompt, 8, ends=(end,)) for prompt in PROMPTS]
     assert found[0][-1] == end and len(found[0]) == full.index(end) + 1 < 8
 
 
 def test_a_models_own_generation_settings_have_no_say():
     model = tiny_model()
-    expected = GreedyDecoder(model, []).answer(PROMPTS, 6)
+    expected = Decoder(model, []).answer(PROMPTS, 6)
     model.generation_config = GenerationConfig(repetition_penalty=5.0, forced_eos_token_id=2, suppress_tokens=[3, 4])
-    assert GreedyDecoder(model, []).answer(PROMPTS, 6) == expected
+    assert Decoder(model, []).answer(PROMPTS, 6) == expected
     assert model.generation_config.repetition_penalty == 5.0
 
 
@@ -60,7 +60,7 @@ def test_a_model_that_misreads_its_cache_is_decoded_plainly():
         return forward(*args, **(options | {"attention_mask": None}))  # lets the padding in
 
     model.forward = forgetful
-    decoder = GreedyDecoder(model, ends=[])
+    decoder = Decoder(model, ends=[])
     assert not decoder.caches
     assert decoder.answer(PROMPTS, 5) == expected
 
@@ -72,11 +72,11 @@ def test_a_state_space_model_gives_its_own_answers():
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    assert GreedyDecoder(model, [2]).answer(PROMPTS, 4) == [greedy(model, prompt, 4, ends=(2,)) for prompt in PROMPTS]
+    assert Decoder(model, [2]).answer(PROMPTS, 4) == [greedy(model, prompt, 4, ends=(2,)) for prompt in PROMPTS]
 
 
 def test_no_token_is_asked_for():
-    assert GreedyDecoder(tiny_model(), [2]).answer(PROMPTS, 0) == [[], [], [], []]
+    assert Decoder(tiny_model(), [2]).answer(PROMPTS, 0) == [[], [], [], []]
 
 
 @pytest.mark.parametrize(("dtype", "noise", "expected"), [
@@ -104,4 +104,4 @@ def test_mistral_with_a_window_shorter_than_the_prompt():
     config = AutoConfig.for_model("mistral", vocab_size=VOCABULARY, **COMMON, **FAMILIES["mistral"], sliding_window=3)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    assert GreedyDecoder(model, []).answer(PROMPTS, 6) == [greedy(model, prompt, 6) for prompt in PROMPTS]
+    assert Decoder(model, []).answer(PROMPTS, 6) == [greedy(model, prompt, 6) for prompt in PROMPTS]

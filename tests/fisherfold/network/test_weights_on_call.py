@@ -11,7 +11,7 @@ import fisherfold.runtime  # noqa: F401  loads compressed checkpoints
 from fisherfold.inputs.targeting import open_experts
 from fisherfold.network.coverage import measure_coverage
 from fisherfold.network.experts import unfold_experts
-from fisherfold.network.generation import GreedyDecoder
+from fisherfold.network.generation import Decoder
 from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.layers import forward_hooks, linear_modules
 from fisherfold.network.models import load_model
@@ -51,7 +51,7 @@ def test_passes_and_answers_have_the_same_bits(tmp_path, family, dtype):
     models = both(saved(tmp_path / "m", family), dtype)
     assert torch.equal(*map(logits, models))
     prompts = [IDS[0, :5].tolist(), IDS[1, :8].tolist()]
-    one, other = (GreedyDecoder(model, []) for model in models)
+    one, other = (Decoder(model, []) for model in models)
     assert one.answer(prompts, 6) == other.answer(prompts, 6) and one.caches == other.caches
 
 

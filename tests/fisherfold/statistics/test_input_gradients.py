@@ -14,7 +14,13 @@ from fisherfold.statistics.layer_sums import ModelSums
 from stages import capture
 
 ALL = CaptureParams(
-    labels="data", batch_size=2, sequences_per_shard=2, gradients="exact", tokens_per_sequence=99, token_dtype="float32"
+    products="float32",
+    labels="data",
+    batch_size=2,
+    sequences_per_shard=2,
+    gradients="exact",
+    tokens_per_sequence=99,
+    token_dtype="float32",
 )
 
 
