@@ -3,13 +3,15 @@
     minimise  mean over sequences and tokens of  KL(p_t ‖ p̂_t),   p_t, p̂_t what the dense and the compressed model predict after token t
 
 One pass over text that nothing else has read is what pays (half of ``prepare.training_sequences``): several over little text lower the loss on
-that text and raise it elsewhere. Without such text it is that of the calibration. What is trained is kept unless it raises the divergence on
-held-out sequences by more than these few can tell from chance (`harmful`). The state (factors, moments of AdamW) becomes durable every few minutes and is exact.
+that text and raise it elsewhere. Without such text it is that of the calibration. Steps of all layers at once add noise to what they learn: what is
+learnt gains in proportion to the way θ₁ − θ₀ that the factors have gone, the noise costs its square. So θ₀ + s (θ₁ − θ₀) is kept with the largest of
+`SHARES` s that raises the divergence on held-out sequences by no more than these few can tell from chance (`harmful`), or θ₀ if none is. The
+state (factors, moments of AdamW) becomes durable every few minutes and is exact.
 
 <unit>/layers/<layer>/model.safetensors   the trained layers, if they were kept
 <unit>/healing.json                       what `Healing` says
 
-Memory: both models, and three times the factors more, in float32. Time: a training step of both models a sequence.
+Memory: both models, and four times the factors more, in float32. Time: a training step of both models a sequence.
 
 Shapes: S sequences of T tokens, B of them a step.
 """
@@ -47,15 +49,21 @@ if TYPE_CHECKING:
 
 STATE = "state"
 FACTS = "healing.json"
+SHARES = (1.0, 0.75, 0.5, 0.25)
+"""Of the way, in the order in which they are tried."""
 
 
 @dataclass(frozen=True)
 class Healing:
-    """What was gained: nats a token on held-out sequences before and after, whether it was kept, optimiser steps done."""
+    """What was gained: nats a token on held-out sequences before and after, whether it was kept and what share of the way, optimiser steps done.
+
+    Of what was not kept, `held_out_after` and `share` are those of the last try.
+    """
 
     held_out_before: float
     held_out_after: float
     accepted: bool
+    share: float
     steps: int
 
 
@@ -86,14 +94,18 @@ def heal_unit(
         def loss(batch: torch.Tensor) -> torch.Tensor:
             return to_dense(dense, compressed, batch).mean()
 
+        def judged() -> torch.Tensor:
+            return held_out(dense, compressed, tuning, params)
+
         pivoted = free_factors(compressed)
         factors = factors_of(compressed, (*(f"{name}." for name in layers), *factor_names(stacks)))
-        before = after = held_out(dense, compressed, tuning, params)
-        steps = 0
+        before = judged()
+        found = Healing(float(before.mean()), float(before.mean()), False, 0.0, 0)
         if factors:  # none, where every layer that was cut has rank 0
+            begun = {name: factor.detach().clone() for name, factor in factors.items()}
             steps = train(Savepoints(place, folder), factors, loss, text, params)
-            after = held_out(dense, compressed, tuning, params)
-    found = Healing(float(before.mean()), float(after.mean()), steps > 0 and not harmful(before, after), steps)
+            share, after = share_of_way(factors, begun, before, judged)
+            found = Healing(float(before.mean()), float(after.mean()), not harmful(before, after), share, steps)
     if found.accepted:
         pivot_again(compressed, pivoted)
         state = {name: value.cpu() for name, value in compressed.state_dict().items()}
@@ -133,6 +145,30 @@ def harmful(before: torch.Tensor, after: torch.Tensor) -> bool:
     rises = after - before
     error = float(rises.std()) / len(rises) ** 0.5 if len(rises) > 1 else 0.0
     return not float(rises.mean()) <= error
+
+
+@torch.no_grad()
+def share_of_way(
+    factors: Mapping[str, nn.Parameter],
+    begun: Mapping[str, torch.Tensor],
+    before: torch.Tensor,
+    judged: Callable[[], torch.Tensor],
+) -> tuple[float, torch.Tensor]:
+    """The largest share of the way from `begun` to the trained `factors`, which are set to it, that is not `harmful`, and its losses [S]; the smallest, if all are.
+
+    Args:
+        before: losses [S] at `begun`.
+        judged: gives those of the factors as they are.
+    """
+    trained = {name: factor.detach().clone() for name, factor in factors.items()}
+    share, after = 0.0, before
+    for share in SHARES:
+        for name, factor in factors.items():
+            factor.copy_(begun[name].lerp(trained[name], share))
+        after = judged()
+        if not harmful(before, after):
+            break
+    return share, after
 
 
 def train(

@@ -214,11 +214,11 @@ def factorize_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
 
 
 def healing_memory(shapes: ModelShapes, params: Params) -> float:
-    """Both models and three times the factors, in float32; what a step's forward passes leave for the backward pass, and both models' logits."""
+    """Both models and four times the factors, in float32; what a step's forward passes leave for the backward pass, and both models' logits."""
     tokens = params.factorize.heal.batch_size * params.prepare.sequence_length
     factors = 4.0 * (1 - params.ranks.ratio) * shapes.targeted
     step = activation_bytes(shapes, shapes.layers, tokens, "float32") + LOGIT_BYTES * tokens * shapes.vocabulary
-    return 8.0 * shapes.parameters + 3 * factors + step
+    return 8.0 * shapes.parameters + 4 * factors + step
 
 
 def healing_unit(shapes: ModelShapes, params: Params) -> dict[str, tuple[Demand, tuple[str, ...]]]:

@@ -439,7 +439,7 @@ def test_healed_factors_are_what_is_saved(calibrated, refined):
     before, orders = held_out_divergence(factorized(calibrated, **options)[0]), orders_of(calibrated)
     workspace, facts = factorized(calibrated, heal=HEAL, **options)
     found = facts["healing"]
-    assert found["accepted"] and found["held_out_after"] < 0.98 * found["held_out_before"]
+    assert found["accepted"] and found["share"] == 1 and found["held_out_after"] < 0.98 * found["held_out_before"]
     assert found["held_out_before"] == pytest.approx(before, rel=0.02)
     assert found["held_out_after"] == pytest.approx(held_out_divergence(workspace), rel=0.02)
     assert {name: order.tolist() for name, order in orders_of(workspace).items()} == {
@@ -478,6 +478,30 @@ def test_healing_that_helps_nobody_is_not_kept(calibrated):
 def test_a_rise_beyond_its_standard_error_is_harm(rises, expected):
     before = torch.full((len(rises),), 0.2)
     assert healing.harmful(before, before + torch.tensor(rises)) is expected
+
+
+@pytest.mark.parametrize(("noise", "expected"), [(0.5, 1.0), (1.2, 0.75), (1.5, 0.5), (3.0, 0.25), (5.0, 0.25)])
+def test_the_largest_share_of_the_way_that_harms_nothing(noise, expected):
+    """The loss falls by the share and rises by noise times its square: no more than it was up to 1 / noise, for all sequences alike."""
+    begun, factor = torch.tensor([1.0, 2.0]), torch.nn.Parameter(torch.tensor([3.0, 1.0]), requires_grad=False)
+    before = torch.tensor([0.2, 0.4])
+
+    def judged():
+        share = float(factor[0] - 1) / 2
+        return before + 0.1 * (noise * share**2 - share)
+
+    share, after = healing.share_of_way({"f": factor}, {"f": begun}, before, judged)
+    assert share == expected
+    assert torch.equal(factor.data, torch.tensor([1 + 2 * share, 2 - share]))
+    assert healing.harmful(before, after) is (noise > 4)
+
+
+def test_a_way_too_far_is_gone_in_part(calibrated):
+    """At a rate between one that helps and one that helps nobody; what is saved is what was judged."""
+    workspace, facts = factorized(calibrated, heal=HEAL | {"rate": 0.014})
+    found = facts["healing"]
+    assert found["accepted"] and found["share"] < 1
+    assert found["held_out_after"] == pytest.approx(held_out_divergence(workspace), rel=0.02)
 
 
 def test_where_every_cut_layer_has_rank_0_there_is_nothing_to_heal(tmp_path):
