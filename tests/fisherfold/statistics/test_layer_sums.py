@@ -194,5 +194,6 @@ def test_every_draw_of_labels_adds_to_what_comes_back_and_nothing_to_what_goes_i
         of_draws = [each[name] for each in single]
         sent_back = name.endswith(("output_gram", "gradient_gram"))
         expected = sum(of_draws) if sent_back else of_draws[0]
-        torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item(), msg=name)
+        near = 1e-6  # sums are float32, and how they are rounded is the processor's
+        torch.testing.assert_close(values, expected, rtol=near, atol=near * expected.abs().max().item(), msg=name)
         assert not sent_back or (of_draws[0] - of_draws[1]).norm() > 0.1 * of_draws[0].norm()
