@@ -7,12 +7,13 @@
 
 A sweep of the project (flows/sweep.py): what arms have in common is computed once, what is finished stays, the project's own outputs do not change.
 Columns: perplexity by that of the dense model on the worst source that calibration never saw; divergence on the dense model's own held-out answers, in nats a
-token; empty answers; points of knowledge lost. Each is the mean over draws and, behind ±, half of what they differ by.
+token; empty answers; points of knowledge lost; and behind × the first two by those that the shipped parameters have in the same draw, since draws differ by
+more than most parts bring. Each is the mean over draws and, behind ±, half of what they differ by.
 """
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,12 +65,17 @@ def points_lost(row: dict) -> float | None:
     return None if asked is None else 100 * (asked - row["knowledge_accuracy"])
 
 
-COLUMNS = {
+Column = Callable[[dict], float | None]
+COLUMNS: dict[str, Column] = {
     "unseen, × dense": lambda row: row["times_dense"],
     "own answers, nats": lambda row: row.get("own_answers_kl"),
     "empty": lambda row: row.get("empty_answers"),
     "points lost": points_lost,
 }
+
+
+RELATIVE = ("unseen, × dense", "own answers, nats")
+"""Columns that are also given by what is shipped."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ def main() -> None:
         for axis in options.axes.split(",")
     }
     rows = sweep(workspace, list(arms(workspace, axes, options.ratio, seeds)), options.set)
-    print_table(["axis", "value", *COLUMNS], list(table(rows)), right=list(COLUMNS))
+    columns = [*COLUMNS, *(f"× {name.partition(',')[0]}" for name in RELATIVE)]
+    print_table(["axis", "value", *columns], list(table(rows)), right=columns)
 
 
 def arms(workspace: Workspace, axes: Axes, ratio: float, seeds: Iterable[int]) -> Iterable[Arm]:
@@ -118,10 +125,18 @@ def arms(workspace: Workspace, axes: Axes, ratio: float, seeds: Iterable[int]) -
 
 
 def table(rows: Sequence[dict]) -> Iterable[list[str]]:
-    """A line an arm, over its draws."""
+    """A line an arm, over its draws: `COLUMNS`, then `RELATIVE` by what is shipped in the same draw."""
+    shipped = {row["seed"]: row for row in rows if row["axis"] == SHIPPED}
     for axis, value in dict.fromkeys((row["axis"], row["value"]) for row in rows):
         drawn = [row for row in rows if (row["axis"], row["value"]) == (axis, value)]
-        yield [axis, value, *(_spread([column(row) for row in drawn]) for column in COLUMNS.values())]
+        figures = [[column(row) for row in drawn] for column in COLUMNS.values()]
+        changes = [[_change(COLUMNS[name], row, shipped[row["seed"]]) for row in drawn] for name in RELATIVE]
+        yield [axis, value, *map(_spread, (*figures, *changes))]
+
+
+def _change(column: Column, row: dict, shipped: dict) -> float | None:
+    found, base = column(row), column(shipped)
+    return None if found is None or base is None else found / base
 
 
 def _spread(values: Sequence[float | None]) -> str:
