@@ -1,4 +1,4 @@
-"""benchmarks/ablation.py: every arm is what the parameters allow, and another than what is shipped."""
+"""benchmarks/ablation.py: every arm is what the parameters allow, and another than what is shipped; a draw is compared with its own."""
 
 import importlib.util
 
