@@ -28,18 +28,21 @@ from torch import nn
 from fisherfold.export.expert_tensors import Stack
 from fisherfold.export.free_factors import free_factors, pivot_again
 from fisherfold.export.refined_blocks import LowRank, compress_block, put_rest, write_layers_of
-from fisherfold.export.refinement import adamw, batches_of, descend
+from fisherfold.export.refinement import adamw, batches_of, descend, schedule
 from fisherfold.export.trained_experts import factor_names, take_experts
 from fisherfold.export.training_text import healing_text
+from fisherfold.network.blocks import list_blocks
 from fisherfold.network.divergence import divergence
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import load_model
+from fisherfold.network.rounded_products import rounded_products
 from fisherfold.run.checkpoint import read_tensors
-from fisherfold.run.determinism import computing_threads, multiplying
+from fisherfold.run.determinism import STREAMED, chosen_placement, multiplying
 from fisherfold.run.group_writer import write_arrays
 from fisherfold.run.params import HealParams
 from fisherfold.run.progress import track_lines
 from fisherfold.run.savepoints import SavepointPlace, Savepoints
+from fisherfold.run.side_by_side import Apply, at_once, side_by_side
 from fisherfold.run.store import close_groups, read_array
 from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
@@ -83,7 +86,8 @@ def heal_unit(
         layers: of the compressed model; their entry says how they are stored.
         rest: files with other tensors that differ from the dense model's.
     """
-    with computing_threads(params.threads), multiplying(params.products):
+    pieces, alone = params.batch_size // at_once(params.batch_size), chosen_placement() == STREAMED
+    with side_by_side(params.threads, pieces, alone) as apply, multiplying(params.products):
         dense = load_model(workspace.model, torch.float32)
         changed = {name: tensor for file in rest for name, tensor in read_tensors(file).items()}
         compressed = compress_block(dense, "", layers, stacks, changed)
@@ -95,17 +99,18 @@ def heal_unit(
             return to_dense(dense, compressed, batch).mean()
 
         def judged() -> torch.Tensor:
-            return held_out(dense, compressed, tuning, params)
+            return held_out(dense, compressed, tuning, params, apply)
 
         pivoted = free_factors(compressed)
         factors = factors_of(compressed, (*(f"{name}." for name in layers), *factor_names(stacks)))
-        before = judged()
-        found = Healing(float(before.mean()), float(before.mean()), False, 0.0, 0)
-        if factors:  # none, where every layer that was cut has rank 0
-            begun = {name: factor.detach().clone() for name, factor in factors.items()}
-            steps = train(Savepoints(place, folder), factors, loss, text, params)
-            share, after = share_of_way(factors, begun, before, judged)
-            found = Healing(float(before.mean()), float(after.mean()), not harmful(before, after), share, steps)
+        with rounded_products([*list_blocks(dense).values(), *list_blocks(compressed).values()], params.products):
+            before = judged()
+            found = Healing(float(before.mean()), float(before.mean()), False, 0.0, 0)
+            if factors:  # none, where every layer that was cut has rank 0
+                begun = {name: factor.detach().clone() for name, factor in factors.items()}
+                steps = train(Savepoints(place, folder), factors, loss, text, params, apply)
+                share, after = share_of_way(factors, begun, before, judged)
+                found = Healing(float(before.mean()), float(after.mean()), not harmful(before, after), share, steps)
     if found.accepted:
         pivot_again(compressed, pivoted)
         state = {name: value.cpu() for name, value in compressed.state_dict().items()}
@@ -131,10 +136,16 @@ def to_dense(dense: "PreTrainedModel", compressed: nn.Module, ids: torch.Tensor)
     return divergence(wanted, compressed(input_ids=ids, use_cache=False).logits[:, :-1])
 
 
-@torch.no_grad()
-def held_out(dense: "PreTrainedModel", compressed: nn.Module, ids: torch.Tensor, params: HealParams) -> torch.Tensor:
+def held_out(
+    dense: "PreTrainedModel", compressed: nn.Module, ids: torch.Tensor, params: HealParams, apply: Apply = map
+) -> torch.Tensor:
     """Mean divergence over the tokens of each sequence [S]."""
-    return torch.cat([to_dense(dense, compressed, batch) for batch in ids.split(params.batch_size)]).mean(1).cpu()
+
+    def losses(piece: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return to_dense(dense, compressed, piece).mean(1).cpu()
+
+    return torch.cat(list(apply(losses, ids.split(at_once(params.batch_size)))))
 
 
 def harmful(before: torch.Tensor, after: torch.Tensor) -> bool:
@@ -177,19 +188,21 @@ def train(
     loss: Callable[[torch.Tensor], torch.Tensor],
     ids: torch.Tensor,
     params: HealParams,
+    apply: Apply,
 ) -> int:
     """Descend on `loss` of batches of `ids` [S, T], from the newest savepoint if there is one; steps in all."""
     optimizer = adamw(factors.values(), params.rate)
     batches = list(batches_of(len(ids), params.passes, params.batch_size))
     done = _resume(points, optimizer, factors)
 
-    def steps() -> Iterator[int]:
+    def steps() -> Iterator[tuple[list[torch.Tensor], float]]:
         for step in track_lines("factorize", "healing, step", range(done, len(batches)), len(batches) - done):
             if step > done and points.due():
                 _save(points, step, optimizer, factors)
-            yield step
+            batch = ids[batches[step]]
+            yield list(batch.split(at_once(len(batch)))), schedule(step, len(batches))
 
-    descend(optimizer, lambda numbers: loss(ids[numbers]), batches, params.rate, steps())
+    descend(optimizer, loss, steps(), apply)
     return len(batches)
 
 

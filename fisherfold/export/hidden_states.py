@@ -27,15 +27,15 @@ class States(Protocol):
     def read(self, network: str, part: str, numbers: list[int]) -> torch.Tensor:
         """x [B, T, h] of the sequences of these numbers in the table `part`."""
 
+    def drop(self) -> None:
+        """Let go of them: the next block's are complete."""
+
 
 class LeftStates(States, Protocol):
     """Those that leave a block."""
 
     def take(self, network: str, batches: Batches) -> None:
         """All of one network."""
-
-    def drop(self) -> None:
-        """Let go of them: the next block's are complete."""
 
 
 class HeldStates:
@@ -56,7 +56,7 @@ class HeldStates:
         self._states |= {(network, part): torch.cat(found) for part, found in parts.items()}
 
     def drop(self) -> None:
-        """See `LeftStates`."""
+        """See `States`."""
         self._states.clear()
 
 
@@ -84,7 +84,7 @@ class StoredStates:
                     writer.write(f"{part}.{number}", x)
 
     def drop(self) -> None:
-        """See `LeftStates`."""
+        """See `States`."""
         close_groups()
         for network in NETWORKS:
             group_file(self._folder / network).unlink(missing_ok=True)

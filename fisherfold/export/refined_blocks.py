@@ -40,14 +40,16 @@ from fisherfold.export.training_text import block_text
 from fisherfold.network.blocks import BlockCall, find_blocks
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import StaysLoaded, load_model
+from fisherfold.network.rounded_products import rounded_products
 from fisherfold.network.weights_on_call import held
 from fisherfold.run.checkpoint import StoredTensor, read_tensors, write_tensors
-from fisherfold.run.determinism import computing_threads, multiplying
+from fisherfold.run.determinism import multiplying
 from fisherfold.run.errors import InputError
 from fisherfold.run.params import RefineParams
 from fisherfold.run.progress import announce, track_lines
 from fisherfold.run.savepoints import SavepointPlace, Savepoints
 from fisherfold.run.scratch import Scratch
+from fisherfold.run.side_by_side import Apply, at_once, side_by_side
 from fisherfold.run.tables import in_batches, read_sequences
 from fisherfold.run.workspace import Workspace
 from fisherfold.runtime.modeling_fisherfold import replace_layers
@@ -130,10 +132,13 @@ def refine_unit(
         HELD_OUT: read_sequences(workspace.table("tuning"), vocabulary),
     }
     ids = {part: found.to(device) for part, found in text.items()}
-    with computing_threads(params.threads), multiplying(params.products):
+    pieces = params.batch_size // at_once(params.batch_size)
+    with side_by_side(params.threads, pieces) as apply, multiplying(params.products):
         first = BlockCall(model, model.get_submodule(steps[0].block), ids[TRAINING][:1]).entered
         few = len(NETWORKS) * sum(map(len, ids.values())) * first.nbytes <= HELD
-        left: list[LeftStates] = [HeldStates() if few else StoredStates(folder / step.block, device) for step in steps]
+        places = (folder, *(folder / step.block for step in steps))
+        kept: list[LeftStates] = [HeldStates() if few else StoredStates(place, device) for place in places]
+        embedded, left = kept[0], kept[1:]
         stored = [number for number, states in enumerate(left) if isinstance(states, StoredStates) and states.complete]
         begin = max(stored, default=-1) + 1  # what came before has been read by nobody since
         saved = sum((folder / step.block / RECORD).exists() for step in steps)
@@ -141,10 +146,9 @@ def refine_unit(
             if number > saved and points.due():
                 with points.save(number):
                     saved = number
-            entered = left[number - 1] if number else EmbeddedStates(model, steps[0].block, ids)
-            go_through(folder / steps[number].block, model, steps[number], ids, entered, left[number], params)
-            if number:
-                left[number - 1].drop()
+            entered: States = left[number - 1] if number else EmbeddedStates(model, steps[0].block, ids, embedded)
+            go_through(folder / steps[number].block, model, steps[number], ids, entered, left[number], params, apply)
+            entered.drop()
         left[-1].drop()
 
 
@@ -156,18 +160,22 @@ def go_through(
     entered: States,
     left: LeftStates,
     params: RefineParams,
+    apply: Apply,
 ) -> None:
     """Hand the hidden states of both networks on through one block, which is refined first if it is not yet."""
     dense = model.get_submodule(step.block)
+    size = at_once(params.batch_size)
     with held(dense):
         call = BlockCall(model, dense, ids[TRAINING][:1])
-        left.take(DENSE, through(partial(call, dense), DENSE, entered, ids, params.batch_size))
+        with rounded_products([dense], params.products):
+            left.take(DENSE, through(partial(call, dense), DENSE, entered, ids, size, apply))
         if (folder / RECORD).exists():
             compressed = read_block(folder, model, step)
         else:
             training, held_out = ((pairs(entered, left, part), len(ids[part])) for part in (TRAINING, HELD_OUT))
-            compressed = refine_step(folder, model, step, call, training, held_out, params)
-        left.take(COMPRESSED, through(partial(call, compressed), COMPRESSED, entered, ids, params.batch_size))
+            compressed = refine_step(folder, model, step, call, training, held_out, params, apply)
+        with rounded_products([compressed], params.products):
+            left.take(COMPRESSED, through(partial(call, compressed), COMPRESSED, entered, ids, size, apply))
 
 
 def refine_step(
@@ -178,14 +186,16 @@ def refine_step(
     training: tuple[Sequences, int],
     held_out: tuple[Sequences, int],
     params: RefineParams,
+    apply: Apply,
 ) -> nn.Module:
     """Refine one block and write it. One without any low-rank layer stays the dense model's, and nothing is trained."""
     compressed = compress_block(model, step.block, step.layers, step.stacks)
     pivoted = free_factors(compressed)
-    if step.layers or step.stacks:
-        found = refine_block(compressed, call, training, held_out, params)
-    else:
-        found = left_alone(compressed, call, held_out, params)
+    with rounded_products([compressed], params.products):
+        if step.layers or step.stacks:
+            found = refine_block(compressed, call, training, held_out, params, apply)
+        else:
+            found = left_alone(compressed, call, held_out, params, apply)
     pivot_again(compressed, pivoted, trained=found.accepted)
     write_block(folder, compressed, step, model.get_submodule(step.block))
     record = json.dumps({"block": step.block, **asdict(found)}, sort_keys=True)
@@ -228,14 +238,33 @@ def compress_block(
 
 
 class EmbeddedStates:
-    """What enters the first block, of both networks: the embeddings."""
+    """What enters the first block, of both networks: the embeddings, kept as the dense network's.
 
-    def __init__(self, model: "PreTrainedModel", block: str, ids: Mapping[str, torch.Tensor]) -> None:
-        self._model, self._block, self._ids = model, model.get_submodule(block), ids
+    Args:
+        model: asked for them one sequence after the other.
+        block: the first, by name.
+        ids: of the tables.
+        kept: where they are kept.
+    """
+
+    def __init__(self, model: "PreTrainedModel", block: str, ids: Mapping[str, torch.Tensor], kept: LeftStates) -> None:
+        self._kept, first = kept, model.get_submodule(block)
+        kept.take(
+            DENSE,
+            (
+                (part, [number], BlockCall(model, first, sequences[number : number + 1]).entered)
+                for part, sequences in ids.items()
+                for number in range(len(sequences))
+            ),
+        )
 
     def read(self, network: str, part: str, numbers: list[int]) -> torch.Tensor:
         """See `States`."""
-        return BlockCall(self._model, self._block, self._ids[part][numbers]).entered
+        return self._kept.read(DENSE, part, numbers)
+
+    def drop(self) -> None:
+        """See `States`."""
+        self._kept.drop()
 
 
 def through(
@@ -244,12 +273,18 @@ def through(
     entered: States,
     ids: Mapping[str, torch.Tensor],
     size: int,
+    apply: Apply,
 ) -> Batches:
-    """What a network's block makes of all that enters it, `size` sequences at a time."""
+    """What a network's block makes of all that enters it, `size` sequences a piece."""
+
+    def left(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return block(x)
+
     for part, sequences in ids.items():
-        for numbers in in_batches(list(range(len(sequences))), size):
-            with torch.no_grad():
-                x = block(entered.read(network, part, numbers))
+        pieces = in_batches(list(range(len(sequences))), size)
+        found = apply(left, (entered.read(network, part, numbers) for numbers in pieces))
+        for numbers, x in zip(pieces, found, strict=True):
             yield part, numbers, x
 
 

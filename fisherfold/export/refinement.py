@@ -14,11 +14,13 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from fisherfold.run.params import RefineParams
+from fisherfold.run.side_by_side import Apply, at_once
 from fisherfold.run.tables import in_batches
 
 WARM = 0.05  # share of the steps in which the rate rises
@@ -33,6 +35,8 @@ Sequences = Callable[[list[int]], Batch]
 
 Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 """(block, x̂) -> ŷ."""
+
+Piece = TypeVar("Piece")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ def refine_block(
     training: tuple[Sequences, int],
     held_out: tuple[Sequences, int],
     params: RefineParams,
+    apply: Apply = map,
 ) -> Refinement:
     """Train `block` in place; where the held-out loss does not fall, once more from the beginning at a calmer rate, and where it does not fall
     then, it is left as it was.
@@ -65,46 +70,62 @@ def refine_block(
         block: f̂; every floating-point parameter of it is trained.
         run: what the block is run by.
         training: sequences and how many there are; so `held_out`.
+        apply: computes the pieces of a batch, see `fisherfold.run.side_by_side`.
     """
-    before = _mean_loss(block, run, held_out, params)
+    before = _mean_loss(block, run, held_out, params, apply)
     kept = copy.deepcopy(block.state_dict())
     steps = 0
     for rate in (params.rate, params.rate / CALMER):
-        steps += _train(block, run, training, params, rate)
-        after = _mean_loss(block, run, held_out, params)
+        steps += _train(block, run, training, params, rate, apply)
+        after = _mean_loss(block, run, held_out, params, apply)
         if after < before:
             return Refinement(before, after, True, steps)
         block.load_state_dict(kept)
     return Refinement(before, after, False, steps)
 
 
-def left_alone(block: nn.Module, run: Run, held_out: tuple[Sequences, int], params: RefineParams) -> Refinement:
+def left_alone(
+    block: nn.Module, run: Run, held_out: tuple[Sequences, int], params: RefineParams, apply: Apply = map
+) -> Refinement:
     """What is said of a block that is not trained; see `refine_block`."""
-    loss = _mean_loss(block, run, held_out, params)
+    loss = _mean_loss(block, run, held_out, params, apply)
     return Refinement(loss, loss, False, 0)
 
 
-@torch.no_grad()
-def _mean_loss(block: nn.Module, run: Run, sequences: tuple[Sequences, int], params: RefineParams) -> float:
+def _mean_loss(
+    block: nn.Module, run: Run, sequences: tuple[Sequences, int], params: RefineParams, apply: Apply
+) -> float:
     read, count = sequences
-    total = 0.0
-    for numbers in in_batches(list(range(count)), params.batch_size):
-        x, y = read(numbers)
-        total += len(numbers) * float(relative_error(run(block, x), y))
-    return total / count
+    batches = in_batches(list(range(count)), params.batch_size)
+
+    def loss(piece: Batch) -> float:
+        x, y = piece
+        with torch.no_grad():
+            return len(x) * float(relative_error(run(block, x), y))
+
+    return sum(apply(loss, (piece for numbers in batches for piece in _pieces(read(numbers))))) / count
 
 
-def _train(block: nn.Module, run: Run, sequences: tuple[Sequences, int], params: RefineParams, rate: float) -> int:
+def _train(
+    block: nn.Module, run: Run, sequences: tuple[Sequences, int], params: RefineParams, rate: float, apply: Apply
+) -> int:
     read, count = sequences
     trained = [p for p in block.parameters() if p.is_floating_point() and p.numel()]
     batches = list(batches_of(count, params.passes, params.batch_size))
 
-    def loss(numbers: list[int]) -> torch.Tensor:
-        x, y = read(numbers)
+    def loss(piece: Batch) -> torch.Tensor:
+        x, y = piece
         return relative_error(run(block, x), y)
 
-    descend(adamw(trained, rate), loss, batches, rate, range(len(batches)))
+    numbered = ((_pieces(read(numbers)), schedule(step, len(batches))) for step, numbers in enumerate(batches))
+    descend(adamw(trained, rate), loss, numbered, apply)
     return len(batches)
+
+
+def _pieces(batch: Batch) -> list[Batch]:
+    x, y = batch
+    size = at_once(len(x))
+    return list(zip(x.split(size), y.split(size), strict=True))
 
 
 def adamw(trained: Iterable[nn.Parameter], rate: float) -> torch.optim.AdamW:
@@ -114,26 +135,50 @@ def adamw(trained: Iterable[nn.Parameter], rate: float) -> torch.optim.AdamW:
 
 def descend(
     optimizer: torch.optim.Optimizer,
-    loss: Callable[[list[int]], torch.Tensor],
-    batches: list[list[int]],
-    rate: float,
-    steps: Iterable[int],
+    loss: Callable[[Piece], torch.Tensor],
+    steps: Iterable[tuple[list[Piece], float]],
+    apply: Apply = map,
 ) -> None:
-    """Take the given steps of a descent over `batches`: the rate by `schedule`, gradients clipped to norm 1. Parameters are frozen after."""
-    trained = optimizer.param_groups[0]["params"]
+    """Take steps along the mean gradient of a batch's pieces, clipped to norm 1. Parameters are frozen after.
+
+    The pieces' gradients are added in their order, so the bits do not depend on which is there first.
+
+    Args:
+        loss: mean of a piece, all pieces of a batch having as many sequences.
+        steps: of each the pieces of its batch, and the share of the optimiser's rate.
+        apply: computes the pieces, see `fisherfold.run.side_by_side`.
+    """
+    group = optimizer.param_groups[0]
+    trained, rate = group["params"], group["lr"]
     for parameter in trained:
         parameter.requires_grad_(True)
-    for step in steps:
-        optimizer.param_groups[0]["lr"] = rate * schedule(step, len(batches))
-        value = loss(batches[step])
-        if not value.requires_grad:  # nothing that is trained reaches it: every layer on the way has rank 0
+
+    def gradient(piece: Piece) -> tuple[torch.Tensor | None, ...]:
+        value = loss(piece)
+        if not value.requires_grad:  # it reaches nothing that is trained: every layer on the way has rank 0
+            return ()
+        return torch.autograd.grad(value, trained, allow_unused=True)
+
+    for pieces, share in steps:
+        reached = False
+        for found in apply(gradient, pieces):
+            reached |= bool(found)
+            for parameter, part in zip(trained, found, strict=False):
+                _add(parameter, part, len(pieces))
+        if not reached:
             break
-        value.backward()
+        group["lr"] = rate * share
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     for parameter in trained:
         parameter.requires_grad_(False)
+
+
+def _add(parameter: nn.Parameter, part: torch.Tensor | None, pieces: int) -> None:
+    """Add a share of the mean to the gradient of a parameter; nothing for one that a piece does not reach."""
+    if part is not None:
+        parameter.grad = part / pieces if parameter.grad is None else parameter.grad.add_(part, alpha=1 / pieces)
 
 
 def schedule(step: int, steps: int) -> float:

@@ -17,6 +17,7 @@ from fisherfold.export.architecture import dense_architecture
 from fisherfold.export.lineage import damaged_files, read_lineage
 from fisherfold.export.multiplied_out import export
 from fisherfold.export.refinement import relative_error
+from fisherfold.network import rounded_products
 from fisherfold.network.layers import read_layers
 from fisherfold.network.sites import read_sites
 from fisherfold.run import unit_work
@@ -300,7 +301,7 @@ def test_too_little_disk_is_noticed_before_the_start(unfinished, monkeypatch):
         factorized(unfinished)
 
 
-REFINE = {"passes": 3, "rate": 1e-3, "batch_size": 2}
+REFINE = {"products": "float32", "passes": 3, "rate": 1e-3, "batch_size": 2}
 
 
 def with_sequences(workspace):
@@ -391,6 +392,28 @@ def test_refined_with_one_dense_block_in_memory_the_files_are_the_same(calibrate
     assert digests(streamed.out("factorize")) == found
 
 
+def test_threads_that_share_out_a_batch_change_no_bit(calibrated):
+    """One thread computes the sequences of a batch in turn, two at once."""
+    found = []
+    for threads in (1, 2):
+        workspace, _ = factorized(calibrated, refine=REFINE | {"threads": threads}, heal=HEAL | {"threads": threads})
+        found.append(digests_and_nothing_left(workspace)["model/model.safetensors"])
+    assert found[0] == found[1]
+
+
+def test_products_in_bfloat16_train_as_well(calibrated, monkeypatch):
+    monkeypatch.setattr(rounded_products, "has_bfloat16_units", lambda: True)
+    losses = {}
+    for products in ("float32", "bfloat16"):
+        workspace, facts = factorized(
+            calibrated, refine=REFINE | {"products": products}, heal=HEAL | {"products": products}
+        )
+        rows = pq.read_table(workspace.out("factorize") / "refinement.parquet").to_pylist()
+        losses[products] = [*(row["held_out_after"] for row in rows), facts["healing"]["held_out_after"]]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+
+
 def test_refined_blocks_of_layers_with_biases(tmp_path):
     workspace = with_sequences(subspace_workspace(tmp_path, "gpt2"))
     publish_ranks(workspace, mixed_ranks(workspace))
@@ -421,7 +444,7 @@ def test_a_block_of_which_no_layer_was_cut_is_left_as_it_is(calibrated, cut):
     assert len(own) > 8 and all(torch.equal(saved[name].read(), dense[name].read()) for name in own)
 
 
-HEAL = {"threads": 1, "passes": 6, "rate": 1e-3, "batch_size": 2}
+HEAL = {"threads": 1, "products": "float32", "passes": 6, "rate": 1e-3, "batch_size": 2}
 
 
 def held_out_divergence(workspace):
@@ -516,10 +539,11 @@ def test_a_killed_healing_goes_on_with_the_same_bits(calibrated, monkeypatch):
     whole, _ = factorized(calibrated, heal=HEAL)
     expected = digests_and_nothing_left(whole)
     real, calls = healing.divergence, []
+    held, steps = (len(pq.read_table(calibrated.table(name))) for name in ("tuning", "calibration"))
 
     def killed(*arguments):
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == held + 5:
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -531,4 +555,4 @@ def test_a_killed_healing_goes_on_with_the_same_bits(calibrated, monkeypatch):
     monkeypatch.setattr(healing, "divergence", lambda *arguments: calls.append(1) or real(*arguments))
     again, _ = factorized(calibrated, heal=HEAL)
     assert digests(again.out("factorize")) == expected
-    assert 0 < len(calls) < 18 + 2 * 3  # steps and held-out batches of a whole one
+    assert 0 < len(calls) < HEAL["passes"] * steps + 2 * held  # sequences of a whole one
