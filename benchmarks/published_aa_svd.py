@@ -6,7 +6,8 @@
 
 Its own settings, but for batches of 3 sequences instead of 32: as many steps a block (200) with 24 sequences as it has with 256. Objective 4 is
 the anchored one, which its `decompose.py` calls AA-SVD; its configuration has 2. It is written for CUDA and bfloat16: here it runs on the
-processor in float32, the training's products in bfloat16 where the processor has units for them. Uniform ranks, r (m + n) numbers a layer.
+processor in float32, the training's products in bfloat16 where the processor has units for them. Uniform ranks, r (m + n) numbers a layer. A
+Gemma 3 goes through its adapter of llama, with sequences no longer than the window of its attention.
 
 Perplexity by that of the dense model on the evaluation sequences of sources that calibration does not contain, or of all if there is none.
 """
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from omegaconf import OmegaConf
 from torch import nn
+from transformers import Gemma3ForCausalLM
 
 from fisherfold.network.models import load_model
 from fisherfold.run.determinism import computing_threads
@@ -81,6 +83,7 @@ def compress(model: Any, calibration: torch.Tensor, options: argparse.Namespace)
     """The model with its layers replaced by theirs; their batches in order, as their loader gives them."""
     apply, pipeline, adapter = published(options.code.resolve())
     adapt(pipeline, adapter, options)
+    turn_by_kind(model, calibration.shape[1])
     config = OmegaConf.load(options.code / "config" / "compression" / "compress.yaml")
     config.target_param_ratio, config.sub_method = 1 - options.ratio, options.objective
     config.save_path, config.device, config.batch_size = None, "cpu", options.batch
@@ -99,10 +102,12 @@ def published(code: Path) -> tuple[Any, Any, Any]:
     try:
         from aa_svd.compression import apply_compression
         from aa_svd.compression import compress as pipeline
+        from aa_svd.compression.adapters import MODEL_ADAPTER_REGISTRY
         from aa_svd.compression.adapters.llama_adapter import LlamaModelAdapter
     finally:
         for name in absent:
             del sys.modules[name]
+    MODEL_ADAPTER_REGISTRY[Gemma3ForCausalLM] = LlamaModelAdapter
     return apply_compression, pipeline, LlamaModelAdapter
 
 
@@ -126,6 +131,21 @@ def adapt(pipeline: Any, adapter: Any, options: argparse.Namespace) -> None:
 
     adapter.finetune_layer, adapter.get_layer_name_prefix = trained, named
     adapter.get_layers = lambda self: blocks(self)[: options.blocks]
+
+
+def turn_by_kind(model: Any, length: int) -> None:
+    """Give every block of a Gemma 3 the positions of its kind of attention: their code calls all with what the first is called with."""
+    if not isinstance(model, Gemma3ForCausalLM):
+        return
+    if length > model.config.sliding_window:
+        raise SystemExit(f"Sequences of {length} tokens: at most {model.config.sliding_window}, where all kinds of attention see alike.")
+    hidden, positions = torch.zeros(1, length, model.config.hidden_size), torch.arange(length)[None]
+    for block, kind in zip(model.model.layers, model.config.layer_types, strict=True):
+        turned = model.model.rotary_emb(hidden, positions, kind)
+        block.register_forward_pre_hook(
+            lambda module, arguments, keywords, turned=turned: (arguments, keywords | {"position_embeddings": turned}),
+            with_kwargs=True,
+        )
 
 
 def on_cpu(function: Any) -> Any:
