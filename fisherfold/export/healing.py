@@ -11,7 +11,7 @@ state (factors, moments of AdamW) becomes durable every few minutes and is exact
 <unit>/layers/<layer>/model.safetensors   the trained layers, if they were kept
 <unit>/healing.json                       what `Healing` says
 
-Memory: both models, and four times the factors more, in float32. Time: a training step of both models a sequence.
+Memory: both models, and four times the factors more (on the CPU once more a thread that computes a sequence), in float32. Time: a training step of both models a sequence.
 
 Shapes: S sequences of T tokens, B of them a step.
 """
@@ -37,7 +37,7 @@ from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import load_model
 from fisherfold.network.rounded_products import rounded_products
 from fisherfold.run.checkpoint import read_tensors
-from fisherfold.run.determinism import STREAMED, chosen_placement, multiplying
+from fisherfold.run.determinism import multiplying
 from fisherfold.run.group_writer import write_arrays
 from fisherfold.run.params import HealParams
 from fisherfold.run.progress import track_lines
@@ -86,8 +86,8 @@ def heal_unit(
         layers: of the compressed model; their entry says how they are stored.
         rest: files with other tensors that differ from the dense model's.
     """
-    pieces, alone = params.batch_size // at_once(params.batch_size), chosen_placement() == STREAMED
-    with side_by_side(params.threads, pieces, alone) as apply, multiplying(params.products):
+    pieces = params.batch_size // at_once(params.batch_size)
+    with side_by_side(params.threads, pieces) as apply, multiplying(params.products):
         dense = load_model(workspace.model, torch.float32)
         changed = {name: tensor for file in rest for name, tensor in read_tensors(file).items()}
         compressed = compress_block(dense, "", layers, stacks, changed)

@@ -153,18 +153,18 @@ def descend(
     for parameter in trained:
         parameter.requires_grad_(True)
 
-    def gradient(piece: Piece) -> tuple[torch.Tensor | None, ...]:
+    def gradient(piece: Piece) -> list[torch.Tensor | None]:
         value = loss(piece)
         if not value.requires_grad:  # it reaches nothing that is trained: every layer on the way has rank 0
-            return ()
-        return torch.autograd.grad(value, trained, allow_unused=True)
+            return []
+        return list(torch.autograd.grad(value, trained, allow_unused=True))
 
     for pieces, share in steps:
         reached = False
         for found in apply(gradient, pieces):
             reached |= bool(found)
-            for parameter, part in zip(trained, found, strict=False):
-                _add(parameter, part, len(pieces))
+            for parameter in reversed(trained[: len(found)]):
+                _add(parameter, found.pop(), len(pieces))  # which is free then
         if not reached:
             break
         group["lr"] = rate * share

@@ -19,7 +19,7 @@ class Apply(Protocol):
 
 
 @contextmanager
-def side_by_side(threads: int, pieces: int, alone: bool = False) -> Iterator[Apply]:
+def side_by_side(threads: int, pieces: int) -> Iterator[Apply]:
     """Inside, up to `pieces` at a time have the threads between them, threads // pieces or one each.
 
     The bits depend on how many threads a piece has, and not on how many are computed at once. Gradient mode and the like are a thread's own: a
@@ -28,11 +28,10 @@ def side_by_side(threads: int, pieces: int, alone: bool = False) -> Iterator[App
     Args:
         threads: of the CPU.
         pieces: at most at a time.
-        alone: one at a time, for what only one thread may call; as many threads a piece as otherwise.
     """
     lanes = min(threads, pieces)
     with computing_threads(threads // lanes):
-        if alone or lanes == 1:
+        if lanes == 1:
             yield map
             return
         import torch
@@ -42,9 +41,9 @@ def side_by_side(threads: int, pieces: int, alone: bool = False) -> Iterator[App
             def apply(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
                 begun: deque[Future[Result]] = deque()
                 for piece in pieces:
+                    done = [begun.popleft().result()] if len(begun) == lanes else []
                     begun.append(pool.submit(function, piece))
-                    if len(begun) > lanes:
-                        yield begun.popleft().result()
+                    yield from done
                 while begun:
                     yield begun.popleft().result()
 

@@ -9,10 +9,9 @@ from fisherfold.run.side_by_side import side_by_side
 
 
 @pytest.mark.parametrize(("threads", "pieces", "each"), [(1, 4, 1), (2, 2, 1), (2, 4, 1), (4, 2, 2), (2, 1, 2)])
-@pytest.mark.parametrize("alone", [False, True])
-def test_they_have_the_threads_between_them(threads, pieces, each, alone):
+def test_they_have_the_threads_between_them(threads, pieces, each):
     before = torch.get_num_threads()
-    with side_by_side(threads, pieces, alone) as apply:
+    with side_by_side(threads, pieces) as apply:
         assert list(apply(lambda piece: (piece, torch.get_num_threads()), range(7))) == [(n, each) for n in range(7)]
     assert torch.get_num_threads() == before
 
@@ -54,7 +53,7 @@ def test_what_a_piece_raises_is_raised_here():
 def test_bits_do_not_depend_on_how_many_are_at_once():
     x = torch.randn(8, 64, 200, generator=torch.Generator().manual_seed(0))
     digests = []
-    for threads, pieces, alone in ((1, 1, False), (2, 2, False), (2, 2, True), (3, 3, False)):
-        with side_by_side(threads, pieces, alone) as apply:
+    for lanes in (1, 2, 3):
+        with side_by_side(lanes, lanes) as apply:
             digests.append(torch.stack(list(apply(lambda piece: torch.linalg.svd(piece)[0] @ piece, x))))
     assert all(torch.equal(found, digests[0]) for found in digests)
