@@ -98,6 +98,11 @@ def _failure(stage: str, view: StageView) -> str:
     """What is still to be said of a failure in the end."""
     if view.error:
         return f"{_explained(stage)}{view.error}"
+    if KILLED in view.last:
+        return (
+            f"stage {stage!r} was killed by the system (signal 9), most likely for want of memory: `fisherfold plan` says what stages hold and "
+            "what makes that less. What is finished is kept; `fisherfold run` goes on from there."
+        )
     said = "".join(f"\n  {line}" for line in view.last) if is_quiet() else ""
     return f"stage {stage!r} failed and did not say why; `dvc repro --single-item {stage}` may tell more{said}"
 
@@ -120,6 +125,8 @@ def _ended(workspace: Workspace, stage: str, state: State) -> State:
     announce_event(workspace, stage, state.name.lower(), state.message or "")
     return state
 
+
+KILLED = "Killed"  # what the shell that DVC runs a stage in says of signal 9
 
 ENDS = {CACHED: "is up to date", RESTORED: "restored from the cache, nothing was computed"}
 

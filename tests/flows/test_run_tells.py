@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from project import command
@@ -12,7 +13,7 @@ from stand_in import clone_with_stand_in
 
 from fisherfold.run.workspace import Workspace
 from flows import cli, time_left
-from flows.stage_run import is_told
+from flows.stage_run import _failure, is_told
 from flows.status import seconds_left
 from flows.time_left import TimeLeft, in_words
 
@@ -112,6 +113,18 @@ def test_only_what_a_stage_said_itself_is_not_said_again(monkeypatch):
     assert is_told(own) and not is_told(other) and not is_told("stage 'ranks' failed and did not say why")
     monkeypatch.setattr("flows.stage_run.is_quiet", lambda: True)
     assert not is_told(own)
+
+
+@pytest.mark.parametrize(
+    ("error", "last", "said"),
+    [
+        ("no such ratio", ["error: no such ratio"], "failed: no such ratio"),
+        ("", ["ranks: FermiGrad step 1 of 40", "Killed"], "was killed by the system (signal 9), most likely for want of memory"),
+        ("", ["ranks: FermiGrad step 1 of 40"], "failed and did not say why"),
+    ],
+)
+def test_a_failure_in_words(error, last, said):
+    assert said in _failure("ranks", SimpleNamespace(error=error, last=last))
 
 
 def test_what_tells_the_time_left_goes_wherever_units_run(project):
