@@ -4,7 +4,7 @@ import pytest
 from family_sweep import read_results, sweep, table
 from tiny_families import causal_families
 
-SAMPLE = ("qwen3_moe", "gemma3n_text", "mamba2", "zaya")
+SAMPLE = ("qwen3_moe", "gemma3n_text", "mamba2", "zaya", "moshi", "xlstm")
 """Experts, layers without gradients, weights read by others, one token a sequence."""
 MORE = ("gpt_neox", "laguna", "minimax", "blt")
 """Names on disk that differ, renamed when saved, a cache of its own, patches of tokens."""

@@ -34,13 +34,14 @@ from fisherfold.export.training_text import healing_text
 from fisherfold.network.blocks import list_blocks
 from fisherfold.network.divergence import divergence
 from fisherfold.network.layers import input_embedding
+from fisherfold.network.kept_state import KEEPS, keeps_state
 from fisherfold.network.models import load_model
 from fisherfold.network.rounded_products import rounded_products
 from fisherfold.run.checkpoint import read_tensors
 from fisherfold.run.determinism import multiplying
 from fisherfold.run.group_writer import write_arrays
 from fisherfold.run.params import HealParams
-from fisherfold.run.progress import track_lines
+from fisherfold.run.progress import announce, track_lines
 from fisherfold.run.savepoints import SavepointPlace, Savepoints
 from fisherfold.run.side_by_side import Apply, at_once, side_by_side
 from fisherfold.run.store import close_groups, read_array
@@ -103,10 +104,13 @@ def heal_unit(
 
         pivoted = free_factors(compressed)
         factors = factors_of(compressed, (*(f"{name}." for name in layers), *factor_names(stacks)))
+        if keeps_state(dense, tuning[:1]):
+            announce("factorize", f"nothing is healed: {type(dense).__name__} {KEEPS}")
+            factors = {}
         with rounded_products([*list_blocks(dense).values(), *list_blocks(compressed).values()], params.products):
             before = judged()
             found = Healing(float(before.mean()), float(before.mean()), False, 0.0, 0)
-            if factors:  # none, where every layer that was cut has rank 0
+            if factors:  # none, too, where every layer that was cut has rank 0
                 begun = {name: factor.detach().clone() for name, factor in factors.items()}
                 steps = train(Savepoints(place, folder), factors, loss, text, params, apply)
                 share, after = share_of_way(factors, begun, before, judged)

@@ -38,6 +38,7 @@ from fisherfold.export.refinement import Batch, Sequences, left_alone, refine_bl
 from fisherfold.export.trained_experts import put_experts, take_experts
 from fisherfold.export.training_text import block_text
 from fisherfold.network.blocks import BlockCall, find_blocks
+from fisherfold.network.kept_state import KEEPS, keeps_state
 from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import StaysLoaded, load_model
 from fisherfold.network.rounded_products import rounded_products
@@ -94,7 +95,7 @@ def refine(
 ) -> dict[str, Path]:
     """Refine every block; return the folder of each, by the block's name. None, where blocks cannot be run by themselves."""
     try:
-        names = _block_names(workspace.model)
+        names = block_names(workspace)
         if not names:
             return {}
         steps = tuple(Step.of(name, layers, stacks) for name in names)
@@ -105,12 +106,18 @@ def refine(
         _dense.cache_clear()
 
 
-def _block_names(model: Path) -> list[str]:
+def block_names(workspace: Workspace) -> list[str]:
+    """Of the blocks to be refined; none, and a line that says why, where they cannot be."""
+    model = _dense(workspace.model)
     try:
-        return list(find_blocks(_dense(model)))
+        blocks = find_blocks(model)
     except InputError as error:
         announce("factorize", f"blocks are not refined: {error}")
         return []
+    if keeps_state(model, read_sequences(workspace.table(HELD_OUT), len(input_embedding(model)))[:1]):
+        announce("factorize", f"blocks are not refined: {type(model).__name__} {KEEPS}")
+        return []
+    return list(blocks)
 
 
 def refine_unit(

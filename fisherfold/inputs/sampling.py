@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fisherfold.network.generation import Decoder
 from fisherfold.network.models import DTYPES, StaysLoaded, load_model
@@ -18,6 +18,8 @@ from fisherfold.run.errors import NumericalError
 from fisherfold.run.params import PrepareParams
 
 BATCH = 128  # texts written together, at most: half again as fast as 64 on two cores, twice the cache of their tokens
+
+TRIED = (1, 7, 70)
 
 
 def writing_dtype(params: PrepareParams) -> str:
@@ -57,11 +59,23 @@ def writer(folder: Path, dtype: str) -> Writer:
     """The model of a folder, loaded once for all units of a process."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = load_model(folder, DTYPES[dtype])
+    if not _computes(model):  # in this dtype: some models mix it with float32
+        model = load_model(folder, torch.float32)
     if (
         head := model.get_output_embeddings()
     ) is not None:  # torch multiplies one token of each text by as many copies of the matrix
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     return Writer(tokenizer, Decoder(model, ends=[]))
+
+
+def _computes(model: PreTrainedModel) -> bool:
+    """Whether the model writes a token after few and after many: some have code of their own for either."""
+    try:
+        for length in TRIED:
+            Decoder(model, ends=[]).answer([[0] * length], 1, [], draw)
+    except RuntimeError:
+        return False
+    return True
 
 
 def draw(logits: torch.Tensor, temperature: float = 1.0, never: Sequence[int] = ()) -> torch.Tensor:
@@ -73,7 +87,7 @@ def draw(logits: torch.Tensor, temperature: float = 1.0, never: Sequence[int] = 
         NumericalError: a prediction is not finite.
     """
     logits = logits.float() / temperature
-    logits[:, list(never)] = -torch.inf
+    logits[:, [token for token in never if token < logits.shape[-1]]] = -torch.inf  # some models read tokens that they cannot write
     shares = logits.softmax(-1)
     if shares.isnan().any():
         raise NumericalError(
