@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from fisherfold.inputs.pretrained import positions_of
 from fisherfold.network.generation import Decoder
 from fisherfold.network.models import DTYPES, StaysLoaded, load_model
 from fisherfold.run.determinism import has_bfloat16_units
@@ -72,7 +73,8 @@ def _computes(model: PreTrainedModel) -> bool:
     """Whether the model writes a token after few and after many: some have code of their own for either."""
     try:
         for length in TRIED:
-            Decoder(model, ends=[]).answer([[0] * length], 1, [], draw)
+            if length < (positions_of(model.config) or length + 1):
+                Decoder(model, ends=[]).answer([[0] * length], 1, [], draw)
     except RuntimeError:
         return False
     return True
