@@ -5,7 +5,7 @@ from family_sweep import read_results, sweep, table
 from tiny_families import causal_families
 
 SAMPLE = ("qwen3_moe", "gemma3n_text", "mamba2", "zaya", "moshi", "xlstm")
-"""Experts, layers without gradients, weights read by others, one token a sequence."""
+"""Experts, layers without gradients, weights read by others, one token a sequence, tokens read and never written, no bfloat16."""
 MORE = ("gpt_neox", "laguna", "minimax", "blt")
 """Names on disk that differ, renamed when saved, a cache of its own, patches of tokens."""
 REFUSED = {

@@ -33,8 +33,8 @@ from fisherfold.export.trained_experts import factor_names, take_experts
 from fisherfold.export.training_text import healing_text
 from fisherfold.network.blocks import list_blocks
 from fisherfold.network.divergence import divergence
-from fisherfold.network.layers import input_embedding
 from fisherfold.network.kept_state import KEEPS, keeps_state
+from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import load_model
 from fisherfold.network.rounded_products import rounded_products
 from fisherfold.run.checkpoint import read_tensors

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fisherfold.inputs.pretrained import positions_of
 from fisherfold.network.generation import Decoder
@@ -21,6 +21,7 @@ from fisherfold.run.params import PrepareParams
 BATCH = 128  # texts written together, at most: half again as fast as 64 on two cores, twice the cache of their tokens
 
 TRIED = (1, 7, 70)
+"""Tokens before the one that a model is tried on; more than the 64 that some compute at once."""
 
 
 def writing_dtype(params: PrepareParams) -> str:
@@ -59,22 +60,22 @@ class Writer:
 def writer(folder: Path, dtype: str) -> Writer:
     """The model of a folder, loaded once for all units of a process."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = load_model(folder, DTYPES[dtype])
-    if not _computes(model):  # in this dtype: some models mix it with float32
-        model = load_model(folder, torch.float32)
+    decoder = Decoder(load_model(folder, DTYPES[dtype]), ends=[])
+    if dtype != "float32" and not _writes(decoder):  # some models mix other dtypes with float32
+        decoder = Decoder(load_model(folder, torch.float32), ends=[])
     if (
-        head := model.get_output_embeddings()
+        head := decoder.model.get_output_embeddings()
     ) is not None:  # torch multiplies one token of each text by as many copies of the matrix
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    return Writer(tokenizer, Decoder(model, ends=[]))
+    return Writer(tokenizer, decoder)
 
 
-def _computes(model: PreTrainedModel) -> bool:
+def _writes(decoder: Decoder) -> bool:
     """Whether the model writes a token after few and after many: some have code of their own for either."""
     try:
         for length in TRIED:
-            if length < (positions_of(model.config) or length + 1):
-                Decoder(model, ends=[]).answer([[0] * length], 1, [], draw)
+            if length < (positions_of(decoder.model.config) or length + 1):
+                decoder.answer([[0] * length], 1, [], draw)
     except RuntimeError:
         return False
     return True

@@ -174,7 +174,8 @@ def has_bfloat16_units() -> bool:
 @contextmanager
 def multiplying(products: str | None) -> Iterator[None]:
     """Inside, products of float32 matrices may be of numbers rounded to bfloat16 and summed in float32, if `products` says so, where the processor
-    has units for them (AMX; a GPU takes TF32, which is more precise; other units: `fisherfold.network.rounded_products`). Elsewhere, and with "float32", they are as ever. None leaves everything as it is.
+    has units for them (AMX; a GPU takes TF32, which is more precise; for training see `fisherfold.network.rounded_products`). Elsewhere, and with
+    "float32", they are as ever. None leaves everything as it is.
     """
     if products is None:
         yield
