@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from fisherfold.network.layers import input_embedding
+from fisherfold.network.one_query import one_query_products
 from fisherfold.network.shortcuts import attempt, reproduces
 
 Tokens = list[int]
@@ -106,7 +107,8 @@ class Decoder:
         try:
             generate = cast(Callable[..., GenerateDecoderOnlyOutput], self.model.generate)
             chosen = LogitsProcessorList([_Chosen(choose)])
-            return generate(ids, attention_mask=mask, generation_config=settings, logits_processor=chosen)
+            with one_query_products():
+                return generate(ids, attention_mask=mask, generation_config=settings, logits_processor=chosen)
         finally:
             self.model.generation_config = own
 
