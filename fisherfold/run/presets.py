@@ -41,6 +41,7 @@ PRESETS: dict[str, Values] = {
         ("prepare", "answer_tokens"): 64,
         ("capture", "knowledge_questions"): 4,
         ("kronecker", "dependence_draws"): 0,
+        ("ranks", "allocator"): "corrected",
         ("factorize", "refine", "passes"): 0,
         ("factorize", "heal", "passes"): 0,
         ("evaluate", "answer_tokens"): 32,
