@@ -286,7 +286,7 @@ def _too_small(
             "text file, as records in the others."
         )
     else:
-        cure = "Ask for fewer or shorter sequences in block prepare, or give a larger corpus."
+        cure = "Ask for fewer or shorter sequences in block prepare, give a larger corpus, or let the model write more of them itself (prepare.free_text: 0.75)."
     return InputError(
         f"The corpus {source!r} is too small: its {tally.documents} articles hold {tally.tokens} tokens{aside}{repeated}, and fill "
         f"{filled} sequences of {length} tokens; asked are {parts} = {asked} ({asked * length} tokens). {cure}"
