@@ -66,7 +66,7 @@ class PrepareParams(ComputeBlock):
     sequence_length: Annotated[int, Field(ge=2)] = 256
     calibration_sequences: Count = 256
     tuning_sequences: Count = 16
-    training_sequences: Annotated[int, Field(ge=0)] = 256
+    training_sequences: Annotated[int, Field(ge=0)] = 512
     evaluation_sequences: Count = 32
     questions: str | None = "wikipedia-descriptions"
     question_count: Count = 200

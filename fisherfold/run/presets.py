@@ -12,7 +12,7 @@ Values = dict[tuple[str, ...], Any]
 BALANCED: Values = {
     ("prepare", "calibration_sequences"): 256,
     ("prepare", "tuning_sequences"): 16,
-    ("prepare", "training_sequences"): 256,
+    ("prepare", "training_sequences"): 512,
     ("prepare", "evaluation_sequences"): 32,
     ("prepare", "unseen_sequences"): 16,
     ("prepare", "question_count"): 200,
@@ -51,7 +51,6 @@ PRESETS: dict[str, Values] = {
     | {
         ("prepare", "calibration_sequences"): 512,
         ("prepare", "tuning_sequences"): 32,
-        ("prepare", "training_sequences"): 512,
         ("capture", "draws"): 4,
         ("ranks", "allocator"): "fermigrad",
     },
