@@ -36,7 +36,8 @@ def main() -> None:
         ours = seconds(lambda tokens: own.write(begun, tokens, [], seed=0), options.tokens)
         theirs = seconds(lambda tokens: sampled(own, begun, tokens), options.tokens)
     rate = options.texts * options.tokens / ours
-    what = f"{options.texts} texts of {options.tokens} tokens ({ours:.0f} s, {rate:.0f} tokens a second) / transformers' sampling ({theirs:.0f} s)"
+    what = f"{options.texts} texts of {options.tokens} tokens ({ours:.0f} s, {rate:.0f} tokens a second)"
+    what += f" / transformers' sampling ({theirs:.0f} s)"
     print(at_most(what, ours / theirs, "x", TARGET))
 
 

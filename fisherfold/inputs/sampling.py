@@ -90,8 +90,8 @@ def draw(logits: torch.Tensor, temperature: float = 1.0, never: Sequence[int] = 
         NumericalError: a prediction is not finite.
     """
     logits = logits.float() if temperature == 1 else logits.float() / temperature
-    if never:  # some models read tokens that they cannot write
-        logits = logits.index_fill(1, torch.tensor([token for token in never if token < logits.shape[-1]], device=logits.device), -torch.inf)
+    unwanted = [token for token in never if token < logits.shape[-1]]  # some models read tokens that they cannot write
+    logits = logits.index_fill(1, torch.tensor(unwanted, dtype=torch.long, device=logits.device), -torch.inf)
     sums = logits.softmax(-1).cumsum(-1)
     if sums[:, -1].isnan().any():
         raise NumericalError(

@@ -19,6 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "sdpa"
 """The implementation of transformers' that is replaced for one query."""
 
+OTHERS = ("position_bias", "softcap")
+"""What a call may ask for besides."""
+
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -50,7 +53,7 @@ def attend_once(
         if mask.shape[1] > 1:
             mask = mask.reshape(-1, groups, heads // groups, mask.shape[-1])
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return (scores.softmax(-1).to(value.dtype) @ value).reshape(rows, heads, 1, -1)
+    return (scores.softmax(-1).to(value.dtype) @ value).reshape(-1, heads, 1, value.shape[-1])
 
 
 def _attend(
@@ -64,8 +67,8 @@ def _attend(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' signature; what has more queries, or a bias of positions, is computed as usual."""
-    if query.shape[2] > 1 or query.device.type != "cpu" or others.get("position_bias") is not None:
+    """transformers' signature; what has more queries, or asks for one of `OTHERS`, is computed as usual."""
+    if query.shape[2] > 1 or query.device.type != "cpu" or any(others.get(name) is not None for name in OTHERS):
         return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend_once(query, key, value, attention_mask, scale).transpose(1, 2), None

@@ -214,11 +214,13 @@ def factorize_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCo
 
 
 def healing_memory(shapes: ModelShapes, params: Params) -> float:
-    """Both models and four times the factors, in float32; what a step's forward passes leave for the backward pass, and both models' logits."""
-    tokens = params.factorize.heal.batch_size * params.prepare.sequence_length
+    """Both models and, in float32, four times the factors and once more for each sequence that a thread computes; what a step's forward passes leave
+    for the backward pass, and both models' logits."""
+    heal = params.factorize.heal
+    tokens = heal.batch_size * params.prepare.sequence_length
     factors = 4.0 * (1 - params.ranks.ratio) * shapes.targeted
     step = activation_bytes(shapes, shapes.layers, tokens, "float32") + LOGIT_BYTES * tokens * shapes.vocabulary
-    return 8.0 * shapes.parameters + 4 * factors + step
+    return 8.0 * shapes.parameters + (4 + min(heal.threads, heal.batch_size)) * factors + step
 
 
 def healing_unit(shapes: ModelShapes, params: Params) -> dict[str, tuple[Demand, tuple[str, ...]]]:

@@ -32,7 +32,7 @@ def test_only_a_single_query_goes_another_way(monkeypatch):
     model = tiny_model()
     queries = []
     real = one_query.attend_once
-    monkeypatch.setattr(one_query, "attend_once", lambda query, *others: queries.append(query.shape[2]) or real(query, *others))
+    monkeypatch.setattr(one_query, "attend_once", lambda q, *others: queries.append(q.shape[2]) or real(q, *others))
     usual = ALL_ATTENTION_FUNCTIONS[NAME]
     with one_query_products(), torch.no_grad():
         assert ALL_ATTENTION_FUNCTIONS[NAME] is not usual
@@ -42,6 +42,12 @@ def test_only_a_single_query_goes_another_way(monkeypatch):
         model(input_ids=ids[:, :1])
     assert queries and set(queries) == {1}
     assert ALL_ATTENTION_FUNCTIONS[NAME] is usual
+
+
+def test_what_torch_has_no_argument_for_is_refused_as_ever():
+    query = torch.randn(1, 2, 1, 4)
+    with one_query_products(), pytest.raises(ValueError, match="softcap"):
+        ALL_ATTENTION_FUNCTIONS[NAME](torch.nn.Identity(), query, query, query, None, softcap=30.0)
 
 
 def test_a_decoder_reads_its_cache_so(monkeypatch):
