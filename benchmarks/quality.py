@@ -29,6 +29,7 @@ from fisherfold.allocators.fermi_descent import Softened, softened_model
 from fisherfold.allocators.fermigrad import next_token_loss
 from fisherfold.inputs.corpora import find_corpora
 from fisherfold.inputs.questions import find_questions
+from fisherfold.inputs.written_text import WrittenText
 from fisherfold.network.models import load_model
 from fisherfold.run.params import Params, load_params
 from fisherfold.run.tables import read_sequences
@@ -114,7 +115,7 @@ def draw(project: Path, folder: Path, params: Params) -> Workspace:
         facts = json.loads((source.out("prepare") / "prepare.json").read_text(encoding="utf-8"))
         (folder / "facts.json").write_text(json.dumps(facts["model"]), encoding="utf-8")
         (folder / "model").symlink_to(workspace.model)  # beside its facts, where the stage has it too
-        prepare.write_tables(folder, folder / "model", corpora, questions, params.prepare, {})
+        prepare.write_tables(folder, folder / "model", corpora, questions, params.prepare, WrittenText({}, {}))
         shutil.copytree(folder / "tables", workspace.table("tuning").parent)
     sums = {"gradients": "none", "knowledge_questions": 0, "tokens_per_sequence": 0}
     capture.run(workspace, params.capture.model_copy(update=sums))
