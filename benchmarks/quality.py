@@ -66,7 +66,8 @@ def main() -> None:
         seeds = [int(seed) for seed in options.seeds.split(",")]
         sizes = {"calibration_sequences": options.calibration, "tuning_sequences": options.tuning}
         drawn = params.prepare.model_copy(update={name: size for name, size in sizes.items() if size})
-        params = params.model_copy(update={"prepare": drawn})
+        stored = params.ranks.model_copy(update={"storage": options.storage or params.ranks.storage})
+        params = params.model_copy(update={"prepare": drawn, "ranks": stored})
         with keeping(options.draws, project) as folder:
             return report_draws(measure_draws(project, folder, params, runs, ratios, seeds))
     combinations = [Cell(metric, allocator, ratio) for metric, allocator in runs for ratio in ratios]
