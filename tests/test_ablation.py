@@ -1,9 +1,7 @@
 """benchmarks/ablation.py: every arm is what the parameters allow, and another than what is shipped; a draw is compared with its own."""
 
-import importlib.util
-
 import pytest
-from project import ROOT
+from project import ROOT, benchmark
 
 from fisherfold.run.params import load_params
 from fisherfold.run.workspace import Workspace
@@ -12,11 +10,7 @@ from flows.overrides import overridden
 
 @pytest.fixture
 def ablation(monkeypatch):
-    spec = importlib.util.spec_from_file_location("ablation", ROOT / "benchmarks/ablation.py")
-    ablation = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "ablation", ablation)
-    spec.loader.exec_module(ablation)
-    return ablation
+    return benchmark("ablation", monkeypatch)
 
 
 def test_every_arm_changes_the_shipped_parameters(ablation):

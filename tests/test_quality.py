@@ -1,9 +1,6 @@
 """benchmarks/quality.py: draws of another seed from a project's prepared model, and what their truncated networks lose."""
 
-import importlib.util
-import sys
-
-from project import ROOT
+from project import benchmark
 from tiny_project import set_params, tiny_project
 
 from fisherfold.run.params import load_params
@@ -12,11 +9,7 @@ from stages import prepare
 
 
 def test_a_draw_is_captured_and_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks/quality.py")
-    quality = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "quality", quality)
-    spec.loader.exec_module(quality)
+    quality = benchmark("quality", monkeypatch)
     project = tiny_project(tmp_path / "project")
     set_params(project, {"kronecker": {"estimator": "kfac"}})
     params = load_params(project / "params.yaml")

@@ -1,11 +1,15 @@
 """A project folder as a fresh clone has it, in a temporary place."""
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = (
@@ -56,3 +60,13 @@ def last_line(folder: Path, *words: str, hub: Path, python: str | Path = sys.exe
     process = command(folder, str(python), *words, environment=environment, stdin=subprocess.DEVNULL)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
+
+
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module of benchmarks/`name`.py, for as long as the test runs."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
