@@ -49,8 +49,8 @@ PRESETS: dict[str, Values] = {
     "balanced": BALANCED,
     "best": BALANCED
     | {
-        ("prepare", "calibration_sequences"): 512,
         ("prepare", "tuning_sequences"): 32,
+        ("prepare", "training_sequences"): 768,
         ("capture", "draws"): 4,
         ("ranks", "allocator"): "fermigrad",
     },
