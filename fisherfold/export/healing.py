@@ -43,7 +43,7 @@ from fisherfold.run.group_writer import write_arrays
 from fisherfold.run.params import HealParams
 from fisherfold.run.progress import announce, track_lines
 from fisherfold.run.savepoints import SavepointPlace, Savepoints
-from fisherfold.run.side_by_side import Apply, at_once, side_by_side
+from fisherfold.run.side_by_side import Apply, at_once, piece_count, side_by_side
 from fisherfold.run.store import close_groups, read_array
 from fisherfold.run.tables import read_sequences
 from fisherfold.run.workspace import Workspace
@@ -87,8 +87,7 @@ def heal_unit(
         layers: of the compressed model; their entry says how they are stored.
         rest: files with other tensors that differ from the dense model's.
     """
-    pieces = params.batch_size // at_once(params.batch_size)
-    with side_by_side(params.threads, pieces) as apply, multiplying(params.products):
+    with side_by_side(params.threads, piece_count(params.batch_size)) as apply, multiplying(params.products):
         dense = load_model(workspace.model, torch.float32)
         changed = {name: tensor for file in rest for name, tensor in read_tensors(file).items()}
         compressed = compress_block(dense, "", layers, stacks, changed)

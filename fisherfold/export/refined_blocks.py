@@ -50,7 +50,7 @@ from fisherfold.run.params import RefineParams
 from fisherfold.run.progress import announce, track_lines
 from fisherfold.run.savepoints import SavepointPlace, Savepoints
 from fisherfold.run.scratch import Scratch
-from fisherfold.run.side_by_side import Apply, at_once, side_by_side
+from fisherfold.run.side_by_side import Apply, at_once, piece_count, side_by_side
 from fisherfold.run.tables import in_batches, read_sequences
 from fisherfold.run.workspace import Workspace
 from fisherfold.runtime.modeling_fisherfold import replace_layers
@@ -139,8 +139,7 @@ def refine_unit(
         HELD_OUT: read_sequences(workspace.table("tuning"), vocabulary),
     }
     ids = {part: found.to(device) for part, found in text.items()}
-    pieces = params.batch_size // at_once(params.batch_size)
-    with side_by_side(params.threads, pieces) as apply, multiplying(params.products):
+    with side_by_side(params.threads, piece_count(params.batch_size)) as apply, multiplying(params.products):
         first = BlockCall(model, model.get_submodule(steps[0].block), ids[TRAINING][:1]).entered
         few = len(NETWORKS) * sum(map(len, ids.values())) * first.nbytes <= HELD
         places = (folder, *(folder / step.block for step in steps))

@@ -91,7 +91,8 @@ def draw(logits: torch.Tensor, temperature: float = 1.0, never: Sequence[int] = 
     """
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     unwanted = [token for token in never if token < logits.shape[-1]]  # some models read tokens that they cannot write
-    logits = logits.index_fill(1, torch.tensor(unwanted, dtype=torch.long, device=logits.device), -torch.inf)
+    if unwanted:
+        logits = logits.index_fill(1, torch.tensor(unwanted, device=logits.device), -torch.inf)
     sums = logits.softmax(-1).cumsum(-1)
     if sums[:, -1].isnan().any():
         raise NumericalError(

@@ -53,3 +53,8 @@ def side_by_side(threads: int, pieces: int) -> Iterator[Apply]:
 def at_once(sequences: int) -> int:
     """Of so many sequences of a batch, those that make one piece: one on the CPU, whose threads share out the batch; on other devices all."""
     return 1 if chosen_device().partition(":")[0] == "cpu" else sequences
+
+
+def piece_count(sequences: int) -> int:
+    """How many pieces a batch of so many sequences is computed in."""
+    return sequences // at_once(sequences)
