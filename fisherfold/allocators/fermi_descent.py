@@ -35,6 +35,7 @@ from fisherfold.network.layers import input_embedding
 from fisherfold.network.models import DTYPES, StaysLoaded, load_model
 from fisherfold.network.sites import read_sites
 from fisherfold.network.weights_on_call import compute_again
+from fisherfold.run.determinism import multiplying
 from fisherfold.run.errors import NumericalError
 from fisherfold.run.params import FermigradParams
 from fisherfold.run.scratch import Scratch
@@ -157,12 +158,13 @@ def measure_batch(folder: Path, softened: Softened, params: FermigradParams, sta
     model, ranks, settled, sequences = softened_model(softened)
     first = batch * params.sequences
     ids = sequences[(first + torch.arange(params.sequences)) % len(sequences)].to(model.device)
-    with dense_network([*ranks, *settled]):
-        reference = model(input_ids=ids, use_cache=False).logits
     at = json.loads(state.read_text(encoding="utf-8"))
-    set_ranks(ranks, torch.tensor(at["mu"], dtype=torch.float64), at["tau"])
-    loss = OBJECTIVES[params.objective](reference, model(input_ids=ids, use_cache=False).logits, ids)
-    loss.backward()
+    with multiplying(params.products):
+        with dense_network([*ranks, *settled]):
+            reference = model(input_ids=ids, use_cache=False).logits
+        set_ranks(ranks, torch.tensor(at["mu"], dtype=torch.float64), at["tau"])
+        loss = OBJECTIVES[params.objective](reference, model(input_ids=ids, use_cache=False).logits, ids)
+        loss.backward()
     gradient = potential_gradient(ranks)
     broken = [name for name, finite in zip(softened.sites, gradient.isfinite().tolist(), strict=True) if not finite]
     if broken or not loss.isfinite():

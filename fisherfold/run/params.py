@@ -194,6 +194,7 @@ class FermigradParams(Block):
     rate_first: Share = 0.03
     rate_last: Share = 0.005
     dtype: Literal["float32", "bfloat16"] = "float32"
+    products: Products = "bfloat16"
 
 
 class MeasuredParams(Block):
