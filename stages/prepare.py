@@ -1,18 +1,20 @@
 """Stage `prepare`: the dense model as a Hugging Face folder, text as disjoint tables of tokens, the questions.
 
 Evaluation, tuning, calibration and training are drawn from one seeded order of each corpus's articles and share none; articles
-that a knowledge question is about are in none that anything learns from. Shares of tuning and
-calibration are what the model writes itself (`written_text`): free text and, if it is a chat model, answers to prompts; those to held-out prompts are for evaluation.
+that a knowledge question is about are in none that anything learns from. Shares of tuning,
+calibration and training are what the model writes itself (`written_text`): free text, what goes on from text of the corpus and, if it is a chat model, answers to prompts; those to held-out prompts are for evaluation.
 """
 
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from fisherfold.inputs.continued_text import windows_of_corpora
 from fisherfold.inputs.corpora import Corpus, find_corpora, read_articles
 from fisherfold.inputs.embedded import require_embedded
 from fisherfold.inputs.pretrained import (
@@ -35,17 +37,19 @@ from fisherfold.inputs.recipes import Source
 from fisherfold.inputs.splits import Split, as_split, draw_splits, interleave, portions, start_token
 from fisherfold.inputs.targeting import write_targets
 from fisherfold.inputs.tokenizer_files import vocabulary_size
-from fisherfold.inputs.written_text import WrittenText, write_own_text
+from fisherfold.inputs.written_text import WrittenText, continue_text, write_own_text
 from fisherfold.network.coverage import describe_coverage
 from fisherfold.network.layers import DENSE_FILE, LAYERS_FILE
 from fisherfold.network.models import DTYPES
 from fisherfold.run.disk import replace_folder
+from fisherfold.run.errors import InputError
 from fisherfold.run.params import PrepareParams
 from fisherfold.run.progress import announce
 from fisherfold.run.scratch import Scratch
 from fisherfold.run.tables import ANSWERS, read_table, write_sequences, write_table
 from fisherfold.run.workspace import Workspace
 
+WINDOWS = "windows.parquet"
 TOKENIZER_BYTES = 64 * 2**20  # a large vocabulary with its merges
 TOKEN_BYTES = 8  # of one token in the tables, article names included
 
@@ -78,8 +82,13 @@ def run(
             look_ahead(loaded / "model", layers)
             tokenizer = _tokenizer(loaded / "model")
             written = write_own_text(scratch, loaded / "model", tokenizer, prompts.texts if prompts else (), params)
-            units = {"tables": (loaded / "model", corpora, questions, params, written)}
-            tokenised = scratch.map("tables", write_tables, units)["tables"]
+            drawn = (loaded / "model", corpora, questions, params)
+            if size := written.to_continue(params):
+                windows = scratch.map("windows to go on from", write_windows, {"windows": (*drawn, written)})["windows"]
+                start = start_token(tokenizer)
+                more = continue_text(scratch, loaded / "model", windows / WINDOWS, size, start, params)
+                written = replace(written, continued=more)
+            tokenised = scratch.map("tables", write_tables, {"tables": (*drawn, written)})["tables"]
             scratch.keep("tables", tokenised / "tables")
             with scratch.publish() as out:
                 replace_folder(loaded / "model", out / "model")
@@ -114,6 +123,57 @@ def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model, local_files_only=True)
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """A prepared model's tokenizer, as text is encoded with it; how many tokens the model embeds, and how many of these there are."""
+
+    tokenizer: PreTrainedTokenizerBase
+    embedded: int
+    size: int
+
+    @classmethod
+    def of(cls, model: Path) -> "Vocabulary":
+        tokenizer = _tokenizer(model)
+        embedded = json.loads((model.parent / "facts.json").read_text(encoding="utf-8"))["embedded_tokens"]
+        size = min(vocabulary_size(tokenizer), embedded)
+        if (tokenizer.eos_token_id or 0) >= embedded:
+            tokenizer.eos_token = None  # it would stand behind every document, and the model does not know it
+        return cls(tokenizer, embedded, size)
+
+
+def write_windows(
+    folder: Path,
+    model: Path,
+    corpora: Sequence[Corpus],
+    questions: QuestionSet | None,
+    params: PrepareParams,
+    written: WrittenText,
+) -> None:
+    """Draw as `write_tables` will; write the calibration's sequences that are of corpora as `WINDOWS`.
+
+    Raises:
+        InputError: there are none.
+    """
+    vocabulary = Vocabulary.of(model)
+    rows = draw_questions(questions, params.question_count, params.seed)
+    sizes = params.splits | {"training": params.training_sequences - written.to_continue(params)}
+    splits = draw_all(
+        corpora,
+        vocabulary.tokenizer,
+        params,
+        sizes,
+        {row["article"] for row in rows},
+        written.splits(vocabulary.tokenizer, params),
+    )
+    windows = windows_of_corpora(splits["calibration"])
+    if not windows.articles:
+        raise InputError(
+            "prepare.continued goes on from the calibration's text of corpora, and all of the calibration is what the model writes itself. Lower "
+            "prepare.self_written or prepare.free_text, or set prepare.continued: 0."
+        )
+    write_sequences(folder / WINDOWS, windows.input_ids, windows.articles, vocabulary.size, windows.sources)
+
+
 def write_tables(
     folder: Path,
     model: Path,
@@ -123,30 +183,28 @@ def write_tables(
     written: WrittenText,
 ) -> None:
     """Draw and tokenise; write the six tables below ``folder/tables``, and ``folder/facts.json``."""
-    tokenizer = _tokenizer(model)
-    embeddings = json.loads((model.parent / "facts.json").read_text(encoding="utf-8"))["embedded_tokens"]
-    vocabulary = min(vocabulary_size(tokenizer), embeddings)
+    vocabulary = Vocabulary.of(model)
+    tokenizer, embeddings = vocabulary.tokenizer, vocabulary.embedded
     rows = draw_questions(questions, params.question_count, params.seed)
-    if (tokenizer.eos_token_id or 0) >= embeddings:
-        tokenizer.eos_token = None  # it would stand behind every document, and the model does not know it
     positions = positions_of(AutoConfig.from_pretrained(model, local_files_only=True))
     for row in rows:
         text = " ".join([row["question"], *row["choices"]])
         require_embedded(tokenizer(text)["input_ids"], embeddings, tokenizer, f"Question {row['question']!r:.80}")
         require_askable(row, tokenizer, positions)
-    splits = draw_all(corpora, tokenizer, params, {row["article"] for row in rows}, written.splits(tokenizer, params))
+    reserved = {row["article"] for row in rows}
+    splits = draw_all(corpora, tokenizer, params, params.splits, reserved, written.splits(tokenizer, params))
     for name, split in {"training": as_split([], params.sequence_length, ""), **splits}.items():
         for ids, articles in zip(split.input_ids, split.articles, strict=True):
             require_embedded(ids, embeddings, tokenizer, f"The corpus ({', '.join(articles[:2])})")
         write_sequences(
-            folder / "tables" / f"{name}.parquet", split.input_ids, split.articles, vocabulary, split.sources
+            folder / "tables" / f"{name}.parquet", split.input_ids, split.articles, vocabulary.size, split.sources
         )
-    write_table(folder / "tables" / "questions.parquet", questions_table(rows), vocabulary)
+    write_table(folder / "tables" / "questions.parquet", questions_table(rows), vocabulary.size)
     answers = [read_table(file) for file in written.answers.get("evaluation", ())]
     write_table(
         folder / "tables" / "answers.parquet",
         pa.concat_tables(answers) if answers else ANSWERS.empty_table(),
-        vocabulary,
+        vocabulary.size,
     )
     (folder / "facts.json").write_text(
         json.dumps(_table_facts(splits, tokenizer, params, len(rows)), sort_keys=True), encoding="utf-8"
@@ -157,15 +215,18 @@ def draw_all(
     corpora: Sequence[Corpus],
     tokenizer: PreTrainedTokenizerBase,
     params: PrepareParams,
+    sizes: Mapping[str, int],
     reserved: set[str],
     own: Mapping[str, Sequence[Split]],
 ) -> dict[str, Split]:
     """The splits: each corpus's share, and what the model has written itself, mixed evenly; unseen corpora give to evaluation alone.
 
+    Args:
+        sizes: sequences of every split, in the order of drawing.
+
     Raises:
         InputError: a corpus is too small.
     """
-    sizes = params.splits
     wanted = {name: size - sum(len(split.articles) for split in own.get(name, ())) for name, size in sizes.items()}
     unseen = portions([entry.share for entry in params.unseen_corpora], params.unseen_sequences)
     shares = {

@@ -4,16 +4,13 @@ It has many of the kinds of text that the model was trained on, where a corpus h
 tokens are never drawn: this is text, and conversations have a share of their own.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fisherfold.inputs.sampling import writer
-from fisherfold.inputs.splits import Split, as_split
 from fisherfold.run.determinism import seeded_generator
 from fisherfold.run.tables import write_sequences
 
@@ -37,12 +34,6 @@ def write_freely(folder: Path, model: Path, count: int, length: int, start: int 
     ids = np.array([(first + rest)[:length] for first, rest in zip(begun, written, strict=True)])
     names = [[f"{FREE} {seed:x} {number}"] for number in range(count)]
     write_sequences(folder / FILE, ids, names, own.decoder.vocabulary, [FREE] * count)
-
-
-def free_split(tables: Sequence[pa.Table]) -> Split:
-    """The sequences of some units."""
-    rows = [row for table in tables for row in table.to_pylist()]
-    return as_split([(row["input_ids"], row["articles"]) for row in rows], len(rows[0]["input_ids"]), FREE)
 
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> list[int]:

@@ -15,6 +15,7 @@ from functools import partial
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -133,6 +134,12 @@ def as_split(rows: Sequence[tuple[list[int], list[str]]], length: int, source: s
     return Split(ids, [names for _, names in rows], [source] * len(rows))
 
 
+def split_of(tables: Sequence[pa.Table]) -> Split:
+    """The sequences of some tables, of one source, one after the other."""
+    rows = [row for table in tables for row in table.to_pylist()]
+    return as_split([(row["input_ids"], row["articles"]) for row in rows], len(rows[0]["input_ids"]), rows[0]["source"])
+
+
 def portions(shares: Sequence[float], size: int) -> list[int]:
     """`size` shared out by weight, by largest remainder; the first of equals gets more."""
     exact = [size * share / sum(shares) for share in shares]
@@ -147,6 +154,8 @@ def interleave(splits: Sequence[Split]) -> Split:
     places = [
         ((i + 0.5) / len(split.articles), k, i) for k, split in enumerate(splits) for i in range(len(split.articles))
     ]
+    if not places:
+        return splits[0]
     order = [(k, i) for _, k, i in sorted(places)]
     return Split(
         np.stack([splits[k].input_ids[i] for k, i in order]),
@@ -286,7 +295,7 @@ def _too_small(
             "text file, as records in the others."
         )
     else:
-        cure = "Ask for fewer or shorter sequences in block prepare, give a larger corpus, or let the model write more of them itself (prepare.free_text: 0.75)."
+        cure = "Ask for fewer or shorter sequences in block prepare, give a larger corpus, or let the model write more of them itself (prepare.free_text: 0.75; for training prepare.continued: 1)."
     return InputError(
         f"The corpus {source!r} is too small: its {tally.documents} articles hold {tally.tokens} tokens{aside}{repeated}, and fill "
         f"{filled} sequences of {length} tokens; asked are {parts} = {asked} ({asked * length} tokens). {cure}"

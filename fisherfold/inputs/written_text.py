@@ -1,18 +1,20 @@
-"""Text that the model writes itself for the splits of stage `prepare`: conversations, if it is a chat model, and free text.
+"""Text that the model writes itself for the splits of stage `prepare`: conversations, if it is a chat model, free text, and text that goes on from the corpus's.
 
-Units are batches: of answers, of prompts, of free text. What a split gets depends on the parameters alone, and no prompt is in two of them.
+Units are batches: of answers, of prompts, of texts. What a split gets depends on the parameters alone, and no prompt is in two of them.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from fisherfold.inputs.continued_text import FILE as CONTINUED_FILE
+from fisherfold.inputs.continued_text import go_on
 from fisherfold.inputs.conversations import has_chat_format
 from fisherfold.inputs.free_text import FILE as FREE_FILE
-from fisherfold.inputs.free_text import free_split, write_freely
+from fisherfold.inputs.free_text import write_freely
 from fisherfold.inputs.own_prompts import FILE as PROMPTS_FILE
 from fisherfold.inputs.own_prompts import write_prompts
 from fisherfold.inputs.sampling import BATCH, writing_dtype
@@ -25,7 +27,7 @@ from fisherfold.inputs.self_written import (
     write_answers,
 )
 from fisherfold.inputs.shares import own_text
-from fisherfold.inputs.splits import Split, start_token
+from fisherfold.inputs.splits import Split, split_of, start_token
 from fisherfold.run.determinism import named_seed
 from fisherfold.run.params import PrepareParams
 from fisherfold.run.scratch import Scratch
@@ -37,10 +39,16 @@ Files = Mapping[str, Sequence[Path]]
 
 @dataclass(frozen=True)
 class WrittenText:
-    """Files of answers to prompts, those that are held out for evaluation among them, and of free text."""
+    """Files of answers to prompts, those that are held out for evaluation among them, of free text, and of text that goes on from the corpus's."""
 
     answers: Files
     free: Files
+    continued: Files = field(default_factory=dict)
+
+    def to_continue(self, params: PrepareParams) -> int:
+        """Sequences for training that are to go on from text of the corpus."""
+        own = own_text(params, talks=bool(self.answers)).get("training")
+        return own.continued if own else 0
 
     def splits(self, tokenizer: PreTrainedTokenizerBase, params: PrepareParams) -> dict[str, list[Split]]:
         """What there is for each split."""
@@ -51,9 +59,9 @@ class WrittenText:
                 found[name] = [
                     conversation_split(tables, own.conversations, params.sequence_length, start_token(tokenizer))
                 ]
-        for name, files in self.free.items():
+        for name, files in (*self.free.items(), *self.continued.items()):
             if files:
-                found.setdefault(name, []).append(free_split([read_table(file) for file in files]))
+                found.setdefault(name, []).append(split_of([read_table(file) for file in files]))
         return found
 
 
@@ -104,16 +112,41 @@ def _free_text(
     units = {
         f"free-{name}-{low // BATCH:04d}": (
             model,
-            min(BATCH, size - low),
+            count,
             params.sequence_length,
             start,
             named_seed(params.seed, f"free {name} {low}"),
             writing_dtype(params),
         )
-        for low in range(0, size, BATCH)
+        for low, count in _batches(size)
     }
     folders = scratch.map(f"free text for {name}", write_freely, units) if units else {}
     return tuple(folders[unit] / FREE_FILE for unit in units)
+
+
+def continue_text(
+    scratch: Scratch, model: Path, windows: Path, size: int, start: int | None, params: PrepareParams
+) -> Files:
+    """Let the model go on from the text of `windows` until training has `size` sequences of it, a batch a file."""
+    units = {
+        f"continued-{low // BATCH:04d}": (
+            model,
+            windows,
+            low,
+            count,
+            start,
+            named_seed(params.seed, f"continued {low}"),
+            writing_dtype(params),
+        )
+        for low, count in _batches(size)
+    }
+    folders = scratch.map("text that goes on from the corpus", go_on, units)
+    return {"training": tuple(folders[unit] / CONTINUED_FILE for unit in units)}
+
+
+def _batches(size: int) -> Iterator[tuple[int, int]]:
+    """First and count of each batch of so many texts."""
+    return ((low, min(BATCH, size - low)) for low in range(0, size, BATCH))
 
 
 def _answer_until(

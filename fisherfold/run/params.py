@@ -58,6 +58,7 @@ class PrepareParams(ComputeBlock):
     unseen_sequences: Count = 16
     self_written: Floor = 0.4
     free_text: Floor = 0.3
+    continued: Annotated[float, Field(ge=0, le=1)] = 0.0
     prompts: str = "everyday"
     held_out_prompts: Annotated[int, Field(ge=0)] = 32
     answer_tokens: Count = 160

@@ -14,13 +14,13 @@ Units = dict[str, tuple[Demand, tuple[str, ...]]]
 
 
 def own_text_units(shapes: ModelShapes, params: PrepareParams) -> Units:
-    """Stage `prepare`: answers to the held-out prompts, as many as their share of the sequences takes, and free text, in batches."""
+    """Stage `prepare`: answers to the held-out prompts, as many as their share of the sequences takes, and free and continued text, in batches."""
     splits = own_text(params, talks=True).values()
-    free = [own.free for own in splits]
+    texts = [size for own in splits for size in (own.free, own.continued)]
     wanted = [own.conversations * params.sequence_length for own in splits]
     prompts = [params.held_out_prompts, *(ceil(tokens / params.answer_tokens) for tokens in wanted)]
     batches = [(size, params.answer_tokens) for asked in prompts for size in _batches(asked, BATCH).values()]
-    batches += [(size, params.sequence_length) for texts in free for size in _batches(texts, BATCH).values()]
+    batches += [(size, params.sequence_length) for count in texts for size in _batches(count, BATCH).values()]
     return {
         f"text-{number}": (_answering(shapes, size, tokens, params.dtype), ("model",))
         for number, (size, tokens) in enumerate(batches)

@@ -368,6 +368,37 @@ def test_a_share_of_the_rest_is_free_text_of_any_model(workspace):
     assert len(set(sequences)) == len(sequences) and {len(ids) for ids in sequences} == {8}
 
 
+@pytest.mark.parametrize(("share", "drawn"), [(0.5, 4), (1, 0)])
+def test_training_goes_on_from_the_calibration_where_a_corpus_ends(workspace, share, drawn):
+    """The documents are those of the calibration, so none of evaluation's or tuning's are in it."""
+    whole = PARAMS.model_copy(update={"calibration_sequences": 3, "training_sequences": 8})
+    prepare.run(workspace, whole.model_copy(update={"continued": share}))
+    rows = {name: read_table(workspace.table(name)).to_pylist() for name in (*SPLITS, "training")}
+    continued = [row for row in rows["training"] if row["source"] == "continued text"]
+    assert len(rows["training"]) == 8 and len(continued) == 8 - drawn
+    named = {name: {article for row in some for article in row["articles"]} for name, some in rows.items()}
+    of_calibration = {article for row in continued for article in row["articles"]}
+    assert of_calibration <= named["calibration"] and not of_calibration & (named["evaluation"] | named["tuning"])
+    seen = {tuple(row["input_ids"][i : i + 4]) for row in rows["calibration"] for i in range(5)}
+    assert all({tuple(row["input_ids"][i : i + 4]) for i in (0, 1)} & seen for row in continued)
+    assert len({tuple(row["input_ids"]) for row in continued}) == len(continued)
+
+
+def test_a_corpus_of_no_more_than_the_calibration_is_enough_for_training(workspace):
+    (workspace.root / "corpus.json").write_text(json.dumps(records(14)))
+    asked = PARAMS.model_copy(update={"calibration_sequences": 4, "training_sequences": 40, "questions": None})
+    with pytest.raises(InputError, match=r"prepare.continued: 1"):
+        prepare.run(workspace, asked)
+    prepare.run(workspace, asked.model_copy(update={"continued": 1}))
+    assert len(read_table(workspace.table("training"))) == 40
+
+
+def test_where_calibration_has_no_text_of_a_corpus_nothing_can_go_on(workspace):
+    asked = PARAMS.model_copy(update={"training_sequences": 4, "free_text": 0.99, "continued": 1, "tuning_sequences": 1})
+    with pytest.raises(InputError, match=r"prepare.continued goes on from"):
+        prepare.run(workspace, asked)
+
+
 def test_where_the_list_ends_a_chat_model_answers_its_own_prompts(chatting, monkeypatch):
     """Which are in no two splits, and none of which the list holds."""
     listed = [f"w{i}" for i in range(3, 20)]

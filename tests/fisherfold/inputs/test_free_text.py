@@ -2,7 +2,8 @@
 
 import pytest
 
-from fisherfold.inputs.free_text import FREE, free_split, ordinary_tokens, write_freely
+from fisherfold.inputs.free_text import FREE, ordinary_tokens, write_freely
+from fisherfold.inputs.splits import split_of
 from fisherfold.network.models import StaysLoaded
 from fisherfold.run.tables import read_table
 from tests.support.tiny import VOCABULARY, save_tiny, tiny_tokenizer
@@ -15,7 +16,7 @@ def model(tmp_path):
 
 def written(folder, model, *, count=5, length=8, start=1, seed=0):
     write_freely(folder, model, count, length, start, seed, "float32")
-    return free_split([read_table(folder / "sequences.parquet")])
+    return split_of([read_table(folder / "sequences.parquet")])
 
 
 def test_a_sequence_is_the_start_token_a_random_one_and_what_the_model_goes_on_with(tmp_path, model):
