@@ -97,7 +97,7 @@ def draw(logits: torch.Tensor, temperature: float = 1.0, never: Sequence[int] = 
     if sums[:, -1].isnan().any():
         raise NumericalError(
             "Stage 'prepare': while the model writes text, one of its predictions is not finite. Set prepare.dtype: float32, or "
-            "prepare.self_written: 0 and prepare.free_text: 0 to let it write none."
+            "prepare.self_written, prepare.free_text and prepare.continued: 0 to let it write none."
         )
     wanted = (1 - torch.rand(len(sums), 1, device=sums.device)) * sums[:, -1:]
     return torch.searchsorted(sums, wanted).squeeze(1)
