@@ -116,7 +116,8 @@ def draw(project: Path, folder: Path, params: Params) -> Workspace:
         facts = json.loads((source.out("prepare") / "prepare.json").read_text(encoding="utf-8"))
         (folder / "facts.json").write_text(json.dumps(facts["model"]), encoding="utf-8")
         (folder / "model").symlink_to(workspace.model)  # beside its facts, where the stage has it too
-        prepare.write_tables(folder, folder / "model", corpora, questions, params.prepare, WrittenText({}, {}))
+        texts = prepare.Texts(folder / "model", corpora, questions, params.prepare, WrittenText({}, {}))
+        prepare.write_tables(folder, texts)
         shutil.copytree(folder / "tables", workspace.table("tuning").parent)
     sums = {"gradients": "none", "knowledge_questions": 0, "tokens_per_sequence": 0}
     capture.run(workspace, params.capture.model_copy(update=sums))

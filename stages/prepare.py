@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -82,13 +83,13 @@ def run(
             look_ahead(loaded / "model", layers)
             tokenizer = _tokenizer(loaded / "model")
             written = write_own_text(scratch, loaded / "model", tokenizer, prompts.texts if prompts else (), params)
-            drawn = (loaded / "model", corpora, questions, params)
+            texts = Texts(loaded / "model", corpora, questions, params, written)
             if size := written.to_continue(params):
-                windows = scratch.map("windows to go on from", write_windows, {"windows": (*drawn, written)})["windows"]
+                windows = scratch.map("windows to go on from", write_windows, {"windows": (texts,)})["windows"]
                 start = start_token(tokenizer)
                 more = continue_text(scratch, loaded / "model", windows / WINDOWS, size, start, params)
-                written = replace(written, continued=more)
-            tokenised = scratch.map("tables", write_tables, {"tables": (*drawn, written)})["tables"]
+                texts = replace(texts, written=replace(written, continued=more))
+            tokenised = scratch.map("tables", write_tables, {"tables": (texts,)})["tables"]
             scratch.keep("tables", tokenised / "tables")
             with scratch.publish() as out:
                 replace_folder(loaded / "model", out / "model")
@@ -123,88 +124,84 @@ def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model, local_files_only=True)
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """A prepared model's tokenizer, as text is encoded with it; how many tokens the model embeds, and how many of these there are."""
+class Drawn(NamedTuple):
+    """The splits and the questions; the tokenizer that they are encoded with, how many tokens the model embeds, and how many of these there are."""
 
     tokenizer: PreTrainedTokenizerBase
     embedded: int
-    size: int
+    vocabulary: int
+    questions: list[dict]
+    splits: dict[str, Split]
 
-    @classmethod
-    def of(cls, model: Path) -> "Vocabulary":
-        tokenizer = _tokenizer(model)
-        embedded = json.loads((model.parent / "facts.json").read_text(encoding="utf-8"))["embedded_tokens"]
-        size = min(vocabulary_size(tokenizer), embedded)
+
+@dataclass(frozen=True)
+class Texts:
+    """What the tables are drawn from."""
+
+    model: Path
+    corpora: Sequence[Corpus]
+    questions: QuestionSet | None
+    params: PrepareParams
+    written: WrittenText
+
+    def draw(self) -> Drawn:
+        """Draw and tokenise; training lacks what is still to go on from the others.
+
+        Raises:
+            InputError: a corpus is too small, or a question cannot be asked.
+        """
+        tokenizer, params = _tokenizer(self.model), self.params
+        embedded = json.loads((self.model.parent / "facts.json").read_text(encoding="utf-8"))["embedded_tokens"]
+        vocabulary = min(vocabulary_size(tokenizer), embedded)
+        rows = draw_questions(self.questions, params.question_count, params.seed)
         if (tokenizer.eos_token_id or 0) >= embedded:
             tokenizer.eos_token = None  # it would stand behind every document, and the model does not know it
-        return cls(tokenizer, embedded, size)
+        positions = positions_of(AutoConfig.from_pretrained(self.model, local_files_only=True))
+        for row in rows:
+            text = " ".join([row["question"], *row["choices"]])
+            require_embedded(tokenizer(text)["input_ids"], embedded, tokenizer, f"Question {row['question']!r:.80}")
+            require_askable(row, tokenizer, positions)
+        lacking = {"training": self.written.to_continue(params)}
+        sizes = {name: size - lacking.get(name, 0) for name, size in params.splits.items()}
+        reserved = {row["article"] for row in rows}
+        own = self.written.splits(tokenizer, params)
+        return Drawn(
+            tokenizer, embedded, vocabulary, rows, draw_all(self.corpora, tokenizer, params, sizes, reserved, own)
+        )
 
 
-def write_windows(
-    folder: Path,
-    model: Path,
-    corpora: Sequence[Corpus],
-    questions: QuestionSet | None,
-    params: PrepareParams,
-    written: WrittenText,
-) -> None:
-    """Draw as `write_tables` will; write the calibration's sequences that are of corpora as `WINDOWS`.
+def write_windows(folder: Path, texts: Texts) -> None:
+    """Draw; write the calibration's sequences that are of corpora as `WINDOWS`.
 
     Raises:
         InputError: there are none.
     """
-    vocabulary = Vocabulary.of(model)
-    rows = draw_questions(questions, params.question_count, params.seed)
-    sizes = params.splits | {"training": params.training_sequences - written.to_continue(params)}
-    splits = draw_all(
-        corpora,
-        vocabulary.tokenizer,
-        params,
-        sizes,
-        {row["article"] for row in rows},
-        written.splits(vocabulary.tokenizer, params),
-    )
-    windows = windows_of_corpora(splits["calibration"])
+    drawn = texts.draw()
+    windows = windows_of_corpora(drawn.splits["calibration"])
     if not windows.articles:
         raise InputError(
             "prepare.continued goes on from the calibration's text of corpora, and all of the calibration is what the model writes itself. Lower "
             "prepare.self_written or prepare.free_text, or set prepare.continued: 0."
         )
-    write_sequences(folder / WINDOWS, windows.input_ids, windows.articles, vocabulary.size, windows.sources)
+    write_sequences(folder / WINDOWS, windows.input_ids, windows.articles, drawn.vocabulary, windows.sources)
 
 
-def write_tables(
-    folder: Path,
-    model: Path,
-    corpora: Sequence[Corpus],
-    questions: QuestionSet | None,
-    params: PrepareParams,
-    written: WrittenText,
-) -> None:
-    """Draw and tokenise; write the six tables below ``folder/tables``, and ``folder/facts.json``."""
-    vocabulary = Vocabulary.of(model)
-    tokenizer, embeddings = vocabulary.tokenizer, vocabulary.embedded
-    rows = draw_questions(questions, params.question_count, params.seed)
-    positions = positions_of(AutoConfig.from_pretrained(model, local_files_only=True))
-    for row in rows:
-        text = " ".join([row["question"], *row["choices"]])
-        require_embedded(tokenizer(text)["input_ids"], embeddings, tokenizer, f"Question {row['question']!r:.80}")
-        require_askable(row, tokenizer, positions)
-    reserved = {row["article"] for row in rows}
-    splits = draw_all(corpora, tokenizer, params, params.splits, reserved, written.splits(tokenizer, params))
+def write_tables(folder: Path, texts: Texts) -> None:
+    """Draw; write the six tables below ``folder/tables``, and ``folder/facts.json``."""
+    params, written = texts.params, texts.written
+    tokenizer, embedded, vocabulary, rows, splits = texts.draw()
     for name, split in {"training": as_split([], params.sequence_length, ""), **splits}.items():
         for ids, articles in zip(split.input_ids, split.articles, strict=True):
-            require_embedded(ids, embeddings, tokenizer, f"The corpus ({', '.join(articles[:2])})")
+            require_embedded(ids, embedded, tokenizer, f"The corpus ({', '.join(articles[:2])})")
         write_sequences(
-            folder / "tables" / f"{name}.parquet", split.input_ids, split.articles, vocabulary.size, split.sources
+            folder / "tables" / f"{name}.parquet", split.input_ids, split.articles, vocabulary, split.sources
         )
-    write_table(folder / "tables" / "questions.parquet", questions_table(rows), vocabulary.size)
+    write_table(folder / "tables" / "questions.parquet", questions_table(rows), vocabulary)
     answers = [read_table(file) for file in written.answers.get("evaluation", ())]
     write_table(
         folder / "tables" / "answers.parquet",
         pa.concat_tables(answers) if answers else ANSWERS.empty_table(),
-        vocabulary.size,
+        vocabulary,
     )
     (folder / "facts.json").write_text(
         json.dumps(_table_facts(splits, tokenizer, params, len(rows)), sort_keys=True), encoding="utf-8"

@@ -8,17 +8,14 @@ import random
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from fisherfold.inputs.free_text import FREE, ordinary_tokens
+from fisherfold.inputs.free_text import FREE, ordinary_tokens, write_on
 from fisherfold.inputs.sampling import writer
 from fisherfold.inputs.self_written import SELF
 from fisherfold.inputs.splits import Split
 from fisherfold.run.errors import InputError
-from fisherfold.run.tables import read_table, write_sequences
+from fisherfold.run.tables import read_table
 
 CONTINUED = "continued text"
-FILE = "sequences.parquet"
 BEGUN = 48  # tokens, of at most half a sequence
 TRIES = 64  # places in windows
 
@@ -32,7 +29,7 @@ def windows_of_corpora(split: Split) -> Split:
 def go_on(
     folder: Path, model: Path, windows: Path, low: int, count: int, start: int | None, seed: int, dtype: str
 ) -> None:
-    """Unit: sequences `low` to `low + count` as `FILE`, as long as those of the table `windows`, which they go round.
+    """Unit: sequences `low` to `low + count` as `free_text.FILE`, as long as those of the table `windows`, which they go round.
 
     Args:
         start: the token that every sequence begins with, or None.
@@ -48,12 +45,7 @@ def go_on(
         beginning, row = beginning_of(rows, number, ordinary, seed)
         begun.append(([] if start is None else [start]) + beginning)
         names.append(row["articles"])
-    length = len(rows[0]["input_ids"])
-    more = length - len(begun[0])
-    never = sorted(set(range(own.decoder.vocabulary)) - ordinary)
-    written = own.write(begun, more, [], seed, never=never) if more > 0 else [[] for _ in begun]
-    ids = np.array([(first + rest)[:length] for first, rest in zip(begun, written, strict=True)])
-    write_sequences(folder / FILE, ids, names, own.decoder.vocabulary, [CONTINUED] * count)
+    write_on(folder, own, ordinary, begun, names, len(rows[0]["input_ids"]), CONTINUED, seed)
 
 
 def beginning_of(rows: Sequence[dict], number: int, ordinary: Collection[int], seed: int) -> tuple[list[int], dict]:

@@ -4,16 +4,15 @@ Units are batches: of answers, of prompts, of texts. What a split gets depends o
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fisherfold.inputs.continued_text import FILE as CONTINUED_FILE
 from fisherfold.inputs.continued_text import go_on
 from fisherfold.inputs.conversations import has_chat_format
-from fisherfold.inputs.free_text import FILE as FREE_FILE
+from fisherfold.inputs.free_text import FILE as TEXTS_FILE
 from fisherfold.inputs.free_text import write_freely
 from fisherfold.inputs.own_prompts import FILE as PROMPTS_FILE
 from fisherfold.inputs.own_prompts import write_prompts
@@ -46,7 +45,9 @@ class WrittenText:
     continued: Files = field(default_factory=dict)
 
     def to_continue(self, params: PrepareParams) -> int:
-        """Sequences for training that are to go on from text of the corpus."""
+        """Sequences for training that are still to go on from text of the corpus."""
+        if self.continued:
+            return 0
         own = own_text(params, talks=bool(self.answers)).get("training")
         return own.continued if own else 0
 
@@ -108,45 +109,51 @@ def _own_prompts(scratch: Scratch, model: Path, name: str, number: int, params: 
 def _free_text(
     scratch: Scratch, model: Path, name: str, size: int, start: int | None, params: PrepareParams
 ) -> tuple[Path, ...]:
-    """Files of the free text of a split, a batch each."""
-    units = {
-        f"free-{name}-{low // BATCH:04d}": (
-            model,
-            count,
-            params.sequence_length,
-            start,
-            named_seed(params.seed, f"free {name} {low}"),
-            writing_dtype(params),
-        )
-        for low, count in _batches(size)
-    }
-    folders = scratch.map(f"free text for {name}", write_freely, units) if units else {}
-    return tuple(folders[unit] / FREE_FILE for unit in units)
+    """Files of the free text of a split."""
+
+    def arguments(low: int, count: int) -> tuple:
+        return model, count, params.sequence_length, start
+
+    return _texts(scratch, f"free text for {name}", f"free {name}", write_freely, arguments, size, params)
 
 
 def continue_text(
     scratch: Scratch, model: Path, windows: Path, size: int, start: int | None, params: PrepareParams
 ) -> Files:
-    """Let the model go on from the text of `windows` until training has `size` sequences of it, a batch a file."""
+    """Let the model go on from the text of `windows` until training has `size` sequences of it."""
+
+    def arguments(low: int, count: int) -> tuple:
+        return model, windows, low, count, start
+
+    doing = "text that goes on from the corpus"
+    return {"training": _texts(scratch, doing, "continued", go_on, arguments, size, params)}
+
+
+def _texts(
+    scratch: Scratch,
+    doing: str,
+    kind: str,
+    write: Callable[..., None],
+    arguments: Callable[[int, int], tuple],
+    size: int,
+    params: PrepareParams,
+) -> tuple[Path, ...]:
+    """Files of `size` texts, a batch each.
+
+    Args:
+        kind: names the units and their seeds.
+        write: is given `arguments` of a batch's first text and its count, its seed and the dtype.
+    """
     units = {
-        f"continued-{low // BATCH:04d}": (
-            model,
-            windows,
-            low,
-            count,
-            start,
-            named_seed(params.seed, f"continued {low}"),
+        f"{kind.replace(' ', '-')}-{low // BATCH:04d}": (
+            *arguments(low, min(BATCH, size - low)),
+            named_seed(params.seed, f"{kind} {low}"),
             writing_dtype(params),
         )
-        for low, count in _batches(size)
+        for low in range(0, size, BATCH)
     }
-    folders = scratch.map("text that goes on from the corpus", go_on, units)
-    return {"training": tuple(folders[unit] / CONTINUED_FILE for unit in units)}
-
-
-def _batches(size: int) -> Iterator[tuple[int, int]]:
-    """First and count of each batch of so many texts."""
-    return ((low, min(BATCH, size - low)) for low in range(0, size, BATCH))
+    folders = scratch.map(doing, write, units) if units else {}
+    return tuple(folders[unit] / TEXTS_FILE for unit in units)
 
 
 def _answer_until(
