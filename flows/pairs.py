@@ -49,7 +49,7 @@ def tokens_for_estimator(params: Params) -> str | None:
 @PAIRS.append
 def draws_of_labels(params: Params) -> str | None:
     """The text has one label a token."""
-    if params.capture.draws == 1 or params.capture.labels == "model":
+    if params.capture.draws <= 1 or params.capture.labels == "model":
         return None
     return "capture.draws counts labels drawn from the model, and capture.labels is 'data'. Set capture.draws = 1, or capture.labels = 'model'."
 

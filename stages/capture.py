@@ -89,7 +89,7 @@ def _capture(scratch: Scratch, model_folder: Path, table: Path, questions: Path 
         placement.free(name)
     answers = {"questions": (model_folder, questions, params)} if questions else {}
     asked = scratch.map("knowledge questions" if answers else None, measure_questions, answers)
-    _publish(scratch, placement, params, asked.get("questions"))
+    _publish(scratch, placement, placement.params, asked.get("questions"))
 
 
 def _publish(scratch: Scratch, placement: Placement, params: CaptureParams, asked: Path | None) -> None:

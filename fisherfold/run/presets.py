@@ -51,7 +51,7 @@ PRESETS: dict[str, Values] = {
     | {
         ("prepare", "tuning_sequences"): 32,
         ("prepare", "training_sequences"): 768,
-        ("capture", "draws"): 4,
+        ("capture", "draws"): 0,
         ("ranks", "allocator"): "fermigrad",
     },
 }

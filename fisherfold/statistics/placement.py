@@ -121,8 +121,9 @@ class Placement(ABC):
     def __init__(self, scratch: Scratch, source: CaptureSource, model: "PreTrainedModel") -> None:
         if fault := self.fault(source.params):
             raise InputError(f"Stage 'capture': {fault}")
-        self.scratch, self.source, self.params = scratch, source, source.params
         self.sequences, self.length = read_sequences(source.table, len(input_embedding(model))).shape
+        self.params = source.params.counted(self.sequences * self.length)
+        self.scratch, self.source = scratch, source._replace(params=self.params)
         self.leaves = cut_leaves(-(-self.sequences // self.params.sequences_per_shard), self.params.leaves)
 
     @staticmethod

@@ -58,7 +58,8 @@ def prepare_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost
 @STAGE_COSTS.register("capture")
 def capture_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
     """As `capture.placement` says; see `capture_costs`."""
-    return CAPTURE_COSTS.lookup(params.capture.placement)(shapes, params, workers)
+    own = params.capture.counted(params.prepare.calibration_sequences * params.prepare.sequence_length)
+    return CAPTURE_COSTS.lookup(own.placement)(shapes, params.model_copy(update={"capture": own}), workers)
 
 
 @STAGE_COSTS.register("kronecker")

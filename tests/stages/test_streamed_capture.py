@@ -89,11 +89,12 @@ def test_the_same_bits_as_with_the_whole_model(tmp_path, family, labels):
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_of_several_draws_too(tmp_path, family):
     prepared = family_workspace(tmp_path / "prepared", family)
-    one, other = (
-        captured(prepared, tmp_path / name, params.model_copy(update={"draws": 3}))
-        for name, params in (("whole", WHOLE), ("streamed", CUT))
+    one, other, few = (
+        captured(prepared, tmp_path / name, params.model_copy(update={"draws": draws}))
+        for name, params, draws in (("whole", WHOLE, 4), ("streamed", CUT, 4), ("few", CUT, 0))
     )
     assert_same_bits(other, one)
+    assert_same_bits(few, one)
 
 
 @pytest.mark.parametrize("changes", [{"leaves": 3}, {"leaves": 4, "layers_per_pass": 1}])

@@ -143,7 +143,7 @@ def test_bytes_of_every_group_are_exact(tmp_path, changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"leaves": 2}, {"layers_per_pass": 2, "tokens_per_sequence": 0}, {"draws": 3}], ids=str
+    "changes", [{}, {"leaves": 2}, {"layers_per_pass": 2, "tokens_per_sequence": 0}, {"draws": 3}, {"draws": 0}], ids=str
 )
 def test_a_streamed_capture_takes_the_disk_that_the_plan_says(tmp_path, monkeypatch, changes):
     workspace = tiny.tiny_workspace(tmp_path, length=48)
