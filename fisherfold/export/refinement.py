@@ -1,10 +1,11 @@
 """Refinement of one decoder block (METHOD: AA-SVD 2026): its factors and norms are trained on the compressed network's own inputs
 to give what the dense block gives on the dense network's.
 
-    minimise  mean over tokens t > 0 of  ‖ŷ_t − y_t‖² / ‖y_t‖²
+    minimise  mean over tokens t of  ‖ŷ_t − y_t‖² / ‖y_t‖²
 
 y_t = f(x_t) of the dense block f on the dense input, ŷ_t = f̂(x̂_t). Divided by the norm token by token, since the loss depends on the
-residual stream through norms alone, and plain squares are ruled by a few huge tokens; the first token, such a one, is left out.
+residual stream through norms alone, and plain squares are ruled by a few huge tokens. The first token, such a one, counts as any other:
+attention rests on it, and where nothing holds it, it drifts (docs/developers/log.md).
 What is trained is kept only if it lowers this on held-out sequences. The order of a pivoted factor is no parameter and stays.
 
 Shapes: S sequences of T tokens, h hidden dimensions.
@@ -50,9 +51,9 @@ class Refinement:
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean over sequences and tokens but the first of ‖ŷ_t − y_t‖² / ‖y_t‖²."""
-    squares = (found - wanted)[:, 1:].square().sum(-1)
-    return (squares / wanted[:, 1:].square().sum(-1).clamp(min=torch.finfo(wanted.dtype).tiny)).mean()
+    """Mean over sequences and tokens of ‖ŷ_t − y_t‖² / ‖y_t‖²."""
+    squares = (found - wanted).square().sum(-1)
+    return (squares / wanted.square().sum(-1).clamp(min=torch.finfo(wanted.dtype).tiny)).mean()
 
 
 def refine_block(
