@@ -9,6 +9,7 @@ forward pass, and are worth it where there is little text.
 Shapes: T tokens that are predicted, over a vocabulary of V.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,6 +41,8 @@ def drawn_labels(numbers: Sequence[int], seed: int, draw: int = 0) -> Labels:
     return labels
 
 
+ENOUGH, MOST_DRAWS = 65_536, 4
+
 LABELS: dict[str, Callable[[Sequence[int], int, int], Labels | None]] = {"data": text_labels, "model": drawn_labels}
 """By capture.labels: what gives the labels of a batch of sequences, by their numbers, capture.seed and the draw; None: the text."""
 
@@ -47,3 +50,11 @@ LABELS: dict[str, Callable[[Sequence[int], int, int], Labels | None]] = {"data":
 def all_draws(params: CaptureParams, numbers: Sequence[int]) -> list[Labels | None]:
     """The labels of every draw of capture.draws for a batch of sequences."""
     return [LABELS[params.labels](numbers, params.seed, draw) for draw in range(params.draws)]
+
+
+def count_draws(params: CaptureParams, tokens: int) -> CaptureParams:
+    """The parameters with a number of draws where capture.draws is 0: as many as make `ENOUGH` labels of so many tokens, at most `MOST_DRAWS`."""
+    if params.draws:
+        return params
+    wanted = math.ceil(ENOUGH / tokens) if params.labels == "model" else 1
+    return params.model_copy(update={"draws": min(wanted, MOST_DRAWS)})

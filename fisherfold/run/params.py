@@ -5,7 +5,6 @@ the run, see ``flows``.
 """
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -104,9 +103,6 @@ def _shares(corpus: str | tuple[CorpusShare, ...]) -> tuple[CorpusShare, ...]:
     return (CorpusShare(source=corpus),) if isinstance(corpus, str) else corpus
 
 
-ENOUGH_LABELS, MOST_DRAWS = 65_536, 4
-
-
 class CaptureParams(ComputeBlock):
     """Of stage capture: what one pass over the calibration sequences measures."""
 
@@ -126,13 +122,6 @@ class CaptureParams(ComputeBlock):
     token_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     knowledge_questions: Annotated[int, Field(ge=0)] = 32
     seed: Seed = 0
-
-    def counted(self, tokens: int) -> "CaptureParams":
-        """With a number of draws where `draws` is 0: as many as give a text of so many tokens `ENOUGH_LABELS`, at most `MOST_DRAWS`."""
-        if self.draws:
-            return self
-        wanted = math.ceil(ENOUGH_LABELS / tokens) if self.labels == "model" else 1
-        return self.model_copy(update={"draws": min(wanted, MOST_DRAWS)})
 
 
 class TokenPassParams(Block):

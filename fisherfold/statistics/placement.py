@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fisherfold.network.labels import count_draws
 from fisherfold.network.layers import LinearLayer, input_embedding
 from fisherfold.network.models import DTYPES
 from fisherfold.run.engine import Unit, current_engine
@@ -122,7 +123,7 @@ class Placement(ABC):
         if fault := self.fault(source.params):
             raise InputError(f"Stage 'capture': {fault}")
         self.sequences, self.length = read_sequences(source.table, len(input_embedding(model))).shape
-        self.params = source.params.counted(self.sequences * self.length)
+        self.params = count_draws(source.params, self.sequences * self.length)
         self.scratch, self.source = scratch, source._replace(params=self.params)
         self.leaves = cut_leaves(-(-self.sequences // self.params.sequences_per_shard), self.params.leaves)
 

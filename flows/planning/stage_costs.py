@@ -13,6 +13,7 @@ from fisherfold.allocators.cost import PIVOTED_SIDES
 from fisherfold.evaluation.knowledge import QUESTIONS_PER_UNIT
 from fisherfold.evaluation.text import BATCHES_PER_SHARD
 from fisherfold.export.training_text import text_sizes
+from fisherfold.network.labels import count_draws
 from fisherfold.network.layers import LinearLayer, by_group
 from fisherfold.network.models import DTYPES
 from fisherfold.network.sites import bundles
@@ -58,7 +59,7 @@ def prepare_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost
 @STAGE_COSTS.register("capture")
 def capture_cost(shapes: ModelShapes, params: Params, workers: int) -> StageCost:
     """As `capture.placement` says; see `capture_costs`."""
-    own = params.capture.counted(params.prepare.calibration_sequences * params.prepare.sequence_length)
+    own = count_draws(params.capture, params.prepare.calibration_sequences * params.prepare.sequence_length)
     return CAPTURE_COSTS.lookup(own.placement)(shapes, params.model_copy(update={"capture": own}), workers)
 
 

@@ -3,7 +3,8 @@ import torch
 from tiny import FAMILIES, random_ids, tiny_model
 
 from fisherfold.network.gradient_pass import gradient_pass, loss_gradient
-from fisherfold.network.labels import drawn_labels
+from fisherfold.network.labels import count_draws, drawn_labels
+from fisherfold.run.params import CaptureParams
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,3 +66,17 @@ def test_drawn_labels_depend_on_the_sequence_and_not_on_its_batch():
     alone, among, other, again = (drawn_labels(*of) for of in (([7], 0), ([3, 7], 0), ([7], 1), ([7], 0, 1)))
     assert torch.equal(alone(0, p), among(1, p))
     assert all(not torch.equal(alone(0, p), labels(0, p)) for labels in (among, other, again))
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "draws"),
+    [
+        ({"draws": 0}, 256 * 256, 1),
+        ({"draws": 0}, 256 * 256 - 1, 2),
+        ({"draws": 0}, 24 * 512, 4),
+        ({"draws": 0, "labels": "data"}, 24 * 512, 1),
+        ({"draws": 3}, 256 * 256, 3),
+    ],
+)
+def test_little_text_is_labelled_more_often(changes, tokens, draws):
+    assert count_draws(CaptureParams(**changes), tokens).draws == draws

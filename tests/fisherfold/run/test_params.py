@@ -3,7 +3,7 @@ from project import ROOT
 from ruamel.yaml import YAML
 
 from fisherfold.run.errors import ParameterError
-from fisherfold.run.params import STAGES, CaptureParams, Params, check_params, load_params
+from fisherfold.run.params import STAGES, Params, check_params, load_params
 from fisherfold.run.presets import PRESETS, own_values
 from fisherfold.run.targets import TARGETS
 from flows.overrides import override_params
@@ -40,20 +40,6 @@ def test_wrong_parameter_is_named(document, message):
     with pytest.raises(ParameterError, match=r"^here: ") as caught:
         check_params(document, "here")
     assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "tokens", "draws"),
-    [
-        ({"draws": 0}, 256 * 256, 1),
-        ({"draws": 0}, 256 * 256 - 1, 2),
-        ({"draws": 0}, 24 * 512, 4),
-        ({"draws": 0, "labels": "data"}, 24 * 512, 1),
-        ({"draws": 3}, 256 * 256, 3),
-    ],
-)
-def test_little_text_is_labelled_more_often(changes, tokens, draws):
-    assert CaptureParams(**changes).counted(tokens).draws == draws
 
 
 def test_missing_and_broken_files(tmp_path):
