@@ -89,12 +89,12 @@ def _capture(scratch: Scratch, model_folder: Path, table: Path, questions: Path 
         placement.free(name)
     answers = {"questions": (model_folder, questions, params)} if questions else {}
     asked = scratch.map("knowledge questions" if answers else None, measure_questions, answers)
-    _publish(scratch, placement, placement.params, asked.get("questions"))
+    _publish(scratch, placement, asked.get("questions"))
 
 
-def _publish(scratch: Scratch, placement: Placement, params: CaptureParams, asked: Path | None) -> None:
+def _publish(scratch: Scratch, placement: Placement, asked: Path | None) -> None:
     """Publish the sums of every part of the layers and what is kept of every shard, by links."""
-    parts = placement.parts
+    parts, params = placement.parts, placement.params
     facts, shards = _gather_facts(params, placement.length, parts)
     with scratch.publish() as out:
         write_layers(out, placement.layers)

@@ -17,6 +17,8 @@ import torch
 from fisherfold.run.determinism import seeded_generator
 from fisherfold.run.params import CaptureParams
 
+ENOUGH_LABELS, MOST_DRAWS = 65_536, 4
+
 Labels = Callable[[int, torch.Tensor], torch.Tensor]
 """(place in the batch, p [T, V]) -> labels [T]."""
 
@@ -41,8 +43,6 @@ def drawn_labels(numbers: Sequence[int], seed: int, draw: int = 0) -> Labels:
     return labels
 
 
-ENOUGH, MOST_DRAWS = 65_536, 4
-
 LABELS: dict[str, Callable[[Sequence[int], int, int], Labels | None]] = {"data": text_labels, "model": drawn_labels}
 """By capture.labels: what gives the labels of a batch of sequences, by their numbers, capture.seed and the draw; None: the text."""
 
@@ -53,8 +53,8 @@ def all_draws(params: CaptureParams, numbers: Sequence[int]) -> list[Labels | No
 
 
 def count_draws(params: CaptureParams, tokens: int) -> CaptureParams:
-    """The parameters with a number of draws where capture.draws is 0: as many as make `ENOUGH` labels of so many tokens, at most `MOST_DRAWS`."""
+    """The parameters with a number of draws where capture.draws is 0: as many as make `ENOUGH_LABELS` of so many tokens, at most `MOST_DRAWS`."""
     if params.draws:
         return params
-    wanted = math.ceil(ENOUGH / tokens) if params.labels == "model" else 1
+    wanted = math.ceil(ENOUGH_LABELS / tokens) if params.labels == "model" else 1
     return params.model_copy(update={"draws": min(wanted, MOST_DRAWS)})

@@ -112,6 +112,7 @@ class Placement(ABC):
         layers: whose statistics are taken.
         parts: of these layers.
         sequences, length: S and T of the table.
+        params: of the stage, the draws of labels counted.
         holds_model: whether the whole model is in memory.
     """
 
