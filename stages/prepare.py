@@ -15,7 +15,6 @@ from typing import NamedTuple
 import pyarrow as pa
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from fisherfold.inputs.continued_text import windows_of_corpora
 from fisherfold.inputs.corpora import Corpus, find_corpora, read_articles
 from fisherfold.inputs.embedded import require_embedded
 from fisherfold.inputs.pretrained import (
@@ -35,7 +34,16 @@ from fisherfold.inputs.questions import (
     require_askable,
 )
 from fisherfold.inputs.recipes import Source
-from fisherfold.inputs.splits import Split, as_split, draw_splits, interleave, portions, start_token
+from fisherfold.inputs.splits import (
+    Split,
+    as_much_as_there_is,
+    as_split,
+    draw_splits,
+    interleave,
+    portions,
+    split_of,
+    start_token,
+)
 from fisherfold.inputs.targeting import write_targets
 from fisherfold.inputs.tokenizer_files import vocabulary_size
 from fisherfold.inputs.written_text import WrittenText, continue_text, write_own_text
@@ -51,6 +59,8 @@ from fisherfold.run.tables import ANSWERS, read_table, write_sequences, write_ta
 from fisherfold.run.workspace import Workspace
 
 WINDOWS = "windows.parquet"
+QUESTIONS = "questions.parquet"
+LACKING = "lacking.json"
 TOKENIZER_BYTES = 64 * 2**20  # a large vocabulary with its merges
 TOKEN_BYTES = 8  # of one token in the tables, article names included
 
@@ -84,12 +94,16 @@ def run(
             tokenizer = _tokenizer(loaded / "model")
             written = write_own_text(scratch, loaded / "model", tokenizer, prompts.texts if prompts else (), params)
             texts = Texts(loaded / "model", corpora, questions, params, written)
-            if size := written.to_continue(params):
-                windows = scratch.map("windows to go on from", write_windows, {"windows": (texts,)})["windows"]
+            drawn = scratch.map("corpora", draw_texts, {"corpora": (texts,)})["corpora"]
+            training = json.loads((drawn / LACKING).read_text(encoding="utf-8"))
+            if size := training["lacking"]:
+                if size > written.to_continue(params):
+                    of_all = f"of {training['asked']} sequences for training {size}"
+                    announce("prepare", f"{of_all} go on from the calibration's text, as the corpus ends")
                 start = start_token(tokenizer)
-                more = continue_text(scratch, loaded / "model", windows / WINDOWS, size, start, params)
+                more = continue_text(scratch, loaded / "model", drawn / WINDOWS, size, start, params)
                 texts = replace(texts, written=replace(written, continued=more))
-            tokenised = scratch.map("tables", write_tables, {"tables": (texts,)})["tables"]
+            tokenised = scratch.map("tables", write_tables, {"tables": (texts, drawn)})["tables"]
             scratch.keep("tables", tokenised / "tables")
             with scratch.publish() as out:
                 replace_folder(loaded / "model", out / "model")
@@ -124,16 +138,6 @@ def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model, local_files_only=True)
 
 
-class Drawn(NamedTuple):
-    """The splits and the questions; the tokenizer that they are encoded with, how many tokens the model embeds, and how many of these there are."""
-
-    tokenizer: PreTrainedTokenizerBase
-    embedded: int
-    vocabulary: int
-    questions: list[dict]
-    splits: dict[str, Split]
-
-
 @dataclass(frozen=True)
 class Texts:
     """What the tables are drawn from."""
@@ -144,87 +148,133 @@ class Texts:
     params: PrepareParams
     written: WrittenText
 
-    def draw(self) -> Drawn:
-        """Draw and tokenise; training lacks what is still to go on from the others.
 
-        Raises:
-            InputError: a corpus is too small, or a question cannot be asked.
-        """
-        tokenizer, params = _tokenizer(self.model), self.params
-        embedded = json.loads((self.model.parent / "facts.json").read_text(encoding="utf-8"))["embedded_tokens"]
-        vocabulary = min(vocabulary_size(tokenizer), embedded)
-        rows = draw_questions(self.questions, params.question_count, params.seed)
+class Vocabulary(NamedTuple):
+    """The tokenizer, how many tokens the model embeds, and how many of these there are."""
+
+    tokenizer: PreTrainedTokenizerBase
+    embedded: int
+    size: int
+
+    @classmethod
+    def of(cls, model: Path) -> "Vocabulary":
+        """That of the prepared model."""
+        tokenizer = _tokenizer(model)
+        embedded = json.loads((model.parent / "facts.json").read_text(encoding="utf-8"))["embedded_tokens"]
+        size = min(vocabulary_size(tokenizer), embedded)
         if (tokenizer.eos_token_id or 0) >= embedded:
             tokenizer.eos_token = None  # it would stand behind every document, and the model does not know it
-        positions = positions_of(AutoConfig.from_pretrained(self.model, local_files_only=True))
-        for row in rows:
-            text = " ".join([row["question"], *row["choices"]])
-            require_embedded(tokenizer(text)["input_ids"], embedded, tokenizer, f"Question {row['question']!r:.80}")
-            require_askable(row, tokenizer, positions)
-        lacking = {"training": self.written.to_continue(params)}
-        sizes = {name: size - lacking.get(name, 0) for name, size in params.splits.items()}
-        reserved = {row["article"] for row in rows}
-        own = self.written.splits(tokenizer, params)
-        return Drawn(
-            tokenizer, embedded, vocabulary, rows, draw_all(self.corpora, tokenizer, params, sizes, reserved, own)
-        )
+        return cls(tokenizer, embedded, size)
 
 
-def write_windows(folder: Path, texts: Texts) -> None:
-    """Draw; write the calibration's sequences that are of corpora as `WINDOWS`.
+def draw_texts(folder: Path, texts: Texts) -> None:
+    """Unit: what the corpora give to every split, a table for each of them, the questions, and how many sequences for training are still to go on
+    from the windows of the calibration, which are a table then.
+
+    Raises:
+        InputError: a corpus is too small, or a question cannot be asked.
+    """
+    params, vocabulary = texts.params, Vocabulary.of(texts.model)
+    rows = askable_questions(texts, vocabulary)
+    write_table(folder / QUESTIONS, questions_table(rows), vocabulary.size)
+    own = texts.written.splits(vocabulary.tokenizer, params)
+    wanted = {name: size - sum(len(split) for split in own.get(name, ())) for name, size in params.splits.items()}
+    asked = {name: size - texts.written.to_continue(params) * (name == "training") for name, size in wanted.items()}
+    reserved = {row["article"] for row in rows}
+    found = as_much_as_there_is(
+        lambda sizes: draw_all(texts.corpora, vocabulary.tokenizer, params, sizes, reserved), asked
+    )
+    for number, splits in enumerate(found):
+        for name, split in splits.items():
+            write_sequences(folder / _drawn(name, number), *_columns(split, vocabulary.size))
+    training = wanted.get("training", 0)
+    lacking = training - sum(len(splits["training"]) for splits in found if training)
+    if lacking:
+        write_sequences(folder / WINDOWS, *_columns(windows_to_go_on_from(found), vocabulary.size))
+    (folder / LACKING).write_text(json.dumps({"asked": training, "lacking": lacking}), encoding="utf-8")
+
+
+def askable_questions(texts: Texts, vocabulary: Vocabulary) -> list[dict]:
+    """The questions that are drawn.
+
+    Raises:
+        InputError: one cannot be asked.
+    """
+    rows = draw_questions(texts.questions, texts.params.question_count, texts.params.seed)
+    positions = positions_of(AutoConfig.from_pretrained(texts.model, local_files_only=True))
+    tokenizer = vocabulary.tokenizer
+    for row in rows:
+        text = " ".join([row["question"], *row["choices"]])
+        what = f"Question {row['question']!r:.80}"
+        require_embedded(tokenizer(text)["input_ids"], vocabulary.embedded, tokenizer, what)
+        require_askable(row, tokenizer, positions)
+    return rows
+
+
+def windows_to_go_on_from(found: Sequence[Mapping[str, Split]]) -> Split:
+    """The calibration's of all corpora.
 
     Raises:
         InputError: there are none.
     """
-    drawn = texts.draw()
-    windows = windows_of_corpora(drawn.splits["calibration"])
-    if not windows.articles:
+    windows = interleave([splits["calibration"] for splits in found])
+    if not len(windows):
         raise InputError(
             "prepare.continued goes on from the calibration's text of corpora, and all of the calibration is what the model writes itself. Lower "
             "prepare.self_written or prepare.free_text, or set prepare.continued: 0."
         )
-    write_sequences(folder / WINDOWS, windows.input_ids, windows.articles, drawn.vocabulary, windows.sources)
+    return windows
 
 
-def write_tables(folder: Path, texts: Texts) -> None:
-    """Draw; write the six tables below ``folder/tables``, and ``folder/facts.json``."""
+def _drawn(split: str, corpus: int) -> str:
+    return f"{split}-{corpus}.parquet"
+
+
+def _columns(split: Split, vocabulary: int) -> tuple:
+    """What `write_sequences` is given."""
+    return split.input_ids, split.articles, vocabulary, split.sources
+
+
+def write_tables(folder: Path, texts: Texts, drawn: Path) -> None:
+    """Unit: the six tables below ``folder/tables``, and ``folder/facts.json``: what `draw_texts` drew, and what the model has written itself, mixed evenly."""
     params, written = texts.params, texts.written
-    tokenizer, embedded, vocabulary, rows, splits = texts.draw()
+    tokenizer, embedded, vocabulary = Vocabulary.of(texts.model)
+    own = written.splits(tokenizer, params)
+    splits = {}
+    for name in params.splits:
+        tables = [read_table(drawn / _drawn(name, number)) for number in range(len(texts.corpora))]
+        of_corpora = [split_of([table], params.sequence_length) for table in tables]
+        splits[name] = interleave([*of_corpora, *own.get(name, ())])
     for name, split in {"training": as_split([], params.sequence_length, ""), **splits}.items():
         for ids, articles in zip(split.input_ids, split.articles, strict=True):
             require_embedded(ids, embedded, tokenizer, f"The corpus ({', '.join(articles[:2])})")
-        write_sequences(
-            folder / "tables" / f"{name}.parquet", split.input_ids, split.articles, vocabulary, split.sources
-        )
-    write_table(folder / "tables" / "questions.parquet", questions_table(rows), vocabulary)
+        write_sequences(folder / "tables" / f"{name}.parquet", *_columns(split, vocabulary))
+    shutil.copyfile(drawn / QUESTIONS, folder / "tables" / QUESTIONS)
     answers = [read_table(file) for file in written.answers.get("evaluation", ())]
     write_table(
         folder / "tables" / "answers.parquet",
         pa.concat_tables(answers) if answers else ANSWERS.empty_table(),
         vocabulary,
     )
-    (folder / "facts.json").write_text(
-        json.dumps(_table_facts(splits, tokenizer, params, len(rows)), sort_keys=True), encoding="utf-8"
-    )
+    facts = _table_facts(splits, tokenizer, params, len(read_table(drawn / QUESTIONS)))
+    (folder / "facts.json").write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
 
 
 def draw_all(
     corpora: Sequence[Corpus],
     tokenizer: PreTrainedTokenizerBase,
     params: PrepareParams,
-    sizes: Mapping[str, int],
+    wanted: Mapping[str, int],
     reserved: set[str],
-    own: Mapping[str, Sequence[Split]],
-) -> dict[str, Split]:
-    """The splits: each corpus's share, and what the model has written itself, mixed evenly; unseen corpora give to evaluation alone.
+) -> list[dict[str, Split]]:
+    """Of each corpus its share of every split; unseen corpora give to evaluation alone.
 
     Args:
-        sizes: sequences of every split, in the order of drawing.
+        wanted: sequences of every split, in the order of drawing.
 
     Raises:
-        InputError: a corpus is too small.
+        CorpusTooSmall: one is.
     """
-    wanted = {name: size - sum(len(split.articles) for split in own.get(name, ())) for name, size in sizes.items()}
     unseen = portions([entry.share for entry in params.unseen_corpora], params.unseen_sequences)
     shares = {
         name: portions([entry.share for entry in params.corpora], size)
@@ -232,11 +282,11 @@ def draw_all(
         for name, size in wanted.items()
     }
     seen: set[bytes] = set()
-    drawn = [
+    return [
         draw_splits(
             read_articles(corpus),
             tokenizer,
-            {name: shares[name][i] for name in sizes},
+            {name: shares[name][i] for name in wanted},
             params.sequence_length,
             params.seed,
             reserved,
@@ -245,7 +295,6 @@ def draw_all(
         )
         for i, corpus in enumerate(corpora)
     ]
-    return {name: interleave([*(split[name] for split in drawn), *own.get(name, ())]) for name in sizes}
 
 
 def _table_facts(
@@ -260,7 +309,7 @@ def _table_facts(
         "splits": {
             name: {
                 "articles": len(split.article_names),
-                "sequences": len(split.articles),
+                "sequences": len(split),
                 "sources": {source: split.sources.count(source) for source in sorted(set(split.sources))},
                 "tokens": split.input_ids.size,
             }

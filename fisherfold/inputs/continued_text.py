@@ -8,22 +8,14 @@ import random
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from fisherfold.inputs.free_text import FREE, ordinary_tokens, write_on
+from fisherfold.inputs.free_text import ordinary_tokens, write_on
 from fisherfold.inputs.sampling import writer
-from fisherfold.inputs.self_written import SELF
-from fisherfold.inputs.splits import Split
 from fisherfold.run.errors import InputError
 from fisherfold.run.tables import read_table
 
 CONTINUED = "continued text"
 BEGUN = 48  # tokens, of at most half a sequence
 TRIES = 64  # places in windows
-
-
-def windows_of_corpora(split: Split) -> Split:
-    """What the model has not written itself of a split."""
-    kept = [i for i, source in enumerate(split.sources) if source not in (SELF, FREE)]
-    return Split(split.input_ids[kept], [split.articles[i] for i in kept], [split.sources[i] for i in kept])
 
 
 def go_on(

@@ -10,7 +10,7 @@ Legend: S sequences, T tokens a sequence.
 import hashlib
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
@@ -27,6 +27,12 @@ from fisherfold.run.progress import track
 
 SHUFFLE_ARTICLES = 16384
 SHUFFLE_CHARACTERS = 2**28  # bounds the memory of the shuffle, and of what is kept for further windows
+LESS = (0.75, 0.5, 0.25, 0.0)
+"""Shares of the text for training that corpora are asked for in turn where they are too small for all of it."""
+
+
+class CorpusTooSmall(InputError):
+    """It does not hold as many sequences as are asked of it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,9 @@ class Split:
     input_ids: NDArray[np.int32]
     articles: list[list[str]]
     sources: list[str]
+
+    def __len__(self) -> int:
+        return len(self.sources)
 
     @property
     def article_names(self) -> set[str]:
@@ -111,7 +120,7 @@ def draw_splits(
         seen: digests of the texts of other corpora, which this one's join: a text in two corpora is used once.
 
     Raises:
-        InputError: the corpus is too small; the message says which limit it was.
+        CorpusTooSmall: the message says which limit it was.
     """
     converse = partial(encode_messages, tokenizer)
     drawing = Drawing(encoder(tokenizer), converse, length, start_token(tokenizer), seed, reserved)
@@ -134,10 +143,29 @@ def as_split(rows: Sequence[tuple[list[int], list[str]]], length: int, source: s
     return Split(ids, [names for _, names in rows], [source] * len(rows))
 
 
-def split_of(tables: Sequence[pa.Table]) -> Split:
-    """The sequences of some tables, of one source, one after the other."""
+def split_of(tables: Sequence[pa.Table], length: int) -> Split:
+    """The sequences of some tables, one after the other."""
     rows = [row for table in tables for row in table.to_pylist()]
-    return as_split([(row["input_ids"], row["articles"]) for row in rows], len(rows[0]["input_ids"]), rows[0]["source"])
+    split = as_split([(row["input_ids"], row["articles"]) for row in rows], length, "")
+    return replace(split, sources=[row["source"] for row in rows])
+
+
+def as_much_as_there_is(
+    draw: Callable[[dict[str, int]], list[dict[str, Split]]], wanted: dict[str, int]
+) -> list[dict[str, Split]]:
+    """What `draw` gives of the sizes `wanted`; where corpora are too small for that, with the largest of `LESS` shares of training that they hold,
+    if there is calibration of them that the rest can go on from.
+
+    Raises:
+        CorpusTooSmall: they are too small without training, too; says so of all that was wanted.
+    """
+    errors = []
+    for share in (1.0, *LESS) if wanted.get("training") and wanted["calibration"] else (1.0,):
+        try:
+            return draw({name: int(share * size) if name == "training" else size for name, size in wanted.items()})
+        except CorpusTooSmall as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def portions(shares: Sequence[float], size: int) -> list[int]:
@@ -152,7 +180,7 @@ def portions(shares: Sequence[float], size: int) -> list[int]:
 def interleave(splits: Sequence[Split]) -> Split:
     """Several sources' sequences as one split, each source spread evenly over it, so that every stretch has them all."""
     places = [
-        ((i + 0.5) / len(split.articles), k, i) for k, split in enumerate(splits) for i in range(len(split.articles))
+        ((i + 0.5) / len(split), k, i) for k, split in enumerate(splits) for i in range(len(split.articles))
     ]
     if not places:
         return splits[0]
@@ -280,7 +308,7 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def _too_small(
     source: str, rows: Mapping[str, Sequence[object]], sizes: Mapping[str, int], drawing: Drawing
-) -> InputError:
+) -> CorpusTooSmall:
     tally, length = drawing.tally, drawing.length
     filled, asked = sum(map(len, rows.values())), sum(sizes.values())
     parts = " + ".join(f"{size} {name}" for name, size in sizes.items())
@@ -295,8 +323,8 @@ def _too_small(
             "text file, as records in the others."
         )
     else:
-        cure = "Ask for fewer or shorter sequences in block prepare, give a larger corpus, or let the model write more of them itself (prepare.free_text: 0.75; for training prepare.continued: 1)."
-    return InputError(
+        cure = "Ask for fewer or shorter sequences in block prepare, give a larger corpus, or let the model write more of them itself (prepare.free_text: 0.75)."
+    return CorpusTooSmall(
         f"The corpus {source!r} is too small: its {tally.documents} articles hold {tally.tokens} tokens{aside}{repeated}, and fill "
         f"{filled} sequences of {length} tokens; asked are {parts} = {asked} ({asked * length} tokens). {cure}"
     )

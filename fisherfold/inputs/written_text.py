@@ -62,7 +62,7 @@ class WrittenText:
                 ]
         for name, files in (*self.free.items(), *self.continued.items()):
             if files:
-                found.setdefault(name, []).append(split_of([read_table(file) for file in files]))
+                found.setdefault(name, []).append(split_of([read_table(file) for file in files], params.sequence_length))
         return found
 
 

@@ -384,13 +384,18 @@ def test_training_goes_on_from_the_calibration_where_a_corpus_ends(workspace, sh
     assert len({tuple(row["input_ids"]) for row in continued}) == len(continued)
 
 
-def test_a_corpus_of_no_more_than_the_calibration_is_enough_for_training(workspace):
-    (workspace.root / "corpus.json").write_text(json.dumps(records(14)))
-    asked = PARAMS.model_copy(update={"calibration_sequences": 4, "training_sequences": 40, "questions": None})
-    with pytest.raises(InputError, match=r"prepare.continued: 1"):
-        prepare.run(workspace, asked)
-    prepare.run(workspace, asked.model_copy(update={"continued": 1}))
-    assert len(read_table(workspace.table("training"))) == 40
+@pytest.mark.parametrize(("articles", "of_corpus"), [(14, 0), (18, 4)])
+def test_where_a_corpus_ends_training_goes_on_from_the_calibration(workspace, capsys, articles, of_corpus):
+    """As much of the corpus as a quarter, half or three quarters of what is asked, and nobody has to say so."""
+    (workspace.root / "corpus.json").write_text(json.dumps(records(articles)))
+    prepare.run(workspace, PARAMS.model_copy(update={"calibration_sequences": 4, "training_sequences": 16, "questions": None}))
+    rows = {name: read_table(workspace.table(name)).to_pylist() for name in (*SPLITS, "training")}
+    assert len(rows["training"]) == 16
+    continued = [row for row in rows["training"] if row["source"] == "continued text"]
+    assert len(continued) == 16 - of_corpus
+    assert f"of 16 sequences for training {16 - of_corpus} go on" in capsys.readouterr().err
+    calibration = {article for row in rows["calibration"] for article in row["articles"]}
+    assert {article for row in continued for article in row["articles"]} <= calibration
 
 
 def test_where_calibration_has_no_text_of_a_corpus_nothing_can_go_on(workspace):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fisherfold.inputs.continued_text import CONTINUED, beginning_of, go_on, windows_of_corpora
-from fisherfold.inputs.splits import Split, split_of
+from fisherfold.inputs.continued_text import CONTINUED, beginning_of, go_on
+from fisherfold.inputs.splits import split_of
 from fisherfold.run.errors import InputError
 from fisherfold.run.tables import read_table, write_sequences
 from tests.support.tiny import VOCABULARY, save_tiny
@@ -20,7 +20,7 @@ def model(tmp_path):
 def written(folder, model, *, low=0, count=6, start=1, seed=0):
     write_sequences(folder / "windows.parquet", TEXT, [["a"], ["b"]], VOCABULARY)
     go_on(folder, model, folder / "windows.parquet", low, count, start, seed, "float32")
-    return split_of([read_table(folder / "sequences.parquet")])
+    return split_of([read_table(folder / "sequences.parquet")], TEXT.shape[1])
 
 
 def pieces(row):
@@ -49,9 +49,3 @@ def test_where_a_window_has_no_text_the_next_one_has():
     assert row is rows[1] and len(beginning) == 4
     with pytest.raises(InputError, match=r"prepare.continued"):
         beginning_of(rows[:1], 0, range(3, 20), seed=0)
-
-
-def test_windows_are_what_the_model_has_not_written_itself():
-    split = Split(np.arange(6).reshape(3, 2), [["a"], ["b"], ["c"]], ["mine", "free text", "self-written"])
-    kept = windows_of_corpora(split)
-    assert kept.input_ids.tolist() == [[0, 1]] and kept.articles == [["a"]] and kept.sources == ["mine"]

@@ -16,7 +16,7 @@ def model(tmp_path):
 
 def written(folder, model, *, count=5, length=8, start=1, seed=0):
     write_freely(folder, model, count, length, start, seed, "float32")
-    return split_of([read_table(folder / "sequences.parquet")])
+    return split_of([read_table(folder / "sequences.parquet")], length)
 
 
 def test_a_sequence_is_the_start_token_a_random_one_and_what_the_model_goes_on_with(tmp_path, model):
