@@ -81,7 +81,7 @@ MODELS = {
     "fisher": {},
     "uniform": {"ranks": {"allocator": "uniform"}},
     "shared": {"subspace": {"experts": {"shared": True}}},
-    "refined": {"factorize": {"refine": {"passes": 2, "threads": 1}}},
+    "refined": {"factorize": {"refine": {"passes": 2, "min_steps": 0, "threads": 1}}},
 }
 """Parameters besides those above, by the name of a row."""
 

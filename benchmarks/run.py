@@ -32,6 +32,7 @@ import torch
 from figures import at_most
 from planned import against_plan, planned_stages, published_bytes
 
+from fisherfold.export.refinement import passes_over
 from fisherfold.export.training_text import text_sizes
 from fisherfold.network.gradient_pass import gradient_pass
 from fisherfold.network.models import load_model
@@ -96,7 +97,8 @@ def bare_times(workspace: Workspace, params: Params) -> dict[str, tuple[float, f
     splits = ("calibration", "training", "evaluation")
     counts = {split: pq.read_metadata(workspace.table(split)).num_rows for split in splits}
     refined, healed = text_sizes(counts["calibration"], counts["training"])
-    trained = refined * params.factorize.refine.passes + healed * params.factorize.heal.passes
+    refining = passes_over(refined, params.factorize.refine)
+    trained = refined * refining + healed * params.factorize.heal.passes
     passes: dict[str, tuple[Callable[[], object], float]] = {
         "capture": (backward, counts["calibration"]),
         "factorize": (backward, trained),

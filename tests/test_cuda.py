@@ -118,7 +118,7 @@ def test_stages_on_the_device_give_the_model_of_the_cpu(tmp_path, monkeypatch) -
 
 
 def test_training_on_the_device_gives_the_model_of_the_cpu(tmp_path, monkeypatch) -> None:
-    training = as_truncated(refine={"passes": 1}, heal={"passes": 1, "rate": 1e-3})
+    training = as_truncated(refine={"passes": 1, "min_steps": 0}, heal={"passes": 1, "rate": 1e-3})
     made = {
         device: stages_on(device, tiny_workspace(tmp_path / device), monkeypatch, training)
         for device in ("cpu", "cuda")

@@ -21,6 +21,7 @@ SMALL = (
     "capture.knowledge_questions=2",
     "kronecker.dependence_draws=2",
     "factorize.refine.passes=1",
+    "factorize.refine.min_steps=0",
     "evaluate.answer_tokens=8",
     *(
         f"{block}.threads=1"

@@ -112,7 +112,7 @@ def _train(
 ) -> int:
     read, count = sequences
     trained = [p for p in block.parameters() if p.is_floating_point() and p.numel()]
-    batches = list(batches_of(count, params.passes, params.batch_size))
+    batches = list(batches_of(count, passes_over(count, params), params.batch_size))
 
     def loss(piece: Batch) -> torch.Tensor:
         x, y = piece
@@ -121,6 +121,12 @@ def _train(
     numbered = ((_pieces(read(numbers)), schedule(step, len(batches))) for step, numbers in enumerate(batches))
     descend(adamw(trained, rate), loss, numbered, apply)
     return len(batches)
+
+
+def passes_over(count: int, params: RefineParams) -> int:
+    """How often that many sequences are read: `passes`, or where these are fewer than `min_steps` as often as makes so many; never, if `passes` is 0."""
+    steps = math.ceil(count / params.batch_size)
+    return max(params.passes, math.ceil(params.min_steps / steps)) if params.passes else 0
 
 
 def _pieces(batch: Batch) -> list[Batch]:

@@ -229,6 +229,7 @@ class RefineParams(Block):
 
     threads: Count = 2
     passes: Annotated[int, Field(ge=0)] = 2
+    min_steps: Annotated[int, Field(ge=0)] = 96
     rate: Annotated[float, Field(gt=0)] = 4e-4
     batch_size: Count = 2
     products: Products = "bfloat16"

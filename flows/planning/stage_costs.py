@@ -12,6 +12,7 @@ from fisherfold.allocators.corrected import PARTS, SEQUENCES
 from fisherfold.allocators.cost import PIVOTED_SIDES
 from fisherfold.evaluation.knowledge import QUESTIONS_PER_UNIT
 from fisherfold.evaluation.text import BATCHES_PER_SHARD
+from fisherfold.export.refinement import passes_over
 from fisherfold.export.training_text import text_sizes
 from fisherfold.network.labels import count_draws
 from fisherfold.network.layers import LinearLayer, by_group
@@ -238,11 +239,11 @@ def healing_unit(shapes: ModelShapes, params: Params) -> dict[str, tuple[Demand,
 
 def refinement_units(shapes: ModelShapes, params: Params) -> dict[str, tuple[Demand, tuple[str, ...]]]:
     """One unit a block, each after the one before: its hidden states, held-out losses, and three forward passes' worth a training step."""
-    own, passes = params.prepare, params.factorize.refine.passes
-    length = own.sequence_length
+    own, length = params.prepare, params.prepare.sequence_length
+    text, _ = text_sizes(own.calibration_sequences, own.training_sequences)
+    passes = passes_over(text, params.factorize.refine)
     if not passes:
         return {}
-    text, _ = text_sizes(own.calibration_sequences, own.training_sequences)
     tokens, held_out = length * text, length * own.tuning_sequences
     looks = (
         tokens * (4 * passes + 2) + 6 * held_out

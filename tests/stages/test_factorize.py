@@ -301,7 +301,7 @@ def test_too_little_disk_is_noticed_before_the_start(unfinished, monkeypatch):
         factorized(unfinished)
 
 
-REFINE = {"products": "float32", "passes": 3, "rate": 1e-3, "batch_size": 2}
+REFINE = {"products": "float32", "passes": 3, "min_steps": 0, "rate": 1e-3, "batch_size": 2}
 
 
 def with_sequences(workspace):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fisherfold.export.refinement import CALMER, refine_block, relative_error
+from fisherfold.export.refinement import CALMER, passes_over, refine_block, relative_error
 from fisherfold.run.params import RefineParams
 from fisherfold.runtime.modeling_fisherfold import PivotedOutputLinear
 
@@ -65,7 +65,7 @@ def test_a_huge_first_token_counts_as_any_other():
 def test_it_lowers_the_held_out_loss_and_leaves_the_order():
     dense, low, x = problem()
     order, y = low.order.clone(), wanted(dense, x)
-    params = RefineParams(passes=20, rate=1e-2, batch_size=4)
+    params = RefineParams(passes=20, min_steps=0, rate=1e-2, batch_size=4)
     found = refine_block(low, run, reader(x[:16], y[:16]), reader(x[16:], y[16:]), params)
     assert found.accepted and found.held_out_after < 0.8 * found.held_out_before and found.steps == 80
     assert torch.equal(low.order, order)
@@ -73,11 +73,19 @@ def test_it_lowers_the_held_out_loss_and_leaves_the_order():
     assert not any(parameter.requires_grad for parameter in low.parameters())
 
 
+@pytest.mark.parametrize(
+    ("count", "passes", "found"), [(512, 2, 2), (24, 2, 8), (25, 2, 8), (1, 1, 96), (24, 9, 9), (24, 0, 0)]
+)
+def test_little_text_is_read_more_often(count, passes, found):
+    params = RefineParams(passes=passes, min_steps=96, batch_size=2)
+    assert passes_over(count, params) == found
+
+
 def test_it_is_not_kept_where_the_held_out_loss_rises():
     """Trained on targets of the wrong sign, from the dense block itself."""
     dense, _, x = problem()
     y, before = wanted(dense, x), dense.weight.detach().clone()
-    params = RefineParams(passes=3, rate=1e-2, batch_size=4)
+    params = RefineParams(passes=3, min_steps=0, rate=1e-2, batch_size=4)
     found = refine_block(dense, run, reader(x[:16], -y[:16]), reader(x[16:], y[16:]), params)
     assert not found.accepted and found.held_out_after > found.held_out_before
     assert torch.equal(dense.weight, before)
@@ -88,7 +96,7 @@ def test_a_rate_that_harms_is_followed_by_a_calmer_one():
     for rate in (HARMFUL, HARMFUL / CALMER):
         dense, low, x = problem()
         y = wanted(dense, x)
-        params = RefineParams(passes=5, rate=rate, batch_size=4)
+        params = RefineParams(passes=5, min_steps=0, rate=rate, batch_size=4)
         found[rate] = refine_block(low, run, reader(x[:16], y[:16]), reader(x[16:], y[16:]), params)
         states[rate] = low.state_dict()
     assert [each.steps for each in found.values()] == [40, 20] and all(each.accepted for each in found.values())
@@ -100,7 +108,7 @@ def test_same_bits_again():
     for _ in range(2):
         dense, low, x = problem()
         y = wanted(dense, x)
-        refine_block(low, run, reader(x[:16], y[:16]), reader(x[16:], y[16:]), RefineParams(passes=2))
+        refine_block(low, run, reader(x[:16], y[:16]), reader(x[16:], y[16:]), RefineParams(passes=2, min_steps=0))
         states.append(low.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -113,5 +121,5 @@ def test_no_more_than_a_batch_is_read_at_once():
         sizes.add(len(numbers))
         return x[numbers], y[numbers]
 
-    refine_block(low, run, (read, 24), (read, 24), RefineParams(passes=1, batch_size=3))
+    refine_block(low, run, (read, 24), (read, 24), RefineParams(passes=1, min_steps=0, batch_size=3))
     assert sizes == {3}
