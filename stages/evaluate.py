@@ -7,7 +7,7 @@ right, through lm-eval.
 
     artifacts/evaluate/metrics.json       the figures by name, unrounded, with standard errors; null where nothing was to be measured
     artifacts/evaluate/evaluation.json    what was measured, in more detail; layers that hold nothing but zeros
-    artifacts/evaluate/losses.csv         mean loss by position in the sequence
+    artifacts/evaluate/losses.csv         mean loss and divergence by position in the sequence
     artifacts/evaluate/answers.parquet    every prompt with the answers of both models
     artifacts/evaluate/questions.parquet  the answers of both models to every question
     artifacts/evaluate/tasks.json         results of `evaluate.tasks`
@@ -31,7 +31,7 @@ from fisherfold.evaluation.knowledge import answer_questions, answers_table, que
 from fisherfold.evaluation.metrics import metrics
 from fisherfold.evaluation.model_run import ModelRun, forget_models
 from fisherfold.evaluation.own_answers import compare_answers, conversations, own_answer_units, summarise_own_answers
-from fisherfold.evaluation.scores import mean_by_position, summarise_answers, summarise_losses
+from fisherfold.evaluation.scores import COMPARED, mean_by_position, summarise_answers, summarise_losses
 from fisherfold.evaluation.speed import FILE, measure_speed
 from fisherfold.evaluation.stored_weights import find_zero_layers, read_zero_layers
 from fisherfold.evaluation.text import loss_units, measure_losses, read_losses, sources, summarise_sources
@@ -203,7 +203,7 @@ def _map(scratch: Scratch, doing: str, work: Callable[..., None], units: dict[st
 def _write_losses(path: Path, losses: dict[str, np.ndarray]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["position", *MODELS])
+        writer.writerow(["position", *COMPARED])
         writer.writerows(mean_by_position(losses, POSITION_RUNS))
 
 

@@ -57,6 +57,7 @@ def _to_dense(
     return {
         "kl_to_dense": text["mean"]["divergence"],
         "kl_to_dense_error": text["standard_error"]["divergence"],
+        "kl_worst_share": text["worst_share"],
         "own_answers_kl": own["mean"]["divergence"] if own else None,
         "own_answers_kl_error": own["standard_error"]["divergence"] if own else None,
         "knowledge_change_error": knowledge["standard_error"][ACCURACY]["difference"] if knowledge else None,

@@ -1,4 +1,4 @@
-"""What compression costs: perplexity, divergence, knowledge and further tasks of both models side by side, and the loss by position."""
+"""What compression costs: perplexity, divergence, knowledge and further tasks of both models side by side, and losses and divergence by position."""
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,7 +52,7 @@ def quality_view(record: Record) -> Markup:
     caption = "Dense and compressed model side by side; ± is one standard error"
     figures = table(caption, ("measure", "dense", "compressed", "change"), _quality_rows(record))
     return section(
-        "What it costs", figures, sources_table(record.metrics), _task_table(record), _losses_by_position(record)
+        "What it costs", figures, sources_table(record.metrics), _task_table(record), *_by_position(record)
     )
 
 
@@ -66,6 +66,8 @@ def _quality_rows(record: Record) -> Iterator[tuple[object, ...]]:
         yield "loss, nats per token", *losses
     divergence = _figure(record.metrics["compressed"]["kl_to_dense"], at(text, "standard_error", "divergence"))
     yield "divergence from the dense model, nats per token", "0", divergence, ""
+    worst = record.metrics["compressed"].get("kl_worst_share")
+    yield "of that, what the worst hundredth of the tokens has", "", percent(worst), ""
     for rule, name in ACCURACIES.items() if knowledge else ():
         yield name, *(_accuracy(knowledge, rule, which) for which in COMPARED)
 
@@ -100,20 +102,25 @@ def _task_rows(results: Mapping[str, Any], names: Iterable[str]) -> Iterator[tup
             yield f"{name}, {metric}", number(entries[0].get("documents")), *figures
 
 
-def _losses_by_position(record: Record) -> Markup | None:
+def _by_position(record: Record) -> Iterator[Markup]:
+    """Pictures of both models' losses, and of the divergence."""
     text = record.text("evaluate", "losses.csv")
     rows = list(csv.DictReader(text.splitlines())) if text else []
     if not rows:
-        return None
-    lines = [
-        Line(f"{model} model", [(float(row["position"]), float(row[model])) for row in rows], colour)
-        for colour, model in enumerate(MODELS)
-    ]
-    chart = line_chart(
-        "Mean loss by position in the sequence, dense and compressed",
-        lines,
-        "position in the sequence, tokens",
-        "mean loss, nats",
+        return
+
+    def line(column: str, title: str, colour: int) -> Line:
+        return Line(title, [(float(row["position"]), float(row[column])) for row in rows], colour)
+
+    where = "position in the sequence, tokens"
+    losses = [line(model, f"{model} model", colour) for colour, model in enumerate(MODELS)]
+    chart = line_chart("Mean loss by position, dense and compressed", losses, where, "mean loss, nats")
+    yield figure(
+        join([legend(losses), chart]),
+        "Mean loss at each position: later tokens have more context. A gap that widens to the right would mean that long context suffers most.",
     )
-    caption = "Mean loss at each position: later tokens have more context. A gap that widens to the right would mean that long context suffers most."
-    return figure(join([legend(lines), chart]), caption)
+    divergence = [line("divergence", "divergence", 1)]
+    yield figure(
+        line_chart("Mean divergence by position", divergence, where, "mean divergence, nats"),
+        "Mean divergence at each position. High at the very left alone it says that first tokens, which attention rests on, are off.",
+    )

@@ -330,7 +330,9 @@ def test_losses_by_position(workspace):
     rows = list(csv.DictReader((workspace.out("evaluate") / "losses.csv").open()))
     assert [float(row["position"]) for row in rows] == [float(i) for i in range(1, 12)]
     mean = np.mean([float(row["compressed"]) for row in rows])
-    assert math.exp(mean) == pytest.approx(read_json(workspace, "metrics.json")["compressed"]["perplexity"])
+    compressed = read_json(workspace, "metrics.json")["compressed"]
+    assert math.exp(mean) == pytest.approx(compressed["perplexity"])
+    assert np.mean([float(row["divergence"]) for row in rows]) == pytest.approx(compressed["kl_to_dense"])
 
 
 def test_the_same_model_twice(tmp_path):

@@ -78,7 +78,7 @@ def evaluation(questions: bool = True, samples: list[dict] | None = None) -> dic
     return {
         "metrics__json": metrics(text, sources, knowledge, own, greedy, [], SIZE),
         "evaluation__json": {"params": {"dtype": "float32"}, "text": text, "knowledge": knowledge},
-        "losses__csv": f"position,dense,compressed\n{rows}\n",
+        "losses__csv": f"position,dense,compressed,divergence\n{rows}\n",
         "tasks__json": {},
         "answers__parquet": table,
     }
