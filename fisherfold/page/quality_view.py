@@ -119,8 +119,10 @@ def _by_position(record: Record) -> Iterator[Markup]:
         join([legend(losses), chart]),
         "Mean loss at each position: later tokens have more context. A gap that widens to the right would mean that long context suffers most.",
     )
-    divergence = [line("divergence", "divergence", 1)]
+    divergence = line("divergence", "divergence", 1)
+    heights = [0.0, *(y for _, y in divergence.points)]
+    from_zero = min(heights), max(heights)
     yield figure(
-        line_chart("Mean divergence by position", divergence, where, "mean divergence, nats"),
+        line_chart("Mean divergence by position", [divergence], where, "mean divergence, nats", y_range=from_zero),
         "Mean divergence at each position. High at the very left alone it says that first tokens, which attention rests on, are off.",
     )
