@@ -117,7 +117,9 @@ def draw(project: Path, folder: Path, params: Params) -> Workspace:
         (folder / "facts.json").write_text(json.dumps(facts["model"]), encoding="utf-8")
         (folder / "model").symlink_to(workspace.model)  # beside its facts, where the stage has it too
         texts = prepare.Texts(folder / "model", corpora, questions, params.prepare, WrittenText({}, {}))
-        prepare.write_tables(folder, texts)
+        (folder / "drawn").mkdir()
+        prepare.draw_texts(folder / "drawn", texts)
+        prepare.write_tables(folder, texts, folder / "drawn")
         shutil.copytree(folder / "tables", workspace.table("tuning").parent)
     sums = {"gradients": "none", "knowledge_questions": 0, "tokens_per_sequence": 0}
     capture.run(workspace, params.capture.model_copy(update=sums))

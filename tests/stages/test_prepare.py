@@ -186,7 +186,8 @@ def kill(*_, **__):
 
 
 @pytest.mark.parametrize(
-    "point", ["write_model", "write_tables", "draw_questions", "write_table", "_write_facts", "replace_folder"]
+    "point",
+    ["write_model", "draw_texts", "write_tables", "draw_questions", "write_table", "_write_facts", "replace_folder"],
 )
 def test_killed_anywhere_it_resumes_to_the_same_bits(workspace, tmp_path, monkeypatch, point):
     whole = make_workspace(tmp_path / "whole", monkeypatch)
