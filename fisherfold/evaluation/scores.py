@@ -41,7 +41,7 @@ def summarise_losses(losses: dict[str, np.ndarray]) -> dict[str, Any]:
 def worst_share(divergence: np.ndarray) -> float:
     """Share of the whole divergence that the worst hundredth of the tokens has, at least one; where there is none, 0.
 
-    A mean over tokens hides a broken one: of a model whose refinement had let go of the first token it was a seventh more (docs/developers/log.md).
+    A mean over tokens hides a broken one (docs/developers/log.md, "The first token must be held").
     """
     ordered = np.sort(divergence, axis=None).astype(np.float64)
     whole = ordered.sum()

@@ -370,7 +370,7 @@ def test_a_share_of_the_rest_is_free_text_of_any_model(workspace):
 
 
 @pytest.mark.parametrize(("share", "drawn"), [(0.5, 4), (1, 0)])
-def test_training_goes_on_from_the_calibration_where_a_corpus_ends(workspace, share, drawn):
+def test_a_share_of_training_goes_on_from_the_calibration(workspace, share, drawn):
     """The documents are those of the calibration, so none of evaluation's or tuning's are in it."""
     whole = PARAMS.model_copy(update={"calibration_sequences": 3, "training_sequences": 8})
     prepare.run(workspace, whole.model_copy(update={"continued": share}))
@@ -389,7 +389,8 @@ def test_training_goes_on_from_the_calibration_where_a_corpus_ends(workspace, sh
 def test_where_a_corpus_ends_training_goes_on_from_the_calibration(workspace, capsys, articles, of_corpus):
     """As much of the corpus as a quarter, half or three quarters of what is asked, and nobody has to say so."""
     (workspace.root / "corpus.json").write_text(json.dumps(records(articles)))
-    prepare.run(workspace, PARAMS.model_copy(update={"calibration_sequences": 4, "training_sequences": 16, "questions": None}))
+    asked = {"calibration_sequences": 4, "training_sequences": 16, "questions": None}
+    prepare.run(workspace, PARAMS.model_copy(update=asked))
     rows = {name: read_table(workspace.table(name)).to_pylist() for name in (*SPLITS, "training")}
     assert len(rows["training"]) == 16
     continued = [row for row in rows["training"] if row["source"] == "continued text"]
